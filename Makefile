@@ -1,0 +1,52 @@
+# Every target but `clean` first makes the virtual environment .venv, when it is missing or its requirements changed.
+# Needed beforehand: Python 3.11 (another: make PYTHON=python3.12) and nothing else.
+
+PYTHON ?= python3
+TORCH := torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+PYTEST := $(BIN)/python -m pytest
+DEMO := out/demo
+REFERENCE := examples/mnist_dit
+BASELINES := eager,compile,onnxruntime,onnxruntime-int8,onnxruntime@13:ab2
+
+.PHONY: help venv demo test test-slow test-all lint format clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+venv: $(INSTALLED)  ## make .venv with everything the other targets need
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"make: expected Python 3.11 or newer; received {v[0]}.{v[1]}. Give another: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[compile,report,openvino,dev]'
+	touch $@
+
+demo: $(INSTALLED)  ## compile the reference checkpoint, draw digits, measure: out/demo
+	$(BIN)/stepfold optimize $(REFERENCE) --out $(DEMO)/bundle --min-psnr 40 --overwrite
+	$(BIN)/stepfold generate $(DEMO)/bundle --out $(DEMO)/digits.png --count 20 --seed 7
+	$(BIN)/stepfold bench $(DEMO)/bundle --reference $(REFERENCE) --count 10 --seed 12345 --baselines $(BASELINES) --out $(DEMO)/report
+
+test: $(INSTALLED)  ## the tests of a few minutes
+	$(PYTEST) -m 'not slow'
+
+test-slow: $(INSTALLED)  ## the tests marked slow
+	$(PYTEST) -m slow
+
+test-all: $(INSTALLED)  ## all tests
+	$(PYTEST)
+
+lint: $(INSTALLED)  ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(INSTALLED)  ## write files as `lint` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what the other targets made, .venv included
+	rm -rf $(VENV) out build dist src/*.egg-info

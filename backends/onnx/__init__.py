@@ -1,0 +1,1 @@
+"""ONNX emission, shared by every engine that reads ONNX."""

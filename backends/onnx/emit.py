@@ -1,0 +1,111 @@
+"""Emit a stage as an ONNX file.
+
+The stage's `stepfold::` operators are replaced by what the target engine runs, the graph is exported again (which
+validates it), translated by the dynamo exporter, cleaned with onnx-ir and checked by onnx's own checker.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir
+import torch
+from torch import fx
+
+from ...ir.program import Stage
+from ...ir.shapes import example
+from ...loop.errors import StepfoldError
+
+OPSET = 23
+EXTERNAL_DATA_BYTES = 1 << 30  # a protobuf ends at 2 GiB; keep well below
+
+Lowerings = Mapping[Any, Callable[..., Any]]
+
+
+def emit(stage: Stage, path: Path, lowerings: Lowerings) -> None:
+    """Write `stage` to `path`, and its weights to `path.data` when they exceed a gigabyte.
+
+    Args:
+        stage: the graph; the batch dimension of its ports stays dynamic.
+        path: the `.onnx` file.
+        lowerings: for each `stepfold::` operator a function of the same arguments that calls ATen operators or
+            `torch.onnx.ops.symbolic`.
+
+    Raises:
+        StepfoldError: an operator has no ONNX form; the message names node, module and source line.
+    """
+    exported = _export_again(stage, lowered(stage, lowerings))
+    program = _translate(stage, exported)
+    model = program.model
+    _clear_value_info(model)
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    external = f"{path.name}.data" if size > EXTERNAL_DATA_BYTES else None
+    onnx_ir.save(model, path, external_data=external)
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise StepfoldError(f"stage {stage.name}: the emitted ONNX file is not valid: {error}") from error
+
+
+def lowered(stage: Stage, lowerings: Lowerings) -> fx.GraphModule:
+    """The stage's graph with every `stepfold::` operator replaced; weights are shared, not copied."""
+    graph = fx.GraphModule(stage.graph, copy.deepcopy(stage.graph.graph))
+    for node in graph.graph.nodes:
+        if node.op != "call_function" or getattr(node.target, "namespace", None) != "stepfold":
+            continue
+        if node.target not in lowerings:
+            raise StepfoldError(f"stage {stage.name}: {where(node)}: {node.target} has no lowering for this engine.")
+        node.target = lowerings[node.target]
+    graph.recompile()
+    return graph
+
+
+def where(node: fx.Node) -> str:
+    """A node as a user can find it: its name, module path and source line."""
+    modules = list((node.meta.get("nn_module_stack") or {}).values())
+    path = modules[-1][0] if modules else "top level"
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    return f"node {node.name} ({path or 'top level'}; {lines[-1] if lines else 'no source line'})"
+
+
+def _export_again(stage: Stage, graph: fx.GraphModule) -> torch.export.ExportedProgram:
+    arguments = tuple(example(port) for port in stage.inputs)
+    dynamic = tuple({0: torch.export.Dim.AUTO} if port.shape[:1] == (None,) else None for port in stage.inputs)
+    with torch.no_grad():
+        # the generated forward has named parameters, so the dynamic shapes are given one for each of them
+        return torch.export.export(graph.eval(), arguments, dynamic_shapes=dynamic, strict=False)
+
+
+def _translate(stage: Stage, exported: torch.export.ExportedProgram) -> Any:
+    quiet = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level, quiet_level = quiet.level, logging.ERROR
+    quiet.setLevel(quiet_level)  # it reports every missing torchvision operator
+    try:
+        return torch.onnx.export(
+            exported,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=True,
+            verbose=False,
+            input_names=[port.name for port in stage.inputs],
+            output_names=[port.name for port in stage.outputs],
+        )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise StepfoldError(f"stage {stage.name}: no ONNX form: {str(error).strip().splitlines()[0]}") from error
+    finally:
+        quiet.setLevel(level)
+
+
+def _clear_value_info(model: onnx_ir.Model) -> None:
+    """Drop inferred shapes of intermediate values: engines infer their own, and stale ones break quantizers."""
+    outputs = set(model.graph.outputs)
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if value not in outputs:
+                value.shape = None
+                value.type = None

@@ -1,0 +1,85 @@
+"""Lower stages for ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
+
+from ...ir.program import Stage
+from ..onnx.emit import emit
+
+
+def _quantize_dynamic(x: torch.Tensor) -> Any:
+    return torch.onnx.ops.symbolic_multi_out(
+        "DynamicQuantizeLinear",
+        (x,),
+        dtypes=(torch.uint8, torch.float32, torch.uint8),
+        shapes=(x.shape, (), ()),
+        version=11,
+    )
+
+
+def _quantize_static(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    return torch.onnx.ops.symbolic("QuantizeLinear", (x, scale, zero), dtype=torch.uint8, shape=x.shape, version=21)
+
+
+def _qlinear(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """The contrib operator, because MatMul + Add between Q/DQ pairs becomes a slow float Gemm."""
+    weight_zero = torch.zeros(weight.shape[1], dtype=torch.int8)
+    inputs = (q, weight, scale, weight_scale, zero, weight_zero, *(() if bias is None else (bias,)))
+    return torch.onnx.ops.symbolic(
+        "com.microsoft::MatMulIntegerToFloat",
+        inputs,
+        dtype=torch.float32,
+        shape=(*q.shape[:-1], weight.shape[1]),
+        version=1,
+    )
+
+
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, scale: float
+) -> torch.Tensor:
+    return torch.onnx.ops.symbolic(
+        "Attention",
+        (query, key, value),
+        {"q_num_heads": heads, "kv_num_heads": heads, "scale": scale},
+        dtype=query.dtype,
+        shape=(*query.shape[:-1], value.shape[2]),
+        version=23,
+    )
+
+
+def _fast_gelu(x: torch.Tensor) -> torch.Tensor:
+    return torch.onnx.ops.symbolic("com.microsoft::FastGelu", (x,), dtype=x.dtype, shape=x.shape, version=1)
+
+
+LOWERINGS: dict[Any, Callable[..., Any]] = {
+    torch.ops.stepfold.quantize_dynamic.default: _quantize_dynamic,
+    torch.ops.stepfold.quantize_static.default: _quantize_static,
+    torch.ops.stepfold.qlinear.default: _qlinear,
+    torch.ops.stepfold.attention.default: _attention,
+    torch.ops.stepfold.fast_gelu.default: _fast_gelu,
+}
+
+
+def lower(stage: Stage, folder: Path) -> Path:
+    """Write the stage as `<name>.onnx` into a folder and return the file.
+
+    Raises:
+        StepfoldError: the stage has no ONNX form.
+    """
+    path = folder / f"{stage.name}.onnx"
+    emit(stage, path, LOWERINGS)
+    return path

@@ -1,0 +1,128 @@
+"""Run a compiled stage with ONNX Runtime. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...loop.errors import BundleError, StepfoldError, UsageError
+from ...loop.ports import Port, StageCallable
+
+Array = np.ndarray
+ERRORS_ONLY = 3  # log severity
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+ELEMENT_TYPES = {
+    "tensor(float16)": "float16",
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+    "tensor(int8)": "int8",
+    "tensor(int16)": "int16",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+    "tensor(uint8)": "uint8",
+    "tensor(uint16)": "uint16",
+    "tensor(uint32)": "uint32",
+    "tensor(uint64)": "uint64",
+    "tensor(bool)": "bool",
+}
+
+
+def open_session(
+    file: Path,
+    inputs: tuple[Port, ...],
+    outputs: tuple[Port, ...],
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+) -> StageCallable:
+    """Open an `.onnx` file, with the external data that lies beside it.
+
+    Args:
+        file: the model.
+        inputs: what it must read.
+        outputs: what it must compute.
+        threads: for one operator; None leaves the number to ONNX Runtime.
+        device: `cpu` or `cuda`.
+
+    Returns:
+        A function from name -> array to the outputs in the order of `outputs`.
+
+    Raises:
+        UsageError: the device is unknown or the installed package lacks it.
+        BundleError: ONNX Runtime cannot load the file, or it has other inputs or outputs.
+    """
+    import onnxruntime
+
+    provider = _provider(device, onnxruntime.get_available_providers())
+    try:
+        session = onnxruntime.InferenceSession(str(file), _options(threads), providers=[provider])
+    except Exception as error:  # ONNX Runtime has a dozen error classes without a common base
+        raise BundleError(f"{file}: ONNX Runtime {onnxruntime.__version__} cannot load it: {_line(error)}") from error
+    if provider not in session.get_providers():
+        raise UsageError(
+            f"device {device!r}: expected a working {provider}; ONNX Runtime could not start it. Check that the CUDA "
+            "and cuDNN libraries of this onnxruntime-gpu are installed, or use the device 'cpu'."
+        )
+    _check_ports(file, "input", session.get_inputs(), inputs)
+    _check_ports(file, "output", session.get_outputs(), outputs)
+    return _callable(session, file.name, inputs, [port.name for port in outputs])
+
+
+def _provider(device: str, available: Sequence[str]) -> str:
+    if device not in PROVIDERS:
+        raise UsageError(f"device: expected one of {', '.join(PROVIDERS)}; received {device!r}.")
+    provider = PROVIDERS[device]
+    if provider not in available:
+        raise UsageError(
+            f"device {device!r}: the installed onnxruntime has no {provider}, only {', '.join(available)}. "
+            "Replace it: pip uninstall onnxruntime && pip install onnxruntime-gpu"
+        )
+    return provider
+
+
+def _options(threads: int | None) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.inter_op_num_threads = 1  # stages are chains: nothing to run side by side
+    options.log_severity_level = ERRORS_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options
+
+
+def _check_ports(file: Path, kind: str, found: Sequence[Any], expected: Sequence[Port]) -> None:
+    """Raise BundleError unless names, dtypes and ranks are those of the ports."""
+    received = {str(node.name): (str(ELEMENT_TYPES.get(node.type, node.type)), len(node.shape)) for node in found}
+    wanted = {port.name: (port.dtype, len(port.shape)) for port in expected}
+    if received != wanted:
+        raise BundleError(
+            f"{file}: expected the {kind}s {_described(wanted)}; received {_described(received)}. "
+            "Build the bundle again with `stepfold optimize`."
+        )
+
+
+def _described(ports: Mapping[str, tuple[str, int]]) -> str:
+    return ", ".join(f"{name} ({dtype}, rank {rank})" for name, (dtype, rank) in sorted(ports.items())) or "none"
+
+
+def _callable(session: Any, name: str, inputs: tuple[Port, ...], outputs: list[str]) -> StageCallable:
+    def call(values: Mapping[str, Array]) -> list[Array]:
+        feed = {port.name: np.asarray(values[port.name], order="C") for port in inputs}
+        try:
+            return session.run(outputs, feed)
+        except Exception as error:  # see above
+            shapes = ", ".join(f"{key} {list(value.shape)} {value.dtype}" for key, value in feed.items())
+            raise StepfoldError(f"{name}: ONNX Runtime failed on {shapes}: {_line(error)}") from error
+
+    return call
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error of ONNX Runtime."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,65 @@
+"""Bind the stages of a bundle to sessions: the program the driver runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ..loop.errors import BundleError
+from ..loop.ports import BoundProgram, BoundStage, Port, StageCallable
+from .files import AGAIN
+from .manifest import Manifest, StageEntry
+from .reader import Bundle
+from .tables import Tables
+
+Array = np.ndarray
+LoadSession = Callable[[Bundle, StageEntry], StageCallable]
+
+
+def bind(bundle: Bundle, tables: Tables, load_session: LoadSession) -> BoundProgram:
+    """All stages of a bundle as callables.
+
+    Args:
+        bundle: the bundle.
+        tables: its tables.
+        load_session: opens one stage.
+
+    Raises:
+        BundleError: a stage reads a value that nothing provides, or a table has another shape than its readers.
+    """
+    manifest = bundle.manifest
+    check_values(manifest, tables)
+    stages = tuple(
+        BoundStage(stage.name, stage.rate, stage.input_ports(), stage.output_ports(), load_session(bundle, stage))
+        for stage in manifest.stages
+    )
+    return BoundProgram(manifest.input_ports(), manifest.outputs, stages, dict(tables.values))
+
+
+def check_values(manifest: Manifest, tables: Tables) -> None:
+    """Raise BundleError unless every stage finds each of its inputs computed before it, in the right shape."""
+    known: dict[str, Port] = {entry.name: entry.port() for entry in manifest.inputs}
+    for name, value in tables.values.items():
+        if name in known:
+            raise BundleError(f"the value {name!r} is both an input and a table. {AGAIN}")
+        known[name] = Port(name, (None, *value.shape[1:]), str(value.dtype))
+    for stage in manifest.stages:
+        for port in stage.input_ports():
+            if port.name not in known or not _agree(known[port.name], port):
+                raise BundleError(
+                    f"stage {stage.name}: expected a value {port}; received {known.get(port.name, 'none')}. {AGAIN}"
+                )
+        known |= {port.name: port for port in stage.output_ports()}
+
+
+def fits(port: Port, value: Array) -> bool:
+    """Whether an array has the shape (any batch) and the dtype of a port."""
+    return _agree(port, Port(port.name, value.shape, str(value.dtype)))
+
+
+def _agree(first: Port, second: Port) -> bool:
+    """Whether two ports can be the same value: equal dtype, rank and fixed sizes."""
+    if first.dtype != second.dtype or len(first.shape) != len(second.shape):
+        return False
+    return all(a == b or a is None or b is None for a, b in zip(first.shape, second.shape, strict=True))

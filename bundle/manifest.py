@@ -1,0 +1,216 @@
+"""`manifest.json`: what a bundle holds and where it came from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import AliasChoices, Field, JsonValue, field_validator, model_validator
+
+from ..loop.ports import InputPort, Port, Rate
+from ..loop.spec import LoopSpec, Role, Strict
+
+FORMAT_VERSION = 1
+Count = Annotated[int, Field(ge=0)]
+
+
+class PortEntry(Strict):
+    """A tensor of a stage: sizes with null for the batch, NumPy dtype name."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str
+
+    @field_validator("dtype")
+    @classmethod
+    def _known_to_numpy(cls, value: str) -> str:
+        try:
+            np.dtype(value)
+        except TypeError:
+            raise ValueError(f"{value!r} is not a NumPy dtype") from None
+        return value
+
+    @classmethod
+    def of(cls, port: Port) -> PortEntry:
+        """The entry of a port."""
+        return cls(name=port.name, shape=port.shape, dtype=port.dtype)
+
+    def port(self) -> Port:
+        """The port of this entry."""
+        return Port(self.name, self.shape, self.dtype)
+
+
+class InputEntry(PortEntry):
+    """An input of the program; `cardinality` is how many values of an index are valid."""
+
+    role: Role
+    cardinality: int | None = Field(default=None, gt=0)
+
+    @classmethod
+    def of_input(cls, port: InputPort) -> InputEntry:
+        """The entry of a program input."""
+        return cls(
+            name=port.name, shape=port.port.shape, dtype=port.port.dtype, role=port.role, cardinality=port.cardinality
+        )
+
+    def input_port(self) -> InputPort:
+        """The program input of this entry."""
+        return InputPort(self.port(), self.role, self.cardinality)
+
+
+class StageEntry(Strict):
+    """One engine file, run at one rate."""
+
+    name: str
+    rate: Rate
+    file: str
+    inputs: tuple[PortEntry, ...]
+    outputs: tuple[PortEntry, ...] = Field(min_length=1)
+
+    def input_ports(self) -> tuple[Port, ...]:
+        """What the stage reads."""
+        return tuple(entry.port() for entry in self.inputs)
+
+    def output_ports(self) -> tuple[Port, ...]:
+        """What the stage computes, in order."""
+        return tuple(entry.port() for entry in self.outputs)
+
+
+class ModelEntry(Strict):
+    """The network: its class and the hash of its weights."""
+
+    class_name: str = Field(validation_alias=AliasChoices("class", "class_name"), serialization_alias="class")
+    weights_sha256: str
+
+
+class BackendEntry(Strict):
+    """The engine the stages were built for."""
+
+    name: str
+    version: str
+    device: str
+
+
+class RefusalEntry(Strict):
+    """A site a pass left alone, and why."""
+
+    site: str
+    reason: str
+
+
+class PassEntry(Strict):
+    """What one pass did; drifts are relative L2 errors, null where nothing was run."""
+
+    name: str
+    outcome: Literal["changed", "identity", "not_applicable"]
+    changed: Count
+    refused: tuple[RefusalEntry, ...] = ()
+    drift: float | None
+    total_drift: float | None
+    parameters_before: Count
+    parameters_after: Count
+    flops_before: Count
+    flops_after: Count
+    seconds: float
+    details: dict[str, JsonValue] = Field(default_factory=dict)
+
+
+class ScheduleEntry(Strict):
+    """The table of the default guidance scale, counted."""
+
+    grid_steps: Count
+    evaluations: Count
+    guided_evaluations: Count
+    fitted_on: Literal["engine", "reference"]
+
+
+class PsnrEntry(Strict):
+    """PSNR in dB over samples; `low` is the lower 95 % confidence bound of the mean."""
+
+    mean: float
+    min: float
+    low: float
+
+
+class QualityEntry(Strict):
+    """How close the bundle's samples are to those of the full loop."""
+
+    psnr_db: PsnrEntry
+    samples: Count
+    set: str
+
+
+class FrozenDimensionEntry(Strict):
+    """A dimension that the capture specialized to one size."""
+
+    input: str
+    dimension: Count
+    value: int
+    source: str
+
+
+class FileEntry(Strict):
+    """Digest and size of a file."""
+
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    bytes: Count
+
+
+class Manifest(Strict):
+    """All of `manifest.json`.
+
+    Attributes:
+        inputs: inputs of the program, by role.
+        outputs: names of its outputs; for a loop the first is the prediction.
+        constants: keyword arguments baked in at capture.
+        probe: the file with recorded inputs and outputs, replayed by `verify`.
+        files: digest of every file but the manifest, by relative POSIX path.
+    """
+
+    format_version: int = FORMAT_VERSION
+    stepfold_version: str
+    model: ModelEntry
+    recipe: JsonValue
+    loop: LoopSpec | None
+    backend: BackendEntry
+    batch_invariant: bool
+    seeds: dict[str, JsonValue] = Field(default_factory=dict)
+    passes: tuple[PassEntry, ...] = ()
+    schedule: ScheduleEntry | None = None
+    quality: QualityEntry | None = None
+    inputs: tuple[InputEntry, ...]
+    outputs: tuple[str, ...] = Field(min_length=1)
+    stages: tuple[StageEntry, ...] = Field(min_length=1)
+    constants: dict[str, JsonValue] = Field(default_factory=dict)
+    frozen_dimensions: tuple[FrozenDimensionEntry, ...] = ()
+    probe: str | None = None
+    files: dict[str, FileEntry] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _named_once(self) -> Manifest:
+        produced = [entry.name for stage in self.stages for entry in stage.outputs]
+        _unique("stages", [stage.name for stage in self.stages])
+        _unique("values", [*(entry.name for entry in self.inputs), *produced])
+        missing = sorted(set(self.outputs) - set(produced))
+        if missing:
+            raise ValueError(f"outputs {missing} are computed by no stage")
+        return self
+
+    def input_ports(self) -> tuple[InputPort, ...]:
+        """The inputs of the program."""
+        return tuple(entry.input_port() for entry in self.inputs)
+
+
+def stepfold_version() -> str:
+    """The version of the installed stepfold."""
+    return importlib.metadata.version("stepfold")
+
+
+def _unique(what: str, names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"two {what} are called {name!r}")
+        seen.add(name)

@@ -1,0 +1,71 @@
+"""The recorded probe: one evaluation of the compiled program, replayed by `verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..loop.errors import BundleError
+from ..loop.metrics import drift
+
+Array = np.ndarray
+PROBE = "probe.safetensors"
+
+# Largest drift of a replay, by the lowest precision of the stages. Engines choose other kernels, and sum in another
+# order, on another processor; dynamic int8 also rounds some activations to the neighbouring level.
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "int8": 5e-2, "int4": 5e-2}
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """Inputs and outputs of one evaluation.
+
+    Attributes:
+        inputs: name -> [B, ...] for every program input.
+        outputs: name -> [B, ...] for every program output.
+        tolerance: largest relative L2 error of a replay, see `TOLERANCE`.
+        call: grid call of the evaluation, for programs with `values` tables.
+    """
+
+    inputs: Mapping[str, Array]
+    outputs: Mapping[str, Array]
+    tolerance: float
+    call: int | None = None
+
+    def arrays(self) -> dict[str, Array]:
+        """The probe as named arrays."""
+        found = {f"inputs/{name}": value for name, value in self.inputs.items()}
+        found |= {f"outputs/{name}": value for name, value in self.outputs.items()}
+        found["tolerance"] = np.asarray([self.tolerance], np.float64)
+        if self.call is not None:
+            found["call"] = np.asarray([self.call], np.int64)
+        return found
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array]) -> Probe:
+        """Rebuild a probe from `arrays()`; raises BundleError when parts are missing."""
+        inputs = {key.removeprefix("inputs/"): value for key, value in arrays.items() if key.startswith("inputs/")}
+        outputs = {key.removeprefix("outputs/"): value for key, value in arrays.items() if key.startswith("outputs/")}
+        if not inputs or not outputs or "tolerance" not in arrays:
+            raise BundleError(f"{PROBE}: expected inputs, outputs and a tolerance; received {sorted(arrays)}.")
+        call = int(arrays["call"][0]) if "call" in arrays else None
+        return cls(inputs, outputs, float(arrays["tolerance"][0]), call)
+
+    def differences(self, received: Mapping[str, Array]) -> list[str]:
+        """What of a replay is not as recorded, one line an output."""
+        found = []
+        for name, expected in self.outputs.items():
+            got = received.get(name)
+            if got is None or got.shape != expected.shape:
+                shape = None if got is None else list(got.shape)
+                found.append(f"probe: expected {name} of shape {list(expected.shape)}; received {shape}.")
+                continue
+            error = drift(got, expected)
+            if not error <= self.tolerance:
+                found.append(
+                    f"probe: expected {name} within {self.tolerance:g} of the recorded values; received drift "
+                    f"{error:.3g}. The engine here computes something else: build the bundle again on this machine."
+                )
+        return found

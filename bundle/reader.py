@@ -1,0 +1,125 @@
+"""Read a bundle: check its version, its paths and every hash before anything in it is used."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from pydantic import ValidationError
+
+from ..loop.errors import BundleError, UsageError
+from ..loop.spec import describe
+from .files import AGAIN, MANIFEST, inside, problem
+from .manifest import FORMAT_VERSION, Manifest, stepfold_version
+from .probe import Probe
+from .tables import TABLES, Tables
+
+Array = np.ndarray
+LARGEST_MANIFEST_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose files were checked.
+
+    Attributes:
+        path: the folder.
+        manifest: its manifest.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    def file(self, name: str) -> Path:
+        """A file of the bundle by its relative path."""
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.path}: {name!r} is not among the files of the manifest. {AGAIN}")
+        return inside(self.path, name)
+
+    def arrays(self, name: str) -> dict[str, Array]:
+        """The arrays of a safetensors file of the bundle."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            return load_file(self.file(name))
+        except (SafetensorError, OSError, KeyError, TypeError) as error:
+            raise BundleError(f"{self.path / name}: expected a safetensors file; {error}. {AGAIN}") from error
+
+    def tables(self) -> Tables:
+        """Recurrence, fitted tables, timestep values and constants; empty for a component without any."""
+        tables = Tables.from_arrays(self.arrays(TABLES)) if TABLES in self.manifest.files else Tables()
+        if self.manifest.loop is not None and tables.recurrence is None:
+            raise BundleError(f"{self.path}: expected {TABLES} with the recurrence of the loop. {AGAIN}")
+        return tables
+
+    def probe(self) -> Probe | None:
+        """The recorded probe, if there is one."""
+        name = self.manifest.probe
+        return None if name is None else Probe.from_arrays(self.arrays(name))
+
+
+def read(path: Path | str) -> Bundle:
+    """Open a bundle after checking all of its files.
+
+    Raises:
+        UsageError: there is no such folder.
+        BundleError: no or a damaged manifest, a newer format, a path that leaves the folder, a file that is missing
+            or not as it was written.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    for name, entry in manifest.files.items():
+        found = problem(path, name, entry.sha256, entry.bytes)
+        if found is not None:
+            raise BundleError(f"{path}: {found}")
+    return Bundle(path, manifest)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a bundle, with version and paths checked but no hashes; raises as `read` does."""
+    if not path.is_dir():
+        raise UsageError(f"{path}: expected the folder of a bundle; there is none. Make it with `stepfold optimize`.")
+    data = _json(path / MANIFEST)
+    _check_version(path, data)
+    try:
+        manifest = Manifest.model_validate(data)
+    except ValidationError as error:
+        raise BundleError(f"{path / MANIFEST}: {describe(error)}. {AGAIN}") from None
+    used = [stage.file for stage in manifest.stages] + ([manifest.probe] if manifest.probe else [])
+    for name in (*manifest.files, *used):
+        inside(path, name)
+    for name in used:
+        if name not in manifest.files:
+            raise BundleError(f"{path / MANIFEST}: {name!r} has no hash among the files. {AGAIN}")
+    return manifest
+
+
+def _json(path: Path) -> Any:
+    try:
+        if path.stat().st_size > LARGEST_MANIFEST_BYTES:
+            raise BundleError(f"{path}: expected at most {LARGEST_MANIFEST_BYTES} bytes. {AGAIN}")
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except FileNotFoundError:
+        raise BundleError(f"{path.parent}: expected a bundle; it has no {path.name}. {AGAIN}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: expected JSON; {error}. {AGAIN}") from None
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"received the number {text}")
+
+
+def _check_version(path: Path, data: Any) -> None:
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise BundleError(f"{path / MANIFEST}: expected a format_version; received {version!r}. {AGAIN}")
+    if version > FORMAT_VERSION:
+        writer = data.get("stepfold_version")
+        raise BundleError(
+            f"{path}: format version {version} is newer than this stepfold {stepfold_version()}, which reads up to "
+            f"{FORMAT_VERSION}. It was written by stepfold {writer}: pip install 'stepfold>={writer}'."
+        )

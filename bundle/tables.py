@@ -1,0 +1,135 @@
+"""`tables.safetensors`: the recurrence, the folded tables and the values that depend on the timestep only.
+
+| key | what |
+|---|---|
+| `recurrence/...` | the sampler over S calls; folding it with any guidance scale gives an unfitted table |
+| `full/...` | that table with the guidance left open: its weights are those of guided outputs |
+| `scale=<scale>/...` | the fitted table of one guidance scale; 1.0 for a loop without guidance |
+| `values/<name>` | [S, ...] a value of rate `timestep` for every grid call |
+| `constants/<name>` | a tensor that was baked in at capture, to compare an argument with |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..loop.errors import BundleError
+from ..loop.recurrence import Recurrence
+from ..loop.table import FoldedTable, fold
+
+Array = np.ndarray
+TABLES = "tables.safetensors"
+SCALE = "scale="
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """The arrays of a bundle beside its stages.
+
+    Attributes:
+        recurrence: the sampler, None for a component.
+        fitted: guidance scale -> table; key 1.0 for a loop without guidance.
+        values: name -> [S, ...], values of rate `timestep` for every grid call.
+        constants: name -> tensor baked in at capture; the manifest has the constants that are no tensors.
+    """
+
+    recurrence: Recurrence | None = None
+    fitted: Mapping[float, FoldedTable] = field(default_factory=dict)
+    values: Mapping[str, Array] = field(default_factory=dict)
+    constants: Mapping[str, Array] = field(default_factory=dict)
+
+    def arrays(self) -> dict[str, Array]:
+        """All of it as named arrays."""
+        found = {f"values/{name}": value for name, value in self.values.items()}
+        found |= {f"constants/{name}": value for name, value in self.constants.items()}
+        if self.recurrence is not None:
+            found |= _prefixed("recurrence", _recurrence_arrays(self.recurrence))
+            found |= _prefixed("full", fold(self.recurrence).arrays())
+        for scale, table in self.fitted.items():
+            found |= _prefixed(f"{SCALE}{float(scale)!r}", table.arrays())
+        return found
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array]) -> Tables:
+        """Rebuild the tables from `arrays()`.
+
+        Raises:
+            BundleError: an array is missing, has another shape, or reads outputs that do not exist yet.
+        """
+        groups: dict[str, dict[str, Array]] = {}
+        for key, value in arrays.items():
+            group, _, name = key.partition("/")
+            groups.setdefault(group, {})[name] = value
+        try:
+            recurrence = _recurrence(groups["recurrence"]) if "recurrence" in groups else None
+            fitted = {
+                float(group.removeprefix(SCALE)): FoldedTable.from_arrays(members)
+                for group, members in groups.items()
+                if group.startswith(SCALE)
+            }
+        except (KeyError, ValueError, IndexError, TypeError) as error:
+            raise BundleError(f"{TABLES}: expected complete tables; received an unusable one: {error}.") from error
+        tables = cls(recurrence, fitted, groups.get("values", {}), groups.get("constants", {}))
+        tables.check()
+        return tables
+
+    def check(self) -> None:
+        """Raise BundleError when the tables do not belong to the recurrence."""
+        S = self.recurrence.calls if self.recurrence is not None else 0
+        if self.recurrence is not None and not _finite(_recurrence_arrays(self.recurrence)):
+            raise BundleError(f"{TABLES}: the recurrence has values that are not finite.")
+        for scale, table in self.fitted.items():
+            reason = _misfit(table, S)
+            if reason is not None:
+                raise BundleError(f"{TABLES}: the table of guidance scale {scale} {reason}.")
+        for name, value in self.values.items():
+            if value.shape[:1] != (S,):
+                raise BundleError(f"{TABLES}: values/{name} must have {S} rows; received shape {list(value.shape)}.")
+
+
+def _misfit(table: FoldedTable, S: int) -> str | None:
+    """Why a table cannot drive a loop of S calls, or None."""
+    N = table.evaluations
+    positions = table.positions
+    if (
+        positions.dtype.kind != "i"
+        or N == 0
+        or positions[0] != 0
+        or (np.diff(positions) <= 0).any()
+        or positions[-1] >= S
+    ):
+        return f"needs positions that ascend from 0 below {S}; received {positions.tolist()}"
+    if not _finite(table.arrays()):
+        return "has values that are not finite"
+    return None
+
+
+def _finite(arrays: Mapping[str, Array]) -> bool:
+    return all(np.isfinite(array).all() for array in arrays.values())
+
+
+def _recurrence_arrays(recurrence: Recurrence) -> dict[str, Array]:
+    return {
+        "timesteps": recurrence.timesteps.astype(np.float64),
+        "input_scale": recurrence.input_scale.astype(np.float64),
+        "state": recurrence.state.astype(np.float64),
+        "outputs": recurrence.outputs.astype(np.float64),
+        "initial_scale": np.asarray([recurrence.initial_scale], np.float64),
+    }
+
+
+def _recurrence(arrays: Mapping[str, Array]) -> Recurrence:
+    return Recurrence(
+        timesteps=arrays["timesteps"],
+        input_scale=arrays["input_scale"],
+        state=arrays["state"],
+        outputs=arrays["outputs"],
+        initial_scale=float(arrays["initial_scale"][0]),
+    )
+
+
+def _prefixed(prefix: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    return {f"{prefix}/{name}": value for name, value in arrays.items()}

@@ -1,0 +1,89 @@
+"""Check a bundle on this machine: hashes, versions, stages, and the recorded probe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..loop.errors import BundleError, StepfoldError, UsageError
+from ..loop.ports import BoundProgram, StageCallable
+from .bind import LoadSession, bind, check_values, fits
+from .files import AGAIN, listing, problem
+from .manifest import Manifest
+from .reader import Bundle, read_manifest
+from .tables import Tables
+
+
+def verify(path: Path | str, load_session: LoadSession) -> tuple[list[str], list[str]]:
+    """Check everything about a bundle that this machine can check; a damaged bundle is reported, not raised.
+
+    Args:
+        path: the folder.
+        load_session: opens one stage; raises UsageError where its engine or device is missing here.
+
+    Returns:
+        The problems, and what could not be checked here, one line each.
+
+    Raises:
+        UsageError: there is no such folder.
+    """
+    path = Path(path)
+    try:
+        manifest = read_manifest(path)
+        damaged = file_problems(path, manifest)
+    except BundleError as error:
+        return [str(error)], ["files, stages and probe: the manifest cannot be used."]
+    problems = damaged + unknown_files(path, manifest)
+    if damaged:
+        return problems, ["stages and probe: not run from damaged files."]
+    try:
+        found, not_checked_here = _run(Bundle(path, manifest), load_session)
+    except StepfoldError as error:
+        return [*problems, str(error)], ["probe: not replayed."]
+    return problems + found, not_checked_here
+
+
+def file_problems(path: Path, manifest: Manifest) -> list[str]:
+    """One line for every file that is missing or not as it was written."""
+    checked = [problem(path, name, entry.sha256, entry.bytes) for name, entry in manifest.files.items()]
+    return [found for found in checked if found is not None]
+
+
+def unknown_files(path: Path, manifest: Manifest) -> list[str]:
+    """One line for every file in the folder that the manifest does not name."""
+    return [
+        f"{name}: not part of the bundle: the manifest does not name it. Remove it, or build the bundle again."
+        for name in listing(path)
+        if name not in manifest.files
+    ]
+
+
+def _run(bundle: Bundle, load_session: LoadSession) -> tuple[list[str], list[str]]:
+    tables = bundle.tables()
+    check_values(bundle.manifest, tables)
+    sessions: dict[str, StageCallable] = {}
+    problems, not_checked_here = [], []
+    for stage in bundle.manifest.stages:
+        try:
+            sessions[stage.name] = load_session(bundle, stage)
+        except UsageError as error:
+            not_checked_here.append(f"stage {stage.name}: {error}")
+        except StepfoldError as error:
+            problems.append(f"stage {stage.name}: {error}")
+    if len(sessions) < len(bundle.manifest.stages):
+        return problems, [*not_checked_here, "probe: not replayed, because not every stage runs here."]
+    program = bind(bundle, tables, lambda _, stage: sessions[stage.name])
+    replayed = _replay(bundle, program, tables)
+    return (problems + replayed, not_checked_here) if replayed is not None else (problems, ["probe: none recorded."])
+
+
+def _replay(bundle: Bundle, program: BoundProgram, tables: Tables) -> list[str] | None:
+    """Differences of a replay of the probe; None when the bundle has no probe."""
+    probe = bundle.probe()
+    if probe is None:
+        return None
+    missing = [p.name for p in program.inputs if p.name not in probe.inputs or not fits(p.port, probe.inputs[p.name])]
+    calls = tables.recurrence.calls if tables.recurrence is not None else 0
+    if missing or (program.tables and (probe.call is None or not 0 <= probe.call < calls)):
+        return [f"probe: expected inputs {missing or 'and a grid call'}; it does not hold them. {AGAIN}"]
+    outputs = program.evaluate({port.name: probe.inputs[port.name] for port in program.inputs}, probe.call)
+    return probe.differences(dict(zip(program.outputs, outputs, strict=True)))

@@ -1,0 +1,188 @@
+"""Write a bundle: into a temporary sibling that takes the place of the old folder in one step."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import logging
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..loop.errors import StepfoldError, UsageError
+from .files import MANIFEST, listing, sha256_of
+from .manifest import FileEntry, Manifest
+from .probe import PROBE, Probe
+from .tables import TABLES, Tables
+
+logger = logging.getLogger(__name__)
+
+SCHEDULE = "schedule.json"
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+FULL_DISK_TEXT = "No space left on device"  # how safetensors and other native libraries report ENOSPC
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Refuse an output folder before any work starts.
+
+    Raises:
+        UsageError: `out` exists and may not be overwritten, or is something else than a bundle.
+    """
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
+        raise UsageError(f"{out}: already exists. Choose another --out, or pass --overwrite to replace the bundle.")
+    if not out.is_dir():
+        raise UsageError(f"{out}: expected a folder to overwrite; received a file. Choose another --out.")
+    if not (out / MANIFEST).is_file() and any(out.iterdir()):
+        raise UsageError(f"{out}: expected a bundle to overwrite; received another folder. Choose another --out.")
+
+
+@contextmanager
+def writing(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Write a bundle: `with writing(out) as folder:` fills a temporary sibling that becomes `out` at the end.
+
+    Whatever goes wrong, an interruption included, leaves what was at `out` before, and nothing else.
+
+    Args:
+        out: the bundle's folder; missing parents are made.
+        overwrite: replace a bundle that is there.
+
+    Raises:
+        UsageError: see `check_out`.
+        StepfoldError: the disk is full.
+    """
+    check_out(out, overwrite)
+    target = out.resolve()
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    made = [parent for parent in target.parents if not parent.exists()]
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _publish(temporary, target, overwrite)
+        made = []
+    except Exception as error:
+        if not _disk_is_full(error):
+            raise
+        raise StepfoldError(
+            f"{out}: expected room for the bundle; the disk is full. Free some space, or choose another --out; "
+            "nothing was left behind."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Write `manifest.json` last: it takes the hash and size of every file in the folder.
+
+    Returns:
+        The manifest with its `files`.
+    """
+    files = {
+        name: FileEntry(sha256=sha256_of(folder / name), bytes=(folder / name).stat().st_size)
+        for name in listing(folder)
+    }
+    manifest = manifest.model_copy(update={"files": files})
+    write_json(folder / MANIFEST, manifest.model_dump(mode="json", by_alias=True))
+    return manifest
+
+
+def write_tables(folder: Path, tables: Tables) -> None:
+    """Write `tables.safetensors`."""
+    tables.check()
+    _write_arrays(folder / TABLES, tables.arrays())
+
+
+def write_probe(folder: Path, probe: Probe) -> str:
+    """Write the probe and return its file name, for the manifest."""
+    _write_arrays(folder / PROBE, probe.arrays())
+    return PROBE
+
+
+def write_schedule(folder: Path, tables: Tables, fitted_on: str, details: Mapping[str, Any]) -> None:
+    """Write `schedule.json`, the fitted tables as a person reads them."""
+    scales = [
+        {
+            "scale": float(scale),
+            "positions": [int(position) for position in table.positions],
+            "evaluations": table.evaluations,
+            "guided_evaluations": table.guided_evaluations,
+            "fitted_on": fitted_on,
+        }
+        for scale, table in sorted(tables.fitted.items())
+    ]
+    grid_steps = tables.recurrence.calls if tables.recurrence is not None else 0
+    write_json(folder / SCHEDULE, {"grid_steps": grid_steps, "scales": scales, "details": dict(details)})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON that is the same for the same value: sorted keys, a newline at the end, no NaN.
+
+    Raises:
+        StepfoldError: a number is not finite, or something is not JSON.
+    """
+    try:
+        text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    except (ValueError, TypeError) as error:
+        raise StepfoldError(f"{path.name}: expected finite numbers, text, lists and mappings; {error}.") from error
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    from safetensors.numpy import save
+
+    path.write_bytes(save({name: np.asarray(value, order="C") for name, value in sorted(arrays.items())}))
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if (isinstance(error, OSError) and error.errno in FULL_DISK) or FULL_DISK_TEXT in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _publish(temporary: Path, target: Path, overwrite: bool) -> None:
+    """Put the finished folder in its place; what was there is left under the temporary name, to be removed."""
+    check_out(target, overwrite)  # it may have appeared in the meantime
+    if not target.exists():
+        os.rename(temporary, target)
+    elif not _exchange(temporary, target):
+        _replace(temporary, target)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders in one step where the system can (`renameat2` of Linux); False where it cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    """Swap in two steps, and go back when the second one is interrupted."""
+    aside = temporary.with_suffix(".old")
+    try:
+        os.rename(target, aside)
+        os.rename(temporary, target)
+    except BaseException:
+        if aside.exists() and not target.exists():
+            os.rename(aside, target)
+        raise
+    finally:
+        if target.exists():
+            shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,135 @@
+"""Reference trajectories: the latents of the full loop of the unoptimized program, cached by key."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+
+from ..ir.program import Program
+from ..loop.driver import LoopRun, Request
+from ..loop.noise import SampleSet
+from ..loop.ports import BoundProgram
+from ..loop.recurrence import Array
+from ..loop.table import FoldedTable, fold
+from .conditions import sample_request
+
+BATCH = 16
+"""Samples evaluated at once: large enough to be efficient, small enough for the latents of big models."""
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """The full loop of one sample set.
+
+    Attributes:
+        request: noise and conditions of the B samples.
+        latents: [S+1, B, *latent] x[0] (scaled noise) to x[S] (the samples), float32; [1, B, *latent], the samples
+            alone, when the whole path was not asked for.
+    """
+
+    request: Request
+    latents: Array
+
+
+def trajectories(
+    program: Program,
+    bound: BoundProgram,
+    samples: SampleSet,
+    scale: float | None,
+    cache: Path,
+    progress: Callable[[int, int], None],
+    *,
+    whole: bool = True,
+) -> Trajectories:
+    """Run the full loop and keep its latents, or read them from the cache.
+
+    Args:
+        program: the unoptimized program.
+        bound: its callables.
+        samples: which samples.
+        scale: guidance scale.
+        cache: folder; the file name hashes weights, loop, scale and samples.
+        progress: called with (evaluations done, evaluations in all).
+        whole: keep every latent, not only the samples.
+    """
+    assert program.loop is not None and program.recurrence is not None
+    request = sample_request(program, samples)
+    path = cache / f"trajectories-{_key(program, samples, scale, whole)}.safetensors"
+    if path.exists():
+        return Trajectories(request, load_file(path)["latents"])
+    latents = _run(program, bound, request, fold(program.recurrence, scale), progress, whole)
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    save_file({"latents": latents}, partial)
+    os.replace(partial, path)
+    return Trajectories(request, latents)
+
+
+def first(data: Trajectories, count: int) -> Trajectories:
+    """The first samples of a set."""
+    return Trajectories(part(data.request, 0, count), data.latents[:, :count])
+
+
+def slices(request: Request, size: int) -> list[Request]:
+    """The request cut into requests of at most `size` samples."""
+    return [part(request, start, start + size) for start in range(0, len(request.noise), size)]
+
+
+def part(request: Request, start: int, stop: int) -> Request:
+    """Samples start to stop of a request."""
+    return Request(
+        request.noise[start:stop],
+        {name: value[start:stop] for name, value in request.conditions.items()},
+        None
+        if request.unconditional is None
+        else {name: value[start:stop] for name, value in request.unconditional.items()},
+    )
+
+
+def _run(
+    program: Program,
+    bound: BoundProgram,
+    request: Request,
+    table: FoldedTable,
+    progress: Callable[[int, int], None],
+    whole: bool,
+) -> Array:
+    assert program.loop is not None
+    parts = slices(request, BATCH)
+    total, done, collected = table.evaluations * len(parts), 0, []
+    for piece in parts:
+        run = LoopRun(bound, program.loop, piece, table)
+        latents = [run.latent]
+        for k in range(table.evaluations):
+            run.evaluate(k)
+            run.update(float(table.state[k]), table.conditional[k], table.unconditional[k])
+            for j in [j for j in run.history if table.last_reader(j) <= k]:
+                run.forget(j)
+            latents = [*latents, run.latent] if whole else [run.latent]
+            done += 1
+            progress(done, total)
+        collected.append(np.stack(latents))
+    return np.concatenate(collected, axis=1)
+
+
+def _key(program: Program, samples: SampleSet, scale: float | None, whole: bool) -> str:
+    assert program.loop is not None
+    parts = [
+        program.model.weights_sha256,
+        program.loop.model_dump_json(),
+        json.dumps([samples.entropy, samples.count, scale, whole]),
+    ]
+    digest = hashlib.sha256("\n".join(parts).encode())
+    for name, value in sorted({**program.constants, **program.example}.items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode() if isinstance(value, torch.Tensor) else repr(value).encode())
+        if isinstance(value, torch.Tensor):
+            digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:24]

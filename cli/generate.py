@@ -1,0 +1,147 @@
+"""`stepfold generate`: samples of a bundle or of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+import typer
+
+from ..loop.classes import class_conditions
+from ..loop.errors import UsageError
+from ..loop.noise import noise as seeded_noise
+from ..loop.spec import LoopSpec
+from .console import console, working
+from .options import BUNDLE_OR_CHECKPOINT, Guidance, Seed, is_bundle
+
+if TYPE_CHECKING:
+    from ..runtime.engine import Engine
+    from ..runtime.unoptimized import Unoptimized
+
+Array = np.ndarray
+
+
+def generate(
+    model: Annotated[
+        Path,
+        typer.Argument(metavar=BUNDLE_OR_CHECKPOINT, help="A bundle; or a checkpoint, which PyTorch runs as it is."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE.png", help="Picture of the samples; replaces the file.")
+    ] = None,
+    npy: Annotated[
+        Path | None, typer.Option("--npy", metavar="FILE.npy", help="The samples, float32; replaces the file.")
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option("--classes", metavar="0,1,2", help="Class of each sample, repeated as needed.")
+    ] = None,
+    count: Annotated[
+        int | None,
+        typer.Option("--count", min=1, metavar="N", help="Number of samples; one, or as many as --classes names."),
+    ] = None,
+    seed: Seed = 0,
+    noise: Annotated[
+        Path | None, typer.Option("--noise", metavar="FILE.npy", help="Noise to start from: float32 [B, C, H, W].")
+    ] = None,
+    guidance: Guidance = None,
+) -> None:
+    """Sample from a bundle with its engine, or from a checkpoint with PyTorch and every call of the loop.
+
+    Without --classes, sample i has class i modulo the number of classes. The same seed gives both the same noise.
+
+    $ stepfold generate out/mnist --out digits.png --count 20 --seed 7
+    """
+    _check_targets(out, npy)
+    chosen = None if classes is None else parse_classes(classes)
+    given = None if noise is None else read_noise(noise)
+    wanted = _count(count, chosen, given)
+    with working() as progress:
+        progress("loading", 0, 1)
+        sampler = _open(model)
+        loop = _looped(model, sampler.loop, drawn=out is not None)
+        start = seeded_noise(seed, (wanted, *loop.latent.shape)) if given is None else given
+        conditions = class_conditions(sampler.program.inputs, loop, wanted, chosen)
+        samples = sampler.sample(start, guidance, progress.task("sampling"), conditions=conditions)
+    _write(samples, out, npy)
+
+
+def parse_classes(text: str) -> list[int]:
+    """`0,1,2` as numbers.
+
+    Raises:
+        UsageError: something between the commas is no whole number.
+    """
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--classes: expected whole numbers with commas, as in 0,1,2; received {text!r}.") from None
+
+
+def read_noise(file: Path) -> Array:
+    """The array of a `.npy` file; nothing in it is unpickled.
+
+    Raises:
+        UsageError: there is no such file, or it holds no array of numbers.
+    """
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise UsageError(f"--noise {file}: no such file.") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise UsageError(f"--noise {file}: expected an array saved with numpy.save; {error}.") from None
+    if not isinstance(array, np.ndarray):
+        raise UsageError(f"--noise {file}: expected one array (.npy); received an archive of arrays.")
+    return np.asarray(array)
+
+
+def _check_targets(out: Path | None, npy: Path | None) -> None:
+    if out is None and npy is None:
+        raise UsageError("generate: expected --out FILE.png, --npy FILE.npy or both; received neither.")
+    for option, path, suffix in (("--out", out, ".png"), ("--npy", npy, ".npy")):
+        if path is not None and path.suffix.lower() != suffix:
+            raise UsageError(f"{option}: expected a file that ends in {suffix}; received {path}.")
+        if path is not None and path.is_dir():
+            raise UsageError(f"{option}: expected a file; received the folder {path}.")
+
+
+def _count(count: int | None, classes: Sequence[int] | None, noise: Array | None) -> int:
+    """How many samples to make."""
+    rows = None if noise is None or noise.ndim == 0 else len(noise)
+    if rows is not None and count not in (None, rows):
+        raise UsageError(f"--count: expected {rows}, the samples of --noise; received {count}. Leave one of them out.")
+    return count or rows or len(classes or ()) or 1
+
+
+def _open(model: Path) -> Engine | Unoptimized:
+    if is_bundle(model):
+        from ..runtime.engine import load
+
+        return load(model)
+    from ..runtime.unoptimized import load_unoptimized
+
+    return load_unoptimized(model)
+
+
+def _looped(model: Path, loop: LoopSpec | None, drawn: bool) -> LoopSpec:
+    """The loop; refuses, before anything is computed, what has none or cannot be drawn."""
+    if loop is None:
+        raise UsageError(f"{model}: expected a model with a loop; received a component, which makes no samples.")
+    shape = loop.latent.shape
+    if drawn and not (len(shape) == 3 and shape[0] in (1, 3)):
+        raise UsageError(
+            f"--out: expected a model whose latents are images, [1 or 3, H, W]; its latents are {list(shape)}. Save "
+            "the numbers instead: --npy FILE.npy"
+        )
+    return loop
+
+
+def _write(samples: Array, out: Path | None, npy: Path | None) -> None:
+    from ..report.images import write_array, write_grid
+
+    for path, write in ((npy, write_array), (out, write_grid)):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path, samples)
+            console().print(f"{path}: {len(samples)} samples", markup=False, soft_wrap=True)

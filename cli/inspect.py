@@ -1,0 +1,116 @@
+"""`stepfold inspect`: what a checkpoint or a bundle consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from ..loop.ports import Port
+from .console import console, print_json, table, working
+from .optimize import quality_line, schedule_line
+from .options import BUNDLE_OR_CHECKPOINT, Json, is_bundle
+
+
+def inspect(
+    model: Annotated[Path, typer.Argument(metavar=BUNDLE_OR_CHECKPOINT, help="Folder to look into.")],
+    as_json: Json = False,
+) -> None:
+    """Show what a checkpoint consists of, rate by rate and site by site, or what a bundle holds.
+
+    $ stepfold inspect examples/mnist_dit
+    """
+    if is_bundle(model):
+        from ..bundle.reader import read_manifest
+
+        document = read_manifest(model).model_dump(mode="json", by_alias=True)
+        show = print_bundle
+    else:
+        document = _checkpoint(model)
+        show = print_checkpoint
+    if as_json:
+        print_json(document)
+    else:
+        show(document)
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    from ..frontend.inspect import inspect_program
+    from ..frontend.load import load_checkpoint
+
+    with working() as progress:
+        progress("loading", 0, 1)
+        checkpoint = load_checkpoint(path)
+        progress("capturing", 0, 1)
+        return inspect_program(checkpoint.capture())
+
+
+def print_checkpoint(document: Mapping[str, Any]) -> None:
+    """Print what `inspect --json` says about a checkpoint."""
+    screen = console()
+    screen.print(f"{document['class']}: {document['parameters']:,} parameters", markup=False)
+    screen.print(_inputs(document))
+    screen.print(escape(loop_line(document["loop"])))
+    rates = [(r["rate"], f"{r['parameters']:,}", f"{r['flops']:,}") for r in document["rates"]]
+    screen.print(table("Rates", ("rate", "parameters", "FLOPs"), rates, ("parameters", "FLOPs")))
+    sites = [(name.replace("_", "-"), str(count)) for name, count in document["sites"].items()]
+    screen.print(table("Sites", ("site", "count"), sites, ("count",)))
+    _print_frozen(document)
+    for entry in document["unsupported"]:
+        screen.print(escape(f"unsupported: {entry['node']}: {entry['reason']} ({entry['source']})"), soft_wrap=True)
+
+
+def print_bundle(document: Mapping[str, Any]) -> None:
+    """Print the manifest of a bundle."""
+    screen = console()
+    backend, recipe = document["backend"], document["recipe"]
+    name = recipe.get("name", "-") if isinstance(recipe, dict) else "-"
+    size = sum(entry["bytes"] for entry in document["files"].values())
+    screen.print(
+        f"{document['model']['class']}, recipe {name}, for {backend['name']} {backend['version']} on "
+        f"{backend['device']}: {size:,} bytes, written by stepfold {document['stepfold_version']}",
+        markup=False,
+        soft_wrap=True,
+    )
+    screen.print(_inputs(document))
+    screen.print(escape(loop_line(document["loop"])))
+    stages = [(s["name"], s["rate"], s["file"], f"{_stage_bytes(document, s):,}") for s in document["stages"]]
+    screen.print(table("Stages", ("stage", "rate", "file", "bytes"), stages, ("bytes",)))
+    screen.print(escape(schedule_line(document["schedule"])), soft_wrap=True)
+    screen.print(escape(quality_line(document["quality"])), soft_wrap=True)
+    alone = "does not depend" if document["batch_invariant"] else "depends slightly"
+    screen.print(f"A sample {alone} on the samples computed beside it.")
+    _print_frozen(document)
+
+
+def _stage_bytes(document: Mapping[str, Any], stage: Mapping[str, Any]) -> int:
+    """Bytes of a stage's file and of the data beside it."""
+    return sum(f["bytes"] for name, f in document["files"].items() if name.startswith(stage["file"]))
+
+
+def _inputs(document: Mapping[str, Any]) -> Any:
+    rows = [
+        (i["name"], i["role"], Port(i["name"], tuple(i["shape"]), i["dtype"]).shape_text, i["dtype"])
+        for i in document["inputs"]
+    ]
+    return table("Inputs", ("input", "role", "shape", "dtype"), rows)
+
+
+def loop_line(loop: Mapping[str, Any] | None) -> str:
+    """Sampler, steps and guidance in one line."""
+    if loop is None:
+        return "Loop: none; a component."
+    sampler, guidance = loop["sampler"], loop["guidance"]
+    scale = guidance["scale"] if guidance else None
+    shown = ", ".join(f"{value:g}" for value in scale["values"]) if isinstance(scale, dict) else f"{scale}"
+    text = f"Loop: {sampler['scheduler']}, {sampler['steps']} steps, latent {loop['latent']['shape']}"
+    return f"{text}, guidance {shown}." if guidance else f"{text}, no guidance."
+
+
+def _print_frozen(document: Mapping[str, Any]) -> None:
+    for entry in document["frozen_dimensions"]:
+        place = f"dimension {entry['dimension']} of {entry['input']} is fixed to {entry['value']}"
+        console().print(escape(f"frozen: {place} ({entry['source']})"), soft_wrap=True)

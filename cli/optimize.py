@@ -1,0 +1,147 @@
+"""`stepfold optimize`: a checkpoint becomes a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.markup import escape
+
+from ..backends.registry import BACKENDS
+from ..loop.errors import UsageError
+from .console import console, print_json, table, working
+from .options import Json, MinPsnr, check_min_psnr
+
+REASONS = 3  # refused sites that are named for each pass
+
+
+def optimize(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="Folder with config.json and safetensors, or a pipeline.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="BUNDLE", help="Folder to write.")],
+    recipe: Annotated[
+        str, typer.Option("--recipe", metavar="NAME|FILE.yaml", help="The passes; see `stepfold recipes`.")
+    ] = "default",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME.OPTION=VALUE", help="Replace an option of a pass; may be repeated."),
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option("--backend", metavar="NAME", help="Engine; that of the recipe, or onnxruntime.")
+    ] = None,
+    loop: Annotated[
+        Path | None, typer.Option("--loop", metavar="FILE.yaml", help="Loop to use instead of the checkpoint's.")
+    ] = None,
+    inputs: Annotated[
+        Path | None, typer.Option("--inputs", metavar="FILE.safetensors", help="Example inputs by name.")
+    ] = None,
+    min_psnr: MinPsnr = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of the three sets of samples.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compile a checkpoint and the loop around it into a bundle.
+
+    Ends with exit code 3 when no schedule meets the quality budget; nothing is left behind then.
+
+    $ stepfold optimize examples/mnist_dit --out out/mnist --min-psnr 40
+    """
+    check_min_psnr(min_psnr)
+    chosen = [parse_setting(text) for text in settings or ()]
+    from ..runtime.compiler import Job
+    from ..runtime.compiler import optimize as run
+
+    job = Job(checkpoint, out, recipe, chosen, backend, loop, inputs, min_psnr, seed, overwrite)
+    with working() as progress:
+        document = run(job, progress)
+    if as_json:
+        print_json(document)
+    else:
+        print_summary(document)
+
+
+def parse_setting(text: str) -> tuple[str, str, Any]:
+    """`NAME.OPTION=VALUE` as (pass, option, value); the value is YAML: `10`, `40.5`, `auto`, `[a, b]`.
+
+    Raises:
+        UsageError: it has another form, or names a backend.
+    """
+    address, equals, value = text.partition("=")
+    name, dot, option = address.partition(".")
+    if not (equals and dot and name and option):
+        raise UsageError(f"--set: expected NAME.OPTION=VALUE, as in schedule.evaluations=10; received {text!r}.")
+    if any(backend.name == name for backend in BACKENDS):
+        raise UsageError(f"--set {address}: backend {name!r} has no options; expected the name of a pass.")
+    try:
+        return name, option, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UsageError(f"--set {address}: expected a YAML value, as in 10 or [a, b]; received {value!r}.") from None
+
+
+def print_summary(document: Mapping[str, Any]) -> None:
+    """Print what `optimize` did: passes, stages, schedule, quality and where the bundle is."""
+    screen = console()
+    numbers = ("changed", "refused", "drift", "total drift", "parameters", "seconds")
+    screen.print(table("Passes", ("pass", "outcome", *numbers), [_pass_row(p) for p in document["passes"]], numbers))
+    for line in refusals(document["passes"]):
+        screen.print(escape(line))
+    stages = [(s["name"], s["rate"], f"{s['bytes']:,}", f"{s['flops']:,}") for s in document["stages"]]
+    screen.print(table("Stages", ("stage", "rate", "bytes", "FLOPs"), stages, ("bytes", "FLOPs")))
+    for line in (schedule_line(document["schedule"]), quality_line(document["quality"])):
+        screen.print(escape(line))
+    screen.print(f"Bundle: {document['bundle']} ({document['seconds']:.0f} s)", markup=False, soft_wrap=True)
+
+
+def _pass_row(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    before, after = entry["parameters_before"], entry["parameters_after"]
+    return (
+        entry["name"],
+        entry["outcome"].replace("_", " "),
+        str(entry["changed"]),
+        str(len(entry["refused"])),
+        _drift(entry["drift"]),
+        _drift(entry["total_drift"]),
+        f"{after:,}" if before == after else f"{before:,} -> {after:,}",
+        f"{entry['seconds']:.1f}",
+    )
+
+
+def _drift(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
+
+
+def refusals(passes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line a pass about the sites it left alone, and why."""
+    lines = []
+    for entry in passes:
+        refused = entry["refused"]
+        if refused:
+            named = "; ".join(f"{site['site']}: {site['reason']}" for site in refused[:REASONS])
+            more = f"; and {len(refused) - REASONS} more" if len(refused) > REASONS else ""
+            lines.append(f"{entry['name']} left {len(refused)} alone: {named}{more}")
+    return lines
+
+
+def schedule_line(schedule: Mapping[str, Any] | None) -> str:
+    """How many of the sampler's calls are evaluated."""
+    if schedule is None:
+        return "Schedule: none; every call of the loop is evaluated."
+    return (
+        f"Schedule: {schedule['evaluations']} evaluations ({schedule['guided_evaluations']} with both guidance "
+        f"branches) instead of {schedule['grid_steps']}, fitted on the {schedule['fitted_on']}."
+    )
+
+
+def quality_line(quality: Mapping[str, Any] | None) -> str:
+    """How close the samples are to those of the full loop."""
+    if quality is None:
+        return "Quality: not measured; the model has no loop."
+    figures = quality["psnr_db"]
+    return (
+        f"Quality: {figures['mean']:.2f} dB PSNR against the full loop (worst {figures['min']:.2f}, lower 95 % bound "
+        f"of the mean {figures['low']:.2f}) over {quality['samples']} {quality['set']} samples."
+    )

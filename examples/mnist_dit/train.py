@@ -1,0 +1,154 @@
+"""Train the reference checkpoint again, from MNIST's original files.
+
+    python examples/mnist_dit/train.py --data mnist --out out/mnist_dit          # again: goes on where it was
+    python examples/mnist_dit/train.py --data mnist --evaluate examples/mnist_dit
+    python examples/mnist_dit/train.py --smoke --out out/smoke                   # seconds, on generated data
+
+What is trained and how stands in `flow_matching.py`; README.md has the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+from types import FrameType
+from typing import Any
+
+import numpy as np
+from diffusers import DiTTransformer2DModel
+from flow_matching import Settings, Training, advance, held_out_loss
+from mnist import Digits, generated, read_mnist
+from saving import resume, save
+
+from stepfold.loop.errors import StepfoldError, UsageError
+
+HERE = Path(__file__).resolve().parent
+STEPS, BATCH = 60_000, 256
+SMOKE_STEPS, SMOKE_BATCH, SMOKE_IMAGES = 20, 16, 256
+SMOKE_MODEL = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
+INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+
+
+@contextmanager
+def interruption() -> Iterator[Event]:
+    """Inside, Ctrl-C (or a termination) sets the event: the step at hand is finished, so that the state is whole."""
+    event = Event()
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        event.set()
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options; argparse leaves with exit code 2 on wrong ones."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path, metavar="FOLDER", help="MNIST's four original .gz files")
+    source.add_argument("--smoke", action="store_true", help="a tiny model on generated data, for a few steps")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--out", type=Path, metavar="FOLDER", help="the checkpoint to write, or to go on with")
+    target.add_argument("--evaluate", type=Path, metavar="CHECKPOINT", help="print its held-out loss, train nothing")
+    parser.add_argument("--seed", type=_natural, default=0, help="of initialization and batches (default 0)")
+    parser.add_argument("--steps", type=_positive, help=f"in all (default {STEPS}; --smoke: {SMOKE_STEPS})")
+    parser.add_argument("--batch", type=_positive, help=f"images a step (default {BATCH}; --smoke: {SMOKE_BATCH})")
+    parser.add_argument("--every", type=_positive, help="steps between two saves (default: a twentieth of --steps)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    return parser.parse_args(arguments)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number of 0 or more; received {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if (number := _natural(text)) == 0:
+        raise argparse.ArgumentTypeError("expected a whole number of 1 or more; received 0")
+    return number
+
+
+def data_of(options: argparse.Namespace) -> tuple[Digits, Digits]:
+    """Training images and held-out images."""
+    if options.smoke:
+        return generated(SMOKE_IMAGES, seed=0), generated(SMOKE_IMAGES, seed=1)
+    return read_mnist(options.data, "train"), read_mnist(options.data, "t10k")
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """The settings of the reference checkpoint, or small ones for a smoke run."""
+    config: dict[str, Any] = json.loads((HERE / "config.json").read_text())
+    if options.smoke:
+        batch = options.batch or SMOKE_BATCH
+        return Settings(config | SMOKE_MODEL, options.seed, batch, learning_rate=1e-2, warmup=5, ema=0.8)
+    return Settings(config, options.seed, options.batch or BATCH)
+
+
+def train(training: Training, settings: Settings, options: argparse.Namespace) -> bool:
+    """Train up to `--steps`, saving on the way; whether it got there."""
+    images, held_out = data_of(options)
+    steps = options.steps or (SMOKE_STEPS if options.smoke else STEPS)
+    every = options.every or max(1, steps // 20)
+    if training.step >= steps:
+        print(f"{options.out}: at step {training.step} already; raise --steps to go on")
+    losses = []
+    with interruption() as interrupted:
+        while training.step < steps and not interrupted.is_set():
+            losses.append(advance(training, settings, images))
+            if training.step % every == 0 or training.step == steps:
+                save(training, settings, options.out)
+                average = held_out_loss(training.model, held_out, training.average)
+                print(f"step {training.step} loss {np.mean(losses):.4f} held-out {average:.4f}", flush=True)
+                losses.clear()
+        if 0 < training.step < steps:
+            save(training, settings, options.out)
+    if training.step < steps:
+        print(f"interrupted after step {training.step} of {steps}; the same command goes on from there", flush=True)
+    return training.step >= steps
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Print the held-out loss of a checkpoint."""
+    try:
+        model = DiTTransformer2DModel.from_pretrained(options.evaluate, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{options.evaluate}: expected a DiT checkpoint in safetensors; received: {reason}") from None
+    model.eval().to(options.device)
+    loss = held_out_loss(model, data_of(options)[1])
+    print(f"{options.evaluate}: held-out loss {loss:.4f}")
+
+
+def main(arguments: list[str]) -> int:
+    """Run the script; its exit code."""
+    options = parse(arguments)
+    try:
+        if options.evaluate is not None:
+            evaluate(options)
+            return 0
+        settings = settings_of(options)
+        return 0 if train(resume(settings, options.out, options.device), settings, options) else INTERRUPTED
+    except StepfoldError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:  # disk full, no right to write: the files of the last save stand
+        print(f"error: {options.out}: {error}", file=sys.stderr)
+        return StepfoldError.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""From a checkpoint to a Program: load, capture, roles, rates, sites, frozen dimensions."""

@@ -1,0 +1,178 @@
+"""A checkpoint folder as a model, the loop around it, and one example call."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..ir.program import ModelIdentity, Program
+from ..loop.errors import UsageError
+from ..loop.spec import ComponentFile, LoopSpec, read_loop
+from .capture import capture
+from .examples import TEXT_ENCODERS, example_kwargs, read_tensors
+from .identity import weights_hash
+from .weights import find_weights, model_class, read_model
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.json"
+LOOP_FILE = "loop.yaml"
+INPUTS_FILE = "inputs.safetensors"
+PIPELINE_FILE = "model_index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint.
+
+    Attributes:
+        path: the folder.
+        class_name: of the model.
+        model: in evaluation mode and float32.
+        loop: the loop around it, or None for a component.
+        component: how a component is called, when `loop.yaml` says so.
+        kwargs: one example call with a batch of two.
+        weights_sha256: hash of the weights (in float32).
+        config: the content of `config.json`.
+    """
+
+    path: Path
+    class_name: str
+    model: torch.nn.Module
+    loop: LoopSpec | None
+    component: ComponentFile | None
+    kwargs: dict[str, Any]
+    weights_sha256: str
+    config: dict[str, Any]
+
+    @property
+    def method(self) -> str:
+        """The method of the model that is captured."""
+        return self.component.component.method if self.component else "forward"
+
+    def capture(self) -> Program:
+        """Capture the model as its loop, or its caller, calls it."""
+        identity = ModelIdentity(self.class_name, self.weights_sha256)
+        return capture(self.model, self.kwargs, self.loop, method=self.method, identity=identity)
+
+
+def load_checkpoint(path: Path, *, loop: Path | None = None, inputs: Path | None = None) -> Checkpoint:
+    """Load a diffusers or transformers folder, or a diffusers pipeline folder.
+
+    Args:
+        path: a folder with `config.json` and safetensors, or with `model_index.json`.
+        loop: a loop file to use instead of `loop.yaml` in the folder.
+        inputs: a safetensors file of example inputs to use instead of `inputs.safetensors` in the folder.
+
+    Raises:
+        UsageError: the folder, its configuration, weights or loop cannot be used; the message says what to do.
+    """
+    if not path.is_dir():
+        raise UsageError(f"{path}: no such checkpoint folder; expected one with {CONFIG_FILE} and safetensors weights.")
+    if (path / PIPELINE_FILE).is_file() and not (path / CONFIG_FILE).is_file():
+        from .pipeline import load_pipeline
+
+        return load_pipeline(path, loop=loop, inputs=inputs)
+    config = read_config(path)
+    class_name, library = class_of(path, config)
+    description = _description(path, loop)
+    cls = model_class(class_name, library)
+    if description is None and class_name not in TEXT_ENCODERS:
+        raise UsageError(f"{path}: no {LOOP_FILE}, and {class_name} does not tell its loop. {loop_lines(cls)}")
+    model = read_model(path, class_name, library, find_weights(path))
+    component = description if isinstance(description, ComponentFile) else None
+    method = _method(model, component)
+    tensors = read_tensors(inputs or path / INPUTS_FILE) if inputs or (path / INPUTS_FILE).is_file() else {}
+    return Checkpoint(
+        path=path,
+        class_name=class_name,
+        model=model,
+        loop=description if isinstance(description, LoopSpec) else None,
+        component=component,
+        kwargs=example_kwargs(model, method, description, config, tensors),
+        weights_sha256=weights_hash(model),
+        config=config,
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of `config.json`.
+
+    Raises:
+        UsageError: it is missing, is not a JSON object, or asks for quantized weights.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(
+            f"{folder}: no {CONFIG_FILE}; expected a diffusers or transformers folder, or a pipeline with "
+            f"{PIPELINE_FILE}."
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a JSON file: {error}") from None
+    if not isinstance(config, dict):
+        raise UsageError(f"{path}: expected a JSON object; received {type(config).__name__}.")
+    if config.get("quantization_config"):
+        raise UsageError(f"{path}: the weights are quantized; expected fp32, fp16 or bf16 weights.")
+    return config
+
+
+def class_of(folder: Path, config: dict[str, Any]) -> tuple[str, str]:
+    """The class a configuration names, and its library.
+
+    Raises:
+        UsageError: it names none.
+    """
+    name = config.get("_class_name")
+    if isinstance(name, str):
+        return name, "diffusers"
+    architectures = config.get("architectures")
+    if isinstance(architectures, list) and architectures and isinstance(architectures[0], str):
+        return architectures[0], "transformers"
+    raise UsageError(
+        f"{folder / CONFIG_FILE}: names no model class; expected `_class_name` (diffusers) or `architectures` "
+        "(transformers)."
+    )
+
+
+def loop_lines(cls: Any) -> str:
+    """The `loop.yaml` to write for a denoiser class, with the inputs its forward requires."""
+    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    names = [p.name for p in parameters]
+    state = names[0]
+    timestep = next((name for name in names if name in ("timestep", "timesteps")), "timestep")
+    others = [
+        n for n in (required if len(required) > 2 else names[:4]) if n not in (state, timestep) and "return" not in n
+    ]
+    conditions = "".join(f", {name}: {{role: condition, shape: [77, 768], dtype: float32}}" for name in others)
+    return (
+        f"Write one beside {CONFIG_FILE}, for example:\n"
+        f"  inputs: {{{state}: state, {timestep}: timestep{conditions}}}\n"
+        "  sampler: {scheduler: DDIMScheduler, config: {clip_sample: false}, steps: 50}\n"
+        "  latent: {shape: [4, 64, 64]}\n"
+        "or, for a network without a loop:\n"
+        "  component: {method: forward}\n"
+        f"  inputs: {{{state}: {{role: condition, shape: [4, 64, 64], dtype: float32}}}}"
+    )
+
+
+def _description(path: Path, loop: Path | None) -> LoopSpec | ComponentFile | None:
+    file = loop or path / LOOP_FILE
+    return read_loop(file) if loop is not None or file.is_file() else None
+
+
+def _method(model: torch.nn.Module, component: ComponentFile | None) -> str:
+    method = component.component.method if component else "forward"
+    if not callable(getattr(model, method, None)) or method.startswith("_"):
+        raise UsageError(
+            f"component.method: {type(model).__name__} has no method {method!r}; expected forward or decode."
+        )
+    return method

@@ -1,0 +1,276 @@
+"""Find the linear recurrence of a diffusers scheduler by probing it, and prove it by replay.
+
+A deterministic sampler is linear in the noise and in the denoiser outputs. So one run with basis vectors, the noise
+e_0 and the i-th output e_{i+1}, shows every coefficient of x[i] = A_i x[0] + sum_j B_ij v_j at once. What is not
+linear or not deterministic is found out by replaying random runs, one of them at ten times the usual magnitude.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..loop.errors import UsageError
+from ..loop.recurrence import Array, Recurrence
+from ..loop.spec import SamplerSpec
+from .schedulers import SCHEDULER_ERRORS, build
+
+logger = logging.getLogger(__name__)
+
+REPLAY_TOLERANCE = 1e-6  # relative L2 error of a replayed latent
+ROUNDING = 16 * np.finfo(np.float64).eps
+NEGLIGIBLE = 1e-9  # against the largest coefficient of the same update; float32 resolves 6e-8
+REPLAY_WIDTH = 64  # values in the latent of a replay
+ROUNDED_CALLS = 500  # beyond, the float32 rounding of the scheduler itself reaches the tolerance and grows as a root
+REPLAY_SCALES = (1.0, 1.0, 10.0)  # magnitudes; clipping may not show at 1
+DETERMINISTIC = (
+    "choose a deterministic scheduler, such as DDIMScheduler, DPMSolverMultistepScheduler or EulerDiscreteScheduler."
+)
+
+# Configuration keys that make a step non-linear, with the value that folds.
+NONLINEAR_KEYS: Mapping[str, tuple[str, str]] = {
+    "clip_sample": ("it clips the predicted sample", "set clip_sample: false"),
+    "clip_denoised": ("it clips the predicted sample", "set clip_denoised: false"),
+    "thresholding": ("it rescales the predicted sample by a quantile of itself", "set thresholding: false"),
+}
+
+
+def probe(sampler: SamplerSpec) -> Recurrence:
+    """Find the recurrence of a diffusers scheduler over its whole grid.
+
+    Args:
+        sampler: scheduler class, configuration, steps and arguments of `set_timesteps`.
+
+    Returns:
+        the recurrence over the S denoiser calls in `scheduler.timesteps` (a two-evaluation solver makes about two
+        calls a step); it replays the scheduler to 1e-6.
+
+    Raises:
+        UsageError: the scheduler is unknown, is configured wrongly, or is not a deterministic linear recurrence.
+    """
+    scheduler = build(sampler)
+    name, S = sampler.scheduler, len(scheduler.timesteps)
+    _refuse_signature(name, scheduler)
+    _refuse_learned_variance(name, scheduler)
+    _refuse_noise(name, scheduler)
+    _refuse_nonlinear_keys(name, scheduler)
+    recurrence = _solve(name, *_basis_run(name, scheduler, S), _grid(scheduler, sampler.timestep_scale))
+    _check_replay(name, scheduler, recurrence)
+    logger.info("%s: %d steps fold into %d calls, %d outputs deep", name, sampler.steps, S, recurrence.depth)
+    return recurrence
+
+
+def refuse_partial_grid(begin_index: int | None, steps: int) -> None:
+    """Refuse a loop that starts in the middle of its grid, as image-to-image pipelines do (`set_begin_index`).
+
+    Args:
+        begin_index: the call the pipeline starts at; None or 0 is the whole grid.
+        steps: calls of the whole grid.
+
+    Raises:
+        UsageError: the loop starts later than at the first call.
+    """
+    if begin_index:
+        raise UsageError(
+            f"the pipeline starts at call {begin_index} of {steps} (set_begin_index): the fold holds the whole grid "
+            "only, from noise to sample. An image-to-image or inpainting call cannot be folded: use the text-to-image "
+            "pipeline, or call it with strength 1.0."
+        )
+
+
+def _basis_run(name: str, scheduler: Any, calls: int) -> tuple[Array, Array]:
+    """Latents [S+1, S+1] whose rows are the coefficients of x[i] in (x[0], v_0, v_1, ...), and input scales [S].
+
+    Many schedulers round the latent to float32 on the way; that rounding would stand where an exact zero belongs, so
+    here, and only here, they are kept in float64.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class KeepDouble(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            rounds = func in (torch.Tensor.to, torch.Tensor.float) and args[0].dtype == torch.float64
+            return args[0] if rounds and result.dtype.is_floating_point else result
+
+    with KeepDouble():
+        return _run(name, scheduler, np.eye(1, calls + 1)[0], np.eye(calls, calls + 1, 1))
+
+
+def _grid(scheduler: Any, timestep_scale: float) -> tuple[Array, float]:
+    """Timesteps [S] as the denoiser receives them, and the scale of the initial noise."""
+    timesteps = timestep_scale * np.asarray([float(t) for t in scheduler.timesteps])
+    return timesteps, float(getattr(scheduler, "init_noise_sigma", 1.0))
+
+
+def _run(name: str, scheduler: Any, start: Array, outputs: Array, seed: int = 0) -> tuple[Array, Array]:
+    """Run a copy of a scheduler with given denoiser outputs.
+
+    Args:
+        name: of the scheduler, for messages.
+        scheduler: its grid is set and no step was taken; it is left so.
+        start: [D] the first latent, already scaled.
+        outputs: [S, D] what the denoiser answers at each call.
+        seed: of every random generator that the scheduler may use.
+
+    Returns:
+        latents [S+1, D] and input scales [S].
+
+    Raises:
+        UsageError: a step fails, the grid changes on the way, or the input scaling is not one factor.
+    """
+    import torch
+
+    scheduler = copy.deepcopy(scheduler)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)  # else equal neighbours at the start are taken for a start in the middle
+    extra = {}
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        extra["generator"] = torch.Generator().manual_seed(seed)
+    latent = torch.from_numpy(start).reshape(1, -1, 1, 1)
+    latents, scales = [start], []
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for i, t in enumerate(list(scheduler.timesteps)):
+            output = torch.from_numpy(outputs[i]).reshape(1, -1, 1, 1)
+            try:
+                scales.append(_input_scale(name, scheduler, latent, t))
+                latent = scheduler.step(output, t, latent, return_dict=False, **extra)[0]
+            except SCHEDULER_ERRORS as error:
+                raise UsageError(
+                    f"{name}: its step failed at call {i} of {len(outputs)}: {type(error).__name__}: {error}. It "
+                    f"cannot be folded; {DETERMINISTIC}"
+                ) from None
+            if latent.shape != output.shape or len(scheduler.timesteps) != len(outputs):
+                raise UsageError(
+                    f"{name}: call {i} changed the latent to {tuple(latent.shape)} and the grid to "
+                    f"{len(scheduler.timesteps)} calls; expected {tuple(output.shape)} and {len(outputs)}. An adaptive "
+                    f"loop cannot be folded; {DETERMINISTIC}"
+                )
+            latents.append(latent.flatten().double().numpy())
+    return np.stack(latents), np.asarray(scales)
+
+
+def _input_scale(name: str, scheduler: Any, latent: Any, t: Any) -> float:
+    """The factor of `scale_model_input`; 1 for a scheduler without one."""
+    if not hasattr(scheduler, "scale_model_input"):
+        return 1.0
+    before = latent.flatten().double().numpy()
+    after = scheduler.scale_model_input(latent, t).flatten().double().numpy()
+    with np.errstate(invalid="ignore"):  # a latent that is not finite is reported with its cause later
+        scale = float(before @ after / (before @ before))
+    if np.linalg.norm(after - scale * before) > REPLAY_TOLERANCE * np.linalg.norm(after):
+        raise UsageError(f"{name}: scale_model_input does more than multiply by a number; {DETERMINISTIC}")
+    return scale
+
+
+def _solve(name: str, latents: Array, scales: Array, grid: tuple[Array, float]) -> Recurrence:
+    """Turn the basis run, rows x[i] = (A_i, B_i0, B_i1, ...), into a_i = A_{i+1} / A_i and b."""
+    S = len(scales)
+    if not np.isfinite(latents).all():
+        call = int(np.nonzero(~np.isfinite(latents).all(axis=1))[0][0]) - 1
+        raise UsageError(
+            f"{name}: call {call} of {S} divides by zero: a coefficient of its step is not finite (two equal "
+            f"timesteps in a row or a first sigma of infinity do that). Take fewer steps, or {DETERMINISTIC}"
+        )
+    state, outputs = np.zeros(S), np.zeros((S, S))
+    for i in range(S):
+        before, after = latents[i], latents[i + 1]
+        if abs(before[0]) > ROUNDING * np.abs(before).max():
+            state[i] = after[0] / before[0]
+        elif abs(after[0]) > ROUNDING * np.abs(after).max():
+            raise UsageError(
+                f"{name}: call {i + 1} reads the initial noise again after call {i} has forgotten it, so no "
+                f"recurrence of the latent exists; {DETERMINISTIC}"
+            )
+        outputs[i] = _without_rounding(state[i] * before[1:], after[1:])
+    timesteps, initial_scale = grid
+    return Recurrence(timesteps, scales, state, outputs, initial_scale)
+
+
+def _without_rounding(carried: Array, after: Array) -> Array:
+    """Compute after - carried, with exact zeros for differences that are rounding, or too small for float32 latents.
+
+    Each coefficient that is not zero keeps an output in the driver's ring: solvers in predicted-sample form (DPM++,
+    UniPC) have a tail that decays over all earlier outputs.
+    """
+    difference = after - carried
+    noise = ROUNDING * (np.abs(carried) + np.abs(after))
+    difference[np.abs(difference) <= np.maximum(noise, NEGLIGIBLE * np.abs(difference).max())] = 0.0
+    return difference
+
+
+def _check_replay(name: str, scheduler: Any, recurrence: Recurrence) -> None:
+    """Replay random runs of a scheduler by the recurrence.
+
+    Raises:
+        UsageError: they differ, so the scheduler is not linear.
+    """
+    generator = np.random.default_rng(0)
+    tolerance = REPLAY_TOLERANCE * max(1.0, np.sqrt(recurrence.calls / ROUNDED_CALLS))
+    for scale in REPLAY_SCALES:
+        start = scale * recurrence.initial_scale * generator.standard_normal(REPLAY_WIDTH)
+        outputs = scale * generator.standard_normal((recurrence.calls, REPLAY_WIDTH))
+        wanted, scales = _run(name, scheduler, start, outputs)
+        latent = start
+        for i in range(recurrence.calls):
+            latent = recurrence.state[i] * latent + recurrence.outputs[i] @ outputs
+            error = np.linalg.norm(latent - wanted[i + 1]) / np.linalg.norm(wanted[i + 1])
+            if not error <= tolerance:
+                raise UsageError(
+                    f"{name}: not a linear recurrence: a random run at magnitude {scale:g} differs from "
+                    f"the probed coefficients by {error:.1e} (relative) at call {i} "
+                    f"of {recurrence.calls}; expected at most {tolerance:g}. C{DETERMINISTIC[1:]}"
+                )
+        if not np.allclose(scales, recurrence.input_scale, rtol=REPLAY_TOLERANCE, atol=0.0):
+            raise UsageError(f"{name}: its input scale depends on the latent; {DETERMINISTIC}")
+
+
+def _refuse_signature(name: str, scheduler: Any) -> None:
+    """A step that asks for more than output, timestep and sample belongs to a loop of its own."""
+    parameters = inspect.signature(scheduler.step).parameters.values() if hasattr(scheduler, "step") else None
+    if parameters is None:
+        raise UsageError(f"{name}: it has no method `step`, so it does not drive a loop; {DETERMINISTIC}")
+    names = [p.name for p in parameters]
+    required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if required != ["model_output", "timestep", "sample"] or "return_dict" not in names:
+        raise UsageError(
+            f"{name}: its step asks for {', '.join(required)}; expected model_output, timestep, sample. Its loop "
+            f"cannot be folded; {DETERMINISTIC}"
+        )
+
+
+def _refuse_learned_variance(name: str, scheduler: Any) -> None:
+    variance = scheduler.config.get("variance_type")
+    if isinstance(variance, str) and variance.startswith("learned"):
+        raise UsageError(
+            f"{name}: variance_type {variance!r} takes half of the denoiser output as a variance; the fold expects "
+            "the prediction alone. Remove the key from sampler.config, with a denoiser that returns only that."
+        )
+
+
+def _refuse_noise(name: str, scheduler: Any) -> None:
+    """Two runs that differ only in the seed must agree."""
+    generator = np.random.default_rng(0)
+    start = generator.standard_normal(REPLAY_WIDTH)
+    outputs = generator.standard_normal((len(scheduler.timesteps), REPLAY_WIDTH))
+    runs = [_run(name, scheduler, start, outputs, seed)[0] for seed in (1, 2)]
+    if not np.array_equal(*runs, equal_nan=True):
+        raise UsageError(
+            f"{name}: stochastic: it adds noise in its steps (two runs with different seeds differ), and "
+            f"only a deterministic loop folds; {DETERMINISTIC}"
+        )
+
+
+def _refuse_nonlinear_keys(name: str, scheduler: Any) -> None:
+    for key, (reason, remedy) in NONLINEAR_KEYS.items():
+        if scheduler.config.get(key):
+            raise UsageError(
+                f"{name}: not linear: {key} is {scheduler.config[key]!r}, so {reason} and the loop does not fold; "
+                f"{remedy} in sampler.config."
+            )

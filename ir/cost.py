@@ -1,0 +1,75 @@
+"""FLOPs and bytes of a graph, counted on the shapes of its nodes (a multiply-add counts two)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+import torch
+from torch import fx
+
+from .program import Program, Stage
+from .shapes import PROBE_BATCHES
+
+aten = torch.ops.aten
+
+
+def flops(node: fx.Node) -> int:
+    """FLOPs of one node at the probe batch; only operators that multiply matrices count."""
+    formula = FORMULAS.get(node.target)
+    return formula(node) if formula else 0
+
+
+def stage_flops(stage: Stage) -> int:
+    """FLOPs of one stage for one sample."""
+    return sum(flops(node) for node in stage.graph.graph.nodes) // PROBE_BATCHES[0]
+
+
+def program_flops(program: Program) -> int:
+    """FLOPs of one evaluation of the step stage for one sample."""
+    return stage_flops(program.step)
+
+
+def stage_bytes(stage: Stage) -> int:
+    """Bytes of the weights a stage holds."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in stage.tensors().values())
+
+
+def _shape(value: object) -> torch.Size:
+    assert isinstance(value, fx.Node)
+    return value.meta["val"].shape
+
+
+def _linear(node: fx.Node) -> int:
+    return 2 * prod(node.meta["val"].shape) * _shape(node.args[1])[-1]
+
+
+def _matmul(node: fx.Node) -> int:
+    return 2 * prod(node.meta["val"].shape) * _shape(node.args[0])[-1]
+
+
+def _addmm(node: fx.Node) -> int:
+    return 2 * prod(node.meta["val"].shape) * _shape(node.args[1])[-1]
+
+
+def _convolution(node: fx.Node) -> int:
+    return 2 * prod(node.meta["val"].shape) * prod(_shape(node.args[1])[1:])
+
+
+def _attention(node: fx.Node) -> int:
+    query, key, value = (_shape(argument) for argument in node.args[:3])
+    return 2 * prod(query) * key[-2] + 2 * prod(query[:-1]) * prod(value[-2:])
+
+
+FORMULAS: dict[object, Callable[[fx.Node], int]] = {
+    aten.linear.default: _linear,
+    aten.matmul.default: _matmul,
+    aten.bmm.default: _matmul,
+    aten.mm.default: _matmul,
+    aten.addmm.default: _addmm,
+    aten.conv1d.default: _convolution,
+    aten.conv2d.default: _convolution,
+    aten.conv3d.default: _convolution,
+    aten.scaled_dot_product_attention.default: _attention,
+}
+"""FLOPs by operator; `stepfold.ir.operators` adds its own."""

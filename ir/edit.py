@@ -1,0 +1,140 @@
+"""Structural edits of stages: cut a graph at named values, add weights, clean up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from ..loop.ports import Port, Rate
+from .program import Stage
+from .shapes import port, propagate
+
+SYM_SIZE = torch.ops.aten.sym_size.int
+
+
+def output_nodes(stage: Stage) -> list[fx.Node]:
+    """The nodes a stage returns, in the order of its output ports."""
+    return list(stage.graph.graph.output_node().args[0])  # type: ignore[arg-type]
+
+
+def copy_graph(stage: Stage) -> fx.GraphModule:
+    """A graph module that shares the stage's weights and whose graph may be edited."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(stage.graph.graph, mapping)
+    graph.output(output)
+    return fx.GraphModule(stage.graph, graph)
+
+
+def finish(stage: Stage, graph: fx.GraphModule) -> Stage:
+    """The stage with an edited graph: dead code and unused inputs removed, shapes propagated again."""
+    graph.graph.eliminate_dead_code()
+    _read_batch_from_one_input(graph.graph)
+    kept = []
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    for node, declared in zip(placeholders, stage.inputs, strict=True):
+        if node.users:
+            kept.append(declared)
+        else:
+            graph.graph.erase_node(node)
+    graph.graph.lint()
+    slim = fx.GraphModule(graph, graph.graph)  # keeps only the weights that are still read
+    propagate(slim, kept)
+    return replace(stage, graph=slim, inputs=tuple(kept))
+
+
+def extract(stage: Stage, name: str, rate: Rate, values: Sequence[fx.Node], names: Sequence[str]) -> Stage:
+    """A new stage that computes `values` of `stage` from the stage's inputs; weights are shared.
+
+    Args:
+        stage: the stage that computes the values today.
+        name: of the new stage.
+        rate: of the new stage.
+        values: nodes of `stage`, each with the batch as first dimension.
+        names: the port names of the values.
+    """
+    needed = _ancestors(values)
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    inputs: list[Port] = []
+    for node, declared in zip(_placeholders(stage), stage.inputs, strict=True):
+        if node in needed:
+            mapping[node] = graph.node_copy(node)
+            inputs.append(declared)
+    batch = mapping[next(node for node in _placeholders(stage) if node in needed and node.meta["shape"][:1] == (None,))]
+    for node in stage.graph.graph.nodes:
+        if node not in needed or node in mapping:
+            continue
+        if reads_batch(node):
+            mapping[node] = graph.call_function(SYM_SIZE, (batch, 0))
+        else:
+            mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+    graph.output(tuple(mapping[value] for value in values))
+    module = fx.GraphModule(stage.graph, graph)
+    propagate(module, inputs)
+    outputs = tuple(port(mapping[value], label) for value, label in zip(values, names, strict=True))
+    return Stage(name, rate, module, tuple(inputs), outputs)
+
+
+def replace_by_inputs(stage: Stage, values: Sequence[fx.Node], names: Sequence[str]) -> Stage:
+    """The stage with `values` received as inputs instead of computed."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {node: graph.node_copy(node) for node in _placeholders(stage)}
+    for value, label in zip(values, names, strict=True):
+        mapping[value] = graph.placeholder(label.replace(".", "_"))
+        mapping[value].meta = dict(value.meta)
+    for node in stage.graph.graph.nodes:
+        if node not in mapping and node.op != "output":
+            mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+    graph.output(tuple(mapping[node] for node in output_nodes(stage)))
+    added = tuple(port(value, label) for value, label in zip(values, names, strict=True))
+    widened = replace(stage, inputs=(*stage.inputs, *added))
+    return finish(widened, fx.GraphModule(stage.graph, graph))
+
+
+def reads_batch(node: fx.Node) -> bool:
+    """Whether a node asks for the size of the batch, of whatever tensor carries it."""
+    if node.target is not SYM_SIZE or node.args[1] != 0:
+        return False
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return source.meta["shape"][0] is None
+
+
+def _read_batch_from_one_input(graph: fx.Graph) -> None:
+    """Take the batch size from an input whose values are read too, so that no input is kept for its shape alone."""
+    sizes = [node for node in graph.nodes if reads_batch(node)]
+    sources = [node for node in graph.nodes if node.op == "placeholder" and node.meta.get("shape", ())[:1] == (None,)]
+    read = [source for source in sources if any(user not in sizes for user in source.users)]
+    for node in sizes if read else []:
+        node.args = (read[0], 0)
+
+
+def add_buffer(graph: fx.GraphModule, name: str, tensor: torch.Tensor) -> str:
+    """Register a tensor under a free attribute name derived from `name`; returns that name."""
+    base = "".join(c if c.isalnum() else "_" for c in name)
+    free, count = base, 1
+    while hasattr(graph, free):
+        free, count = f"{base}_{count}", count + 1
+    graph.register_buffer(free, tensor)
+    return free
+
+
+def _placeholders(stage: Stage) -> list[fx.Node]:
+    return [node for node in stage.graph.graph.nodes if node.op == "placeholder"]
+
+
+def _ancestors(values: Sequence[fx.Node]) -> set[fx.Node]:
+    """Everything the values are computed from; what a size of the batch is read from does not count."""
+    found: set[fx.Node] = set()
+    stack = list(values)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            if not reads_batch(node):
+                stack.extend(node.all_input_nodes)
+    return found

@@ -1,0 +1,187 @@
+"""The one driver: runs stages at their rates along a table.
+
+PyTorch references and engine sessions are both callables from named arrays to arrays, so verification, calibration,
+search and deployment share this loop. All state belongs to one `LoopRun`, so nothing leaks between requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from .ports import BoundProgram, Rate, repeat_row
+from .spec import LoopSpec
+from .table import FoldedTable
+
+Array = np.ndarray
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one call of the loop works on.
+
+    Attributes:
+        noise: [B, *latent] float32, standard normal.
+        conditions: name -> [B, ...] of the conditional branch.
+        unconditional: name -> [B, ...] of the other branch, or None without guidance.
+    """
+
+    noise: Array
+    conditions: Mapping[str, Array]
+    unconditional: Mapping[str, Array] | None
+
+
+class LoopRun:
+    """One request on its way from noise to samples.
+
+    `evaluate` computes the outputs of one table position, `update` applies one linear update. The schedule search
+    calls them one at a time, because it solves for the update after it has seen the outputs.
+    """
+
+    def __init__(self, program: BoundProgram, loop: LoopSpec, request: Request, plan: FoldedTable):
+        """Start at the scaled noise and compute everything whose rate is below `step`.
+
+        Args:
+            program: the callables.
+            loop: names of the inputs by role.
+            request: B samples.
+            plan: positions, timesteps, input scales and branches of the evaluations; its weights are not read.
+
+        Raises:
+            ValueError: the plan has guided evaluations and the request no unconditional conditions.
+        """
+        self._program, self._loop, self._plan = program, loop, plan
+        self.batch = len(request.noise)
+        self.latent = request.noise * np.float32(plan.initial_scale)
+        self.history: dict[int, tuple[Array, Array | None]] = {}
+        if plan.guided.any() and request.unconditional is None:
+            raise ValueError("the table has guided evaluations, so the request needs unconditional conditions")
+        self._times = _as_dtype(plan.timesteps, self._timestep_dtype())  # [N]
+        branches = _branches(request)
+        self._rows, self._inverse = _distinct_rows(branches)
+        self._conditions = branches
+        self._fixed: dict[str, Array] = {}  # rate once: [R, ...]
+        self._by_call: dict[str, Array] = {}  # rate once×timestep: [N, R, ...]
+        self._tables = {name: table[plan.positions] for name, table in program.tables.items()}  # [N, ...]
+        self._prepare()
+
+    def evaluate(self, k: int) -> tuple[Array, Array | None]:
+        """Outputs of evaluation k: the conditional [B, ...] and the unconditional [B, ...] or None."""
+        guided = bool(self._plan.guided[k])
+        rows = self.batch * (2 if guided else 1)
+        values = self._step_values(k, rows)
+        for stage in self._program.stages:
+            if stage.rate is Rate.STEP:
+                outputs = stage.call({port.name: values[port.name] for port in stage.inputs})
+                values.update(zip((port.name for port in stage.outputs), outputs, strict=True))
+        prediction = values[self._program.outputs[0]]
+        result = (prediction[: self.batch], prediction[self.batch :] if guided else None)
+        self.history[k] = result
+        return result
+
+    def update(self, state: float, conditional: Array, unconditional: Array) -> None:
+        """x <- state x + sum_j conditional_j c_j + unconditional_j u_j over the outputs still in the history."""
+        latent = self.latent * np.float32(state)
+        for j, (c, u) in self.history.items():
+            if conditional[j]:
+                latent += np.float32(conditional[j]) * c
+            if u is not None and unconditional[j]:
+                latent += np.float32(unconditional[j]) * u
+        self.latent = latent
+
+    def forget(self, j: int) -> None:
+        """Drop the outputs of evaluation j from the ring."""
+        self.history.pop(j, None)
+
+    def _step_values(self, k: int, rows: int) -> dict[str, Array]:
+        select = self._inverse[:rows]
+        scaled = self.latent * np.float32(self._plan.input_scale[k])
+        values = {name: value[:rows] for name, value in self._conditions.items()}
+        values |= {name: value[select] for name, value in self._fixed.items()}
+        values |= {name: value[k][select] for name, value in self._by_call.items()}
+        values |= {name: repeat_row(table[k], rows) for name, table in self._tables.items()}
+        values[self._loop.state] = scaled if rows == self.batch else np.concatenate([scaled, scaled])
+        values[self._loop.timestep] = np.full(rows, self._times[k])
+        return values
+
+    def _prepare(self) -> None:
+        """Run the stages of rate once, timestep and once×timestep, each in one batch."""
+        N, R = self._plan.evaluations, len(next(iter(self._rows.values()), [0]))
+        for stage in self._program.stages:
+            if stage.rate is Rate.STEP:
+                continue
+            names = [port.name for port in stage.outputs]
+            if stage.rate is Rate.ONCE:
+                known = self._rows | self._fixed
+                self._fixed.update(zip(names, stage.call(_pick(stage.inputs, known)), strict=True))
+            elif stage.rate is Rate.TIMESTEP:
+                known = {self._loop.timestep: self._times} | self._tables
+                self._tables.update(zip(names, stage.call(_pick(stage.inputs, known)), strict=True))
+            else:
+                known = {name: np.tile(value, (N,) + (1,) * (value.ndim - 1)) for name, value in self._rows.items()}
+                known |= {n: np.tile(v, (N,) + (1,) * (v.ndim - 1)) for n, v in self._fixed.items()}
+                known |= {name: np.repeat(table, R, axis=0) for name, table in self._tables.items()}
+                known |= {name: v.reshape(N * R, *v.shape[2:]) for name, v in self._by_call.items()}
+                known[self._loop.timestep] = np.repeat(self._times, R)
+                outputs = stage.call(_pick(stage.inputs, known))
+                self._by_call.update((n, v.reshape(N, R, *v.shape[1:])) for n, v in zip(names, outputs, strict=True))
+
+    def _timestep_dtype(self) -> str:
+        return next(port.port.dtype for port in self._program.inputs if port.role == "timestep")
+
+
+def run_loop(
+    program: BoundProgram, loop: LoopSpec, request: Request, table: FoldedTable, on_step: OnStep | None = None
+) -> Array:
+    """Noise in, samples out: [B, *latent] float32.
+
+    Args:
+        program: the callables.
+        loop: names of the inputs by role.
+        request: noise and conditions of B samples.
+        table: the folded loop.
+        on_step: called with (evaluations done, evaluations in all).
+    """
+    run = LoopRun(program, loop, request, table)
+    for k in range(table.evaluations):
+        run.evaluate(k)
+        run.update(float(table.state[k]), table.conditional[k], table.unconditional[k])
+        for j in list(run.history):
+            if table.last_reader(j) <= k:
+                run.forget(j)
+        if on_step is not None:
+            on_step(k + 1, table.evaluations)
+    return run.latent
+
+
+def _as_dtype(timesteps: Array, dtype: str) -> Array:
+    """Timesteps as the denoiser takes them; 979.99997, a float32 grid's 980, must not become the integer 979."""
+    return (np.rint(timesteps) if np.issubdtype(dtype, np.integer) else timesteps).astype(dtype)
+
+
+def _branches(request: Request) -> dict[str, Array]:
+    """Conditional rows first, unconditional rows behind, so that an unguided evaluation takes the first B."""
+    if request.unconditional is None:
+        return dict(request.conditions)
+    return {name: np.concatenate([value, request.unconditional[name]]) for name, value in request.conditions.items()}
+
+
+def _distinct_rows(conditions: Mapping[str, Array]) -> tuple[dict[str, Array], Array]:
+    """The R distinct rows of the conditions, and for each of the original rows which of them it is."""
+    if not conditions:
+        return {}, np.zeros(0, np.int64)
+    rows = len(next(iter(conditions.values())))
+    seen: dict[bytes, int] = {}
+    inverse = np.empty(rows, np.int64)
+    for i in range(rows):
+        key = b"".join(np.ascontiguousarray(value[i]).tobytes() for value in conditions.values())
+        inverse[i] = seen.setdefault(key, len(seen))
+    first = [int(np.argmax(inverse == r)) for r in range(len(seen))]
+    return {name: value[first] for name, value in conditions.items()}, inverse
+
+
+def _pick(ports, known: Mapping[str, Array]) -> dict[str, Array]:
+    return {port.name: known[port.name] for port in ports}

@@ -1,0 +1,67 @@
+"""Recurrence: a deterministic sampler written as a linear recurrence.
+
+With i counting denoiser *calls* (Heun makes two a step) and v_i the guided outputs,
+
+    v_i = f(c_i x[i], t_i)          x[i+1] = a_i x[i] + sum_{j<=i} b_ij v_j          x[0] = g noise
+
+`stepfold.frontend.sampler` finds (a, b, c, t, g) by probing a diffusers scheduler.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Recurrence:
+    """A sampler without noise or thresholding over S calls.
+
+    Attributes:
+        timesteps: [S] the value the denoiser receives at each call.
+        input_scale: [S] c, multiplies the latent before it enters the denoiser.
+        state: [S] a.
+        outputs: [S, S] b, lower triangular: row i weighs the outputs v_0..v_i in x[i+1].
+        initial_scale: g, multiplies the standard normal noise (`init_noise_sigma`).
+    """
+
+    timesteps: Array
+    input_scale: Array
+    state: Array
+    outputs: Array
+    initial_scale: float
+
+    def __post_init__(self) -> None:
+        S = len(self.timesteps)
+        shapes = (self.input_scale.shape, self.state.shape, self.outputs.shape)
+        if shapes != ((S,), (S,), (S, S)):
+            raise ValueError(f"a recurrence of {S} calls needs shapes [S], [S], [S, S]; received {shapes}")
+        if not np.allclose(self.outputs, np.tril(self.outputs)):
+            raise ValueError("a recurrence may only read outputs that exist: b must be lower triangular")
+
+    @property
+    def calls(self) -> int:
+        """S, the number of denoiser calls."""
+        return len(self.timesteps)
+
+    @property
+    def depth(self) -> int:
+        """How many outputs, the newest included, an update may read."""
+        rows, columns = np.nonzero(self.outputs)
+        return int((rows - columns).max(initial=0)) + 1
+
+    def unrolled(self) -> tuple[Array, Array]:
+        """Write every latent in the noise and the outputs alone.
+
+        Returns:
+            A [S+1] and B [S+1, S] with `x[i] = A_i x[0] + sum_j B_ij v_j`; linear, so exact.
+        """
+        S = self.calls
+        A, B = np.ones(S + 1), np.zeros((S + 1, S))
+        for i in range(S):
+            A[i + 1] = self.state[i] * A[i]
+            B[i + 1] = self.state[i] * B[i] + self.outputs[i]
+        return A, B

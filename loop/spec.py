@@ -1,0 +1,165 @@
+"""LoopSpec: what the loop around a denoiser looks like, as written in `loop.yaml`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import UsageError
+
+Role = Literal["state", "timestep", "condition", "constant"]
+
+
+class Strict(BaseModel):
+    """A frozen model that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class InputSpec(Strict):
+    """One denoiser input: its role and, where the checkpoint does not tell, its shape without the batch."""
+
+    role: Role
+    shape: tuple[int, ...] | None = None
+    dtype: str | None = None
+
+
+class SamplerSpec(Strict):
+    """A diffusers scheduler class, its configuration, and the arguments of its `set_timesteps`.
+
+    The denoiser receives `timestep_scale` times the timestep of the scheduler: the pipelines of FLUX and QwenImage
+    pass a thousandth of it.
+    """
+
+    scheduler: str
+    config: dict[str, Any] = Field(default_factory=dict)
+    steps: int = Field(gt=0, le=10_000)
+    set_timesteps: dict[str, Any] = Field(default_factory=dict)
+    timestep_scale: float = Field(default=1.0, gt=0)
+
+
+class GuidanceValues(Strict):
+    """Several guidance scales, one fitted table for each; `strict` refuses any other scale at run time."""
+
+    values: tuple[float, ...] = Field(min_length=1)
+
+
+class GuidanceSpec(Strict):
+    """Classifier-free guidance `v = u + scale (c - u)` between the conditional c and the unconditional u.
+
+    `unconditional` gives the value of each condition in the unconditional branch, or `input` where the caller
+    supplies them (a negative prompt).
+    """
+
+    scale: float | GuidanceValues
+    unconditional: dict[str, Any] | Literal["input"]
+    strict: bool = False
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The scales that get a fitted table, the default first."""
+        return self.scale.values if isinstance(self.scale, GuidanceValues) else (self.scale,)
+
+
+class LatentSpec(Strict):
+    """Shape of one latent, without the batch: `[C, H, W]` or the model's own."""
+
+    shape: tuple[int, ...] = Field(min_length=1)
+
+
+class ComponentSpec(Strict):
+    """A network without a loop: the method of the model to capture."""
+
+    method: str = "forward"
+
+
+class LoopSpec(Strict):
+    """Sampler, guidance, latent and the role of each denoiser input."""
+
+    inputs: dict[str, InputSpec]
+    sampler: SamplerSpec
+    guidance: GuidanceSpec | None = None
+    latent: LatentSpec
+    constants: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("inputs", mode="before")
+    @classmethod
+    def _short_roles(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: {"role": spec} if isinstance(spec, str) else spec for name, spec in value.items()}
+        return value
+
+    @model_validator(mode="after")
+    def _one_state_one_timestep(self) -> LoopSpec:
+        for role in ("state", "timestep"):
+            names = self.names(role)
+            if len(names) != 1:
+                raise ValueError(f"exactly one input must have the role {role!r}; received {names}")
+        if self.guidance is not None and isinstance(self.guidance.unconditional, dict):
+            unknown = sorted(set(self.guidance.unconditional) - set(self.conditions))
+            if unknown:
+                raise ValueError(f"guidance.unconditional names {unknown}, which are not condition inputs")
+        return self
+
+    def names(self, role: Role) -> list[str]:
+        """The names of the inputs with this role, in order."""
+        return [name for name, spec in self.inputs.items() if spec.role == role]
+
+    @property
+    def state(self) -> str:
+        """The name of the input that carries the latent."""
+        return self.names("state")[0]
+
+    @property
+    def timestep(self) -> str:
+        """The name of the input that carries the timestep."""
+        return self.names("timestep")[0]
+
+    @property
+    def conditions(self) -> list[str]:
+        """The names of the inputs that are fixed for one request."""
+        return self.names("condition")
+
+
+class ComponentFile(Strict):
+    """The form of `loop.yaml` for a component: a method and its example inputs, no loop."""
+
+    component: ComponentSpec
+    inputs: dict[str, InputSpec] = Field(default_factory=dict)
+    constants: dict[str, Any] = Field(default_factory=dict)
+
+
+def read_loop(path: Path) -> LoopSpec | ComponentFile:
+    """Read a `loop.yaml`.
+
+    Raises:
+        UsageError: the file is missing, is not YAML, or does not describe a loop or a component.
+    """
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such loop file.") from None
+    except OSError as error:
+        raise UsageError(f"{path}: the loop file cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a YAML file: {error}") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: expected a mapping with inputs, sampler and latent; received {type(data).__name__}.")
+    if isinstance(data.get("component"), dict) and isinstance(data.get("inputs"), dict):
+        data["inputs"] = {k: {"role": v} if isinstance(v, str) else v for k, v in data["inputs"].items()}
+    kind = ComponentFile if "component" in data else LoopSpec
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise UsageError(f"{path}: {describe(error)}") from None
+
+
+def describe(error: ValidationError) -> str:
+    """One line a pydantic error: where, what was wrong, what was received."""
+    return "; ".join(
+        f"{'.'.join(str(part) for part in item['loc']) or 'file'}: {item['msg']} (received {item['input']!r:.80})"
+        for item in error.errors()
+    )

@@ -1,0 +1,169 @@
+"""FoldedTable: sampler x guidance x schedule, collapsed into the updates between denoiser evaluations.
+
+With c_j and u_j the conditional and unconditional outputs of evaluation j,
+
+    x[k+1] = state_k x[k] + sum_{j<=k} conditional_kj c_j + unconditional_kj u_j
+
+A step that the schedule skips has no row: it is part of the update between its two neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .recurrence import Array, Recurrence
+
+
+@dataclass(frozen=True, eq=False)
+class FoldedTable:
+    """The loop a bundle runs: N evaluations and one linear update after each.
+
+    Attributes:
+        positions: [N] grid call of each evaluation, ascending from 0.
+        timesteps: [N] the value the denoiser receives.
+        input_scale: [N] multiplies the latent before it enters the denoiser.
+        guided: [N] whether both guidance branches are evaluated; where False only the conditional one runs.
+        state: [N] weight of the latent in the update.
+        conditional: [N, N] lower triangular weights of the conditional outputs.
+        unconditional: [N, N] lower triangular weights of the unconditional outputs; zero columns where not guided.
+        initial_scale: multiplies the standard normal noise.
+        landings: [N] grid call at which the latent stands after the update; S after the last.
+    """
+
+    positions: Array
+    timesteps: Array
+    input_scale: Array
+    guided: Array
+    state: Array
+    conditional: Array
+    unconditional: Array
+    initial_scale: float
+    landings: Array
+
+    def __post_init__(self) -> None:
+        N = len(self.positions)
+        for name in ("timesteps", "input_scale", "guided", "state", "landings"):
+            if getattr(self, name).shape != (N,):
+                raise ValueError(f"{name} of a table of {N} evaluations must be [{N}]")
+        for name in ("conditional", "unconditional"):
+            weights = getattr(self, name)
+            if weights.shape != (N, N) or not np.allclose(weights, np.tril(weights)):
+                raise ValueError(f"{name} of a table of {N} evaluations must be lower triangular [{N}, {N}]")
+            if not np.isfinite(weights).all():
+                raise ValueError(f"{name} weights of a table must be finite")
+        if self.unconditional[:, ~self.guided].any():
+            raise ValueError("an unguided evaluation has no unconditional output to weigh")
+
+    @property
+    def evaluations(self) -> int:
+        """N, the number of denoiser evaluations."""
+        return len(self.positions)
+
+    @property
+    def guided_evaluations(self) -> int:
+        """How many evaluations run both branches."""
+        return int(self.guided.sum())
+
+    def last_reader(self, j: int) -> int:
+        """The last update that reads the outputs of evaluation j; the ring may drop them afterwards."""
+        used = np.nonzero((self.conditional[:, j] != 0) | (self.unconditional[:, j] != 0))[0]
+        return int(used.max(initial=j))
+
+    def arrays(self) -> dict[str, Array]:
+        """The table as named arrays, for `tables.safetensors`."""
+        return {
+            "positions": self.positions.astype(np.int64),
+            "timesteps": self.timesteps.astype(np.float64),
+            "input_scale": self.input_scale.astype(np.float64),
+            "guided": self.guided.astype(np.uint8),
+            "state": self.state.astype(np.float64),
+            "conditional": self.conditional.astype(np.float64),
+            "unconditional": self.unconditional.astype(np.float64),
+            "initial_scale": np.asarray([self.initial_scale], np.float64),
+            "landings": self.landings.astype(np.int64),
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array]) -> FoldedTable:
+        """Rebuild a table from `arrays()`."""
+        return cls(
+            positions=arrays["positions"],
+            timesteps=arrays["timesteps"],
+            input_scale=arrays["input_scale"],
+            guided=arrays["guided"].astype(bool),
+            state=arrays["state"],
+            conditional=arrays["conditional"],
+            unconditional=arrays["unconditional"],
+            initial_scale=float(arrays["initial_scale"][0]),
+            landings=arrays["landings"],
+        )
+
+
+def fold(
+    recurrence: Recurrence,
+    scale: float | None = None,
+    positions: Sequence[int] | None = None,
+    order: int = 0,
+) -> FoldedTable:
+    """Fold a sampler, a guidance scale and a set of evaluated calls into a table.
+
+    An output that is skipped is forecast from the `order + 1` newest evaluated outputs by the polynomial through
+    them in the call index (order 0: reuse); near the start fewer are used. Exact, because everything is linear.
+
+    Args:
+        recurrence: the sampler over S calls.
+        scale: guidance scale, or None for a denoiser without guidance.
+        positions: calls to evaluate, ascending, beginning with 0; None evaluates all.
+        order: order of the forecast of skipped outputs.
+
+    Raises:
+        ValueError: positions are not ascending calls that begin with 0, or the order is negative.
+    """
+    S = recurrence.calls
+    if order < 0:
+        raise ValueError(f"the order of a forecast must be 0 (reuse) or more; received {order}")
+    chosen = np.arange(S) if positions is None else np.asarray(positions, np.int64)
+    if len(chosen) == 0 or chosen[0] != 0 or (np.diff(chosen) <= 0).any() or chosen[-1] >= S:
+        raise ValueError(f"positions must ascend from 0 and stay below {S}; received {list(chosen)}")
+    N = len(chosen)
+    forecasts = np.stack([_forecast(i, chosen, order) for i in range(S)])  # [S, N]: v_i ~ forecasts_i . evaluated
+    ends = np.append(chosen[1:], S)
+    state, outputs = np.ones(N), np.zeros((N, N))
+    for k, (start, end) in enumerate(zip(chosen, ends, strict=True)):
+        for i in range(start, end):
+            state[k] *= recurrence.state[i]
+            outputs[k] = recurrence.state[i] * outputs[k] + recurrence.outputs[i] @ forecasts
+    return with_guidance(recurrence, scale, chosen, state, outputs)
+
+
+def with_guidance(
+    recurrence: Recurrence, scale: float | None, positions: Array, state: Array, outputs: Array
+) -> FoldedTable:
+    """Build the table whose update weighs *guided* outputs `v = u + scale (c - u)` by `outputs` [N, N]."""
+    N = len(positions)
+    factor = 1.0 if scale is None else scale
+    return FoldedTable(
+        positions=positions,
+        timesteps=recurrence.timesteps[positions],
+        input_scale=recurrence.input_scale[positions],
+        guided=np.full(N, scale is not None and scale != 1.0),
+        state=state,
+        conditional=factor * outputs,
+        unconditional=(1.0 - factor) * outputs,
+        initial_scale=recurrence.initial_scale,
+        landings=np.append(positions[1:], recurrence.calls),
+    )
+
+
+def _forecast(call: int, positions: Array, order: int) -> Array:
+    """Weights [N] that express the output of `call` in the outputs evaluated up to it (Lagrange in the index)."""
+    weights = np.zeros(len(positions))
+    newest = int(np.searchsorted(positions, call, side="right")) - 1
+    anchors = range(max(0, newest - order), newest + 1)
+    for j in anchors:
+        others = [m for m in anchors if m != j]
+        weights[j] = np.prod([(call - positions[m]) / (positions[j] - positions[m]) for m in others])
+    return weights

@@ -1,0 +1,110 @@
+"""The contract of a pass."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from ..ir.program import Program, Refusal
+from ..loop.ports import BoundProgram
+
+
+class Options(BaseModel):
+    """The frozen options of a pass; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+Progress = Callable[[str, int, int], None]
+
+
+def silent(task: str, done: int, total: int) -> None:
+    """Report progress to nobody."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may use beside the program.
+
+    Attributes:
+        original: the captured program, before any pass: the reference of quality.
+        engine: lowers a program and opens it: the callables that will be deployed.
+        reference: opens the original program, the loop that reference trajectories are made with.
+        engine_name: the backend, and what its artifacts depend on.
+        seed: of the three sets of samples.
+        cache: where reference trajectories and statistics are kept between runs.
+        min_psnr: a quality budget given by the user, which wins over the recipe's.
+        progress: called with (task, done, total) during long work.
+    """
+
+    original: Program
+    engine: Callable[[Program], BoundProgram]
+    reference: Callable[[], BoundProgram]
+    engine_name: str
+    seed: int
+    cache: Path
+    min_psnr: float | None = None
+    progress: Progress = silent
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass returns.
+
+    Attributes:
+        program: the new program.
+        changed: how many sites it changed, counted where they are changed.
+        refused: sites it looked at and left alone.
+        identity: the options ask for no change.
+        details: figures for the record.
+    """
+
+    program: Program
+    changed: int
+    refused: tuple[Refusal, ...] = ()
+    identity: bool = False
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Pass(ABC, Generic[OptionsT]):
+    """A rewrite of a program: pattern, check, rewrite.
+
+    Class attributes name it in recipes and tables. `exact` passes must keep the outputs within the tolerance of the
+    dtype; the manager checks it.
+    """
+
+    name: ClassVar[str]
+    family: ClassVar[str]
+    source: ClassVar[str]
+    exact: ClassVar[bool] = False
+    idempotent: ClassVar[bool] = True
+    options_type: ClassVar[type[Options]]
+
+    def __init__(self, options: OptionsT):
+        self.options = options
+
+    @classmethod
+    def summary(cls) -> str:
+        """The first line of the class's docstring."""
+        return (cls.__doc__ or "").strip().splitlines()[0]
+
+    def not_applicable(self, program: Program) -> str | None:
+        """Why the program has nothing of the kind this pass acts on, or None."""
+        return None
+
+    def requires(self, program: Program) -> None:
+        """Check preconditions.
+
+        Raises:
+            UsageError: one does not hold; the message names the pass to run before.
+        """
+
+    @abstractmethod
+    def run(self, program: Program, context: Context) -> PassResult:
+        """Rewrite the program; never changes its argument."""

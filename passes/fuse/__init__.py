@@ -1,0 +1,1 @@
+"""Fusion: rules that put operators together for an engine, each pattern, check, rewrite."""

@@ -1,0 +1,99 @@
+"""Attention with its head split and merge as one operator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from .rules import NearMiss, Rule
+
+aten = torch.ops.aten
+RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
+
+@dataclass(frozen=True)
+class HeadedAttention:
+    """Bindings: the three [B, T, D] values before their head split, the heads and the scale."""
+
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    heads: int
+    scale: float | None
+
+
+class FuseAttention(Rule[HeadedAttention]):
+    """merge(sdpa(split(q), split(k), split(v))) -> attention(q, k, v, heads).
+
+    Constraints: no mask, not causal, no dropout, the same number of heads for query and key; `split` is a reshape to
+    [B, T, H, K] and a transpose, `merge` its inverse.
+    """
+
+    name: ClassVar[str] = "attention"
+
+    def match(self, node: fx.Node) -> HeadedAttention | NearMiss | None:
+        """A reshape to [B, T, D] of a transposed attention."""
+        attention = _merged_attention(node)
+        if attention is None:
+            return None
+        query, key, value, *rest = attention.args
+        options = dict(zip(("attn_mask", "dropout_p", "is_causal"), rest, strict=False)) | attention.kwargs
+        if options.get("attn_mask") is not None:
+            return NearMiss("it has a mask")
+        if options.get("is_causal") or options.get("dropout_p"):
+            return NearMiss("it is causal or has dropout")
+        sources = [_before_split(argument) for argument in (query, key, value)]
+        if None in sources:
+            return NearMiss("query, key or value is not a plain head split")
+        heads = {argument.meta["shape"][1] for argument in (query, key, value)}  # type: ignore[union-attr]
+        if len(heads) != 1 or not isinstance(next(iter(heads)), int):
+            return NearMiss("query, key and value have different numbers of heads")
+        q, k, v = sources
+        return HeadedAttention(q, k, v, next(iter(heads)), options.get("scale"))  # type: ignore[arg-type]
+
+    def rewrite(self, graph: fx.Graph, node: fx.Node, match: HeadedAttention) -> fx.Node:
+        """One `stepfold::attention`."""
+        width = match.query.meta["val"].shape[-1] // match.heads
+        scale = match.scale if match.scale is not None else width**-0.5
+        arguments = (match.query, match.key, match.value, match.heads, scale)
+        return graph.call_function(torch.ops.stepfold.attention.default, arguments)
+
+
+def _merged_attention(node: fx.Node) -> fx.Node | None:
+    """The attention whose transposed output `node` reshapes to [B, T, D], if that is what it does."""
+    if node.target not in RESHAPES or len(node.meta["shape"]) != 3:
+        return None
+    transpose = _skip_copies(node.args[0])
+    if transpose.target is not aten.transpose.int or sorted(transpose.args[1:]) != [1, 2]:
+        return None
+    attention = _skip_copies(transpose.args[0])
+    if attention.target is not aten.scaled_dot_product_attention.default:
+        return None
+    T, D = node.meta["shape"][1:]
+    _, H, queries, K = attention.meta["shape"]
+    return attention if (T, D) == (queries, H * K) else None
+
+
+def _before_split(node: object) -> fx.Node | None:
+    """The [B, T, D] value that a reshape and a transpose split into heads [B, H, T, K]."""
+    assert isinstance(node, fx.Node)
+    node = _skip_copies(node)
+    if node.target is not aten.transpose.int or sorted(node.args[1:]) != [1, 2]:
+        return None
+    split = _skip_copies(node.args[0])
+    if split.target not in RESHAPES:
+        return None
+    source = split.args[0]
+    shape, wanted = source.meta["shape"], split.meta["shape"]
+    whole = len(shape) == 3 and len(wanted) == 4 and shape[1] == wanted[1] and shape[2] == wanted[2] * wanted[3]
+    return source if whole else None
+
+
+def _skip_copies(node: object) -> fx.Node:
+    assert isinstance(node, fx.Node)
+    while node.target is aten.clone.default:
+        node = node.args[0]  # type: ignore[assignment]
+    return node

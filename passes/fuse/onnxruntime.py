@@ -1,0 +1,60 @@
+"""Fuse: the rules that pay on ONNX Runtime."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
+from ...ir.edit import copy_graph, finish
+from ...ir.program import Program, Refusal
+from ..base import Context, Options, Pass, PassResult
+from .attention import FuseAttention
+from .gelu import FuseGelu
+from .rules import Rule, apply_rule
+
+RULES: tuple[Rule[Any], ...] = (FuseAttention(), FuseGelu())
+FUSED = (torch.ops.stepfold.attention.default, torch.ops.stepfold.fast_gelu.default)
+
+
+class FuseOptions(Options):
+    """Options of `fuse`.
+
+    Attributes:
+        rules: names of the rules to apply; all by default.
+    """
+
+    rules: tuple[str, ...] = tuple(rule.name for rule in RULES)
+
+
+class FuseOnnxRuntime(Pass[FuseOptions]):
+    """Put operators together into the ones that are fast on ONNX Runtime.
+
+    Attention takes its head split and merge along; the tanh form of GELU becomes the contrib kernel.
+    """
+
+    name = "fuse"
+    family = "fuse"
+    source = "ONNX Runtime contrib operators; figures in docs/performance.md"
+    exact = True
+    options_type = FuseOptions
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        """Apply every chosen rule to every stage."""
+        changed, refused, counts = 0, list[Refusal](), dict[str, int]()
+        stages = []
+        for stage in program.stages:
+            graph, found = copy_graph(stage), 0
+            for rule in RULES:
+                if rule.name in self.options.rules:
+                    count, missed = apply_rule(graph, rule)
+                    found += count
+                    counts[rule.name] = counts.get(rule.name, 0) + count
+                    refused += missed
+            changed += found
+            stages.append(finish(stage, graph) if found else stage)
+        fused = any(node.target in FUSED for stage in program.stages for node in stage.graph.graph.nodes)
+        result = replace(program, stages=tuple(stages))
+        return PassResult(result, changed, tuple(refused), identity=fused and not changed, details={"rules": counts})

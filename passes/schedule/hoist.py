@@ -1,0 +1,137 @@
+"""Hoist: run at its own rate what does not depend on the latent."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import fx
+
+from ...frontend.rates import node_rates
+from ...ir.edit import extract, replace_by_inputs
+from ...ir.program import Program, Refusal, Stage
+from ...ir.shapes import follows_batch
+from ...loop.ports import Rate
+from ..base import Context, Options, Pass, PassResult
+
+BELOW = {
+    Rate.STEP: (Rate.ONCE, Rate.TIMESTEP, Rate.ONCE_TIMESTEP),
+    Rate.ONCE_TIMESTEP: (Rate.ONCE, Rate.TIMESTEP),
+}
+"""What can be cut out of a stage of each rate."""
+
+
+class HoistOptions(Options):
+    """`hoist` has no options: what dataflow proves is moved."""
+
+
+class Hoist(Pass[HoistOptions]):
+    """Move what depends on timestep and conditions only into stages of lower rates and tables.
+
+    Rates are proven by dataflow. The frontier of values that a stage reads at a lower rate becomes its inputs; what
+    computes them becomes a stage of its own. Stages of rate `timestep` are run for every grid call at once and kept
+    as tables [S, ...], so their weights leave the program.
+    """
+
+    name = "hoist"
+    family = "schedule"
+    source = "stepfold; exact caches of text keys and modulation are hand-written in diffusers (TextKVCache)"
+    exact = True
+    options_type = HoistOptions
+
+    def not_applicable(self, program: Program) -> str | None:
+        """A component has no loop, so nothing changes more often than once."""
+        return None if program.loop is not None else "the program has no loop"
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        """Cut the step stage, then the once×timestep stage, then tabulate the timestep stage."""
+        before = len(program.stages) + len(program.tables)
+        program, moved, refused = _cut(program, program.step)
+        combined = next((s for s in program.stages if s.rate is Rate.ONCE_TIMESTEP), None)
+        if combined is not None:
+            program, more, also_refused = _cut(program, combined)
+            moved, refused = moved + more, [*refused, *also_refused]
+        program = _tabulate(program)
+        changed = moved if len(program.stages) + len(program.tables) != before else 0
+        return PassResult(program, changed, tuple(refused))
+
+
+def _cut(program: Program, stage: Stage) -> tuple[Program, int, list[Refusal]]:
+    """Split everything below the stage's rate out of it; returns how many operators left."""
+    rates = node_rates(program)
+    frontier, refused = _frontier(stage, rates)
+    if not frontier:
+        return program, 0, refused
+    names = {node: f"{stage.name}.{node.name}" for node in frontier}
+    slim = replace_by_inputs(stage, frontier, [names[node] for node in frontier])
+    lower = []
+    for rate in BELOW[stage.rate]:
+        values = [node for node in frontier if rates[node] is rate]
+        if values:
+            lower.append(extract(stage, _stage_name(program, rate), rate, values, [names[n] for n in values]))
+    at = program.stages.index(stage)
+    stages = (*program.stages[:at], *lower, slim, *program.stages[at + 1 :])
+    moved = _operators(stage) - _operators(slim)
+    return _merge_same_rate(replace(program, stages=stages)), moved, refused
+
+
+def _frontier(stage: Stage, rates: dict[fx.Node, Rate]) -> tuple[list[fx.Node], list[Refusal]]:
+    """The values of lower rate the stage reads, as far downstream as they have the batch in front."""
+    below = BELOW[stage.rate]
+    candidates: dict[fx.Node, None] = {}
+    for node in stage.graph.graph.nodes:
+        if rates[node] is stage.rate:
+            candidates.update(dict.fromkeys(source for source in node.all_input_nodes if rates[source] in below))
+    frontier: dict[fx.Node, None] = {}
+    refused: dict[fx.Node, Refusal] = {}
+    stack = list(candidates)
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if node.op == "placeholder":
+            continue
+        if follows_batch(node):
+            frontier[node] = None
+            continue
+        if node.meta.get("shape") is not None:
+            refused[node] = Refusal(node.name, f"its first dimension is not the batch: {list(node.meta['shape'])}")
+        fresh = [source for source in node.all_input_nodes if rates[source] in below and source not in seen]
+        seen.update(fresh)
+        stack.extend(fresh)
+    order = {node: i for i, node in enumerate(stage.graph.graph.nodes)}
+    return sorted(frontier, key=order.__getitem__), list(refused.values())
+
+
+def _stage_name(program: Program, rate: Rate) -> str:
+    base = {Rate.ONCE: "once", Rate.TIMESTEP: "timestep", Rate.ONCE_TIMESTEP: "once_timestep"}[rate]
+    taken = sum(stage.rate is rate for stage in program.stages)
+    return base if not taken else f"{base}_{taken + 1}"
+
+
+def _merge_same_rate(program: Program) -> Program:
+    """Order stages so that each comes behind those it reads from."""
+    order = list(Rate)
+    return replace(program, stages=tuple(sorted(program.stages, key=lambda stage: order.index(stage.rate))))
+
+
+def _tabulate(program: Program) -> Program:
+    """Run the stages of rate timestep for every grid call and keep the values instead of the stages."""
+    recurrence, loop = program.recurrence, program.loop
+    assert recurrence is not None and loop is not None
+    dtype = next(i.port.dtype for i in program.inputs if i.role == "timestep")
+    values = {loop.timestep: torch.from_numpy(recurrence.timesteps.astype(dtype))}
+    tables: dict[str, np.ndarray] = dict(program.tables)
+    for stage in program.stages:
+        if stage.rate is not Rate.TIMESTEP:
+            continue
+        with torch.no_grad():
+            outputs = stage.graph(*(values[port.name] for port in stage.inputs))
+        values |= {port.name: value for port, value in zip(stage.outputs, outputs, strict=True)}
+        tables |= {port.name: value.numpy() for port, value in zip(stage.outputs, outputs, strict=True)}
+    kept = tuple(stage for stage in program.stages if stage.rate is not Rate.TIMESTEP)
+    return replace(program, stages=kept, tables=tables)
+
+
+def _operators(stage: Stage) -> int:
+    return sum(node.op == "call_function" for node in stage.graph.graph.nodes)

@@ -1,0 +1,234 @@
+"""Schedule: the fewest evaluations that keep the quality budget, fitted and searched on the compiled engine."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ...calibration.trajectories import Trajectories, first, trajectories
+from ...ir.program import Program, Schedule
+from ...loop.errors import GateError, UsageError
+from ...loop.metrics import lower_bound, psnr
+from ...loop.noise import SampleSet
+from ...loop.ports import BoundProgram
+from ...loop.table import FoldedTable, fold
+from ..base import Context, Options, Pass, PassResult
+from .fit import Fitter, Plan, Terms
+from .positions import WARPS, Positions, neighbours, warped
+
+logger = logging.getLogger(__name__)
+
+MINIMUM_VALIDATION = 64
+"""A budget is met when the lower 95 % bound of the mean over at least so many validation samples meets it."""
+
+LADDER = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 15, 17, 20, 25, 30, 40, 50, 65, 80, 100)
+"""Numbers of evaluations the search tries first."""
+
+
+class ScheduleOptions(Options):
+    """Options of `schedule`.
+
+    Attributes:
+        evaluations: denoiser calls in the table, or `auto` for the fewest that meet `min_psnr`.
+        min_psnr: quality budget in dB against the full loop, on validation samples.
+        samples: calibration samples the updates are fitted on.
+        search_samples: how many of them score a candidate during the search.
+        validation: samples that choose between schedules.
+        outputs: newest guided outputs an update may weigh.
+        directions: newest guidance directions an update may weigh beside them.
+        moves: rounds of moving single positions.
+    """
+
+    evaluations: int | Literal["auto"] = "auto"
+    min_psnr: float | None = Field(default=40.0, gt=0)
+    samples: int = Field(default=40, ge=4)
+    search_samples: int = Field(default=10, ge=2)
+    validation: int = Field(default=MINIMUM_VALIDATION, ge=MINIMUM_VALIDATION)
+    outputs: int = Field(default=3, ge=1, le=8)
+    directions: int = Field(default=2, ge=0, le=8)
+    moves: int = Field(default=2, ge=0, le=20)
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A table with its quality on the validation samples."""
+
+    table: FoldedTable
+    origin: str
+    mean: float
+    low: float
+    calibration: float
+
+    def row(self) -> dict[str, Any]:
+        """For the record."""
+        return {
+            "origin": self.origin,
+            "evaluations": self.table.evaluations,
+            "positions": [int(p) for p in self.table.positions],
+            "validation_psnr_db": round(self.mean, 3),
+            "validation_low_db": round(self.low, 3),
+            "calibration_psnr_db": round(self.calibration, 3),
+        }
+
+
+class SearchSchedule(Pass[ScheduleOptions]):
+    """Choose which grid calls are evaluated and fit one linear update after each, in the closed loop.
+
+    Positions are warped grids refined by moving single positions, scored on a few calibration samples; updates are
+    fitted on all of them; the budget is checked on validation samples. The unfitted fold of the same positions and
+    of evenly spaced ones (fewer steps of the sampler) stand beside every fit, and win when they are better.
+    """
+
+    name = "schedule"
+    family = "schedule"
+    source = "stepfold; Bespoke Non-Stationary solvers, arXiv 2403.01329 (coefficients by gradient)"
+    options_type = ScheduleOptions
+    idempotent = False
+
+    def not_applicable(self, program: Program) -> str | None:
+        """A component has no loop to schedule."""
+        return None if program.loop is not None else "the program has no loop"
+
+    def requires(self, program: Program) -> None:
+        """A number of evaluations must fit into the grid; `auto` needs a budget."""
+        assert program.recurrence is not None
+        wanted, calls = self.options.evaluations, program.recurrence.calls
+        if wanted != "auto" and not 1 <= wanted <= calls:
+            raise UsageError(f"schedule: evaluations must be 1 to {calls}, the calls of the sampler; received {wanted}")
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        """Fit one table for every declared guidance scale."""
+        assert program.loop is not None
+        bound = context.engine(program)
+        scales = program.loop.guidance.scales if program.loop.guidance else (None,)
+        tables, details = {}, {}
+        for scale in scales:
+            search = _Search(self.options, program, bound, context, scale)
+            chosen = search.run()
+            tables[1.0 if scale is None else scale] = chosen.table
+            details[str(scale)] = {"chosen": chosen.row(), "tried": [tried.row() for tried in search.tried]}
+        schedule = Schedule(tables, "engine", details)
+        return PassResult(replace(program, schedule=schedule), len(tables), details=details)
+
+
+@dataclass
+class _Search:
+    """The search for one guidance scale."""
+
+    options: ScheduleOptions
+    program: Program
+    bound: BoundProgram
+    context: Context
+    scale: float | None
+    tried: list[Candidate] = field(default_factory=list)
+
+    def run(self) -> Candidate:
+        """The table to ship.
+
+        Raises:
+            GateError: no table meets the budget.
+        """
+        self._prepare()
+        if self.options.evaluations != "auto":
+            return self._best(self.options.evaluations)
+        budget = self.context.min_psnr or self.options.min_psnr
+        if budget is None:
+            raise UsageError("schedule: evaluations `auto` needs a budget: set min_psnr or a number of evaluations.")
+        return self._fewest(budget)
+
+    def _prepare(self) -> None:
+        options, context, loop = self.options, self.context, self.program.loop
+        assert loop is not None and self.program.recurrence is not None
+        self.recurrence = self.program.recurrence
+        self.data = self._trajectories("calibration", options.samples, whole=True)
+        self.validation = self._trajectories("validation", options.validation, whole=False)
+        few = first(self.data, options.search_samples)
+        self.quick = Fitter(self.bound, loop, self.recurrence, self.scale, few)
+        self.full = Fitter(self.bound, loop, self.recurrence, self.scale, self.data)
+        self.terms = Terms(options.outputs, options.directions if self.scale else 0)
+        self.scores: dict[Positions, float] = {}
+        context.progress("searching schedules", 0, 1)
+
+    def _trajectories(self, name: str, count: int, whole: bool) -> Trajectories:
+        context = self.context
+        samples = SampleSet(name, context.seed, count)
+        return trajectories(
+            context.original,
+            context.reference(),
+            samples,
+            self.scale,
+            context.cache,
+            lambda done, total: context.progress(f"reference trajectories ({name})", done, total),
+            whole=whole,
+        )
+
+    def _fewest(self, budget: float) -> Candidate:
+        """Climb the ladder by bisection with warped grids, then try one and two fewer with refined positions."""
+        calls = self.recurrence.calls
+        rungs = [n for n in LADDER if n < calls] + [calls]
+        low, high, best = 0, len(rungs) - 1, None
+        start = min(range(len(rungs)), key=lambda i: abs(rungs[i] - max(6, calls // 6)))
+        middle = start
+        while low <= high:
+            candidate = self._best(rungs[middle])
+            if candidate.low >= budget:
+                best, high = candidate, middle - 1
+            else:
+                low = middle + 1
+            middle = (low + high) // 2 if best is None or high - low > 2 else high
+        if best is None:
+            reached = max(self.tried, key=lambda c: c.low)
+            raise GateError(
+                f"schedule: no schedule reaches {budget:g} dB; the best was {reached.low:.2f} dB (lower 95 % bound of "
+                f"the mean over {self.options.validation} validation samples) with {reached.table.evaluations} of "
+                f"{calls} evaluations. Lower min_psnr, or use a recipe of higher precision."
+            )
+        return best
+
+    def _best(self, evaluations: int) -> Candidate:
+        """The best table with so many evaluations: fitted and refined, or an unfitted one when that is better."""
+        positions = self._refine(self._best_warp(evaluations))
+        even = warped(self.recurrence.calls, evaluations, 1.0, 1.0)
+        fit = self.full.fit(Plan(positions), self.terms)
+        reference = self.data.latents[-1]
+        candidates = [self._measure(fit.table, "fitted", float(psnr(fit.samples, reference).mean()))]
+        for origin, where, order in (("fewer steps", even, 0), ("forecast", even, 1)):
+            candidates.append(self._measure(fold(self.recurrence, self.scale, where, order), origin, float("nan")))
+        self.tried += candidates
+        best = max(candidates, key=lambda c: c.mean)
+        logger.info("%d evaluations: %s, %.2f dB on validation", evaluations, best.origin, best.mean)
+        return best
+
+    def _best_warp(self, evaluations: int) -> Positions:
+        calls = self.recurrence.calls
+        grids = dict.fromkeys(warped(calls, evaluations, a, b) for a, b in WARPS)
+        return max(grids, key=self._score)
+
+    def _refine(self, positions: Positions) -> Positions:
+        """Move single positions while that improves the closed loop on the calibration samples."""
+        for move in range(self.options.moves):
+            before = positions
+            for distance in (2, 1) if len(positions) < self.recurrence.calls // 2 else (1,):
+                for neighbour in list(neighbours(positions, self.recurrence.calls, distance)):
+                    if len(neighbour) == len(positions) and self._score(neighbour) > self._score(positions):
+                        positions = neighbour
+            self.context.progress(f"searching schedules ({len(positions)} evaluations)", move + 1, self.options.moves)
+            if positions == before:
+                break
+        return positions
+
+    def _score(self, positions: Positions) -> float:
+        """Mean PSNR of the closed-loop fit on the few calibration samples of the search."""
+        if positions not in self.scores:
+            fit = self.quick.fit(Plan(positions), self.terms)
+            self.scores[positions] = float(psnr(fit.samples, self.quick.data.latents[-1]).mean())
+        return self.scores[positions]
+
+    def _measure(self, table: FoldedTable, origin: str, calibration: float) -> Candidate:
+        values = psnr(self.full.samples(table, self.validation), self.validation.latents[-1])
+        return Candidate(table, origin, float(values.mean()), lower_bound(values), calibration)
+
+

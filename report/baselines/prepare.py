@@ -1,0 +1,87 @@
+"""Fold the sampler of every baseline into a table; the process that does it needs torch, those that run it do not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from ...frontend.schedulers import scheduler_class
+from ...frontend.solvers import solver_recurrence
+from ...loop.errors import StepfoldError, UsageError
+from ...loop.solvers import AB2
+from ...loop.spec import LoopSpec
+from ...loop.table import FoldedTable, fold
+from .names import Baseline, parse
+from .torch_engines import load
+
+REFERENCE = "reference"  # the table of the loop as the checkpoint says
+
+
+def prepare(
+    checkpoint: Path, baselines: Sequence[str], loop: Mapping[str, Any] | None, folder: Path
+) -> dict[str, Any]:
+    """Read a checkpoint and write a table for the reference and for each baseline.
+
+    Args:
+        checkpoint: the folder.
+        baselines: names.
+        loop: the one the bundles were made for, which may differ from that of the checkpoint (`optimize --loop`);
+            None takes that of the checkpoint.
+        folder: where the tables go.
+
+    Returns:
+        class, weights_sha256, loop, `tables`: name -> file, and `reasons`: name -> why it has none.
+
+    Raises:
+        UsageError: the checkpoint cannot be read, or a baseline names a solver that does not exist.
+    """
+    parsed = [parse(name) for name in baselines]
+    for baseline in parsed:
+        if baseline.solver_class not in (None, AB2):
+            scheduler_class(str(baseline.solver_class))
+    bundles_loop = LoopSpec.model_validate(loop) if loop is not None else None
+    loaded = load(checkpoint, bundles_loop)
+    spec = bundles_loop or loaded.loop
+    tables, reasons = {}, {}
+    for index, baseline in enumerate([Baseline(REFERENCE, "eager"), *parsed]):
+        file = folder / f"table-{index}.safetensors"
+        try:
+            table = table_of(baseline, spec)
+        except StepfoldError as error:
+            reasons[baseline.name] = str(error)
+            continue
+        if table is not None:
+            save_file({name: np.ascontiguousarray(value) for name, value in table.arrays().items()}, file)
+            tables[baseline.name] = str(file)
+    return {
+        "class": loaded.class_name,
+        "weights_sha256": loaded.weights_sha256,
+        "loop": None if spec is None else spec.model_dump(mode="json"),
+        "tables": tables,
+        "reasons": reasons,
+    }
+
+
+def table_of(baseline: Baseline, loop: LoopSpec | None) -> FoldedTable | None:
+    """The table a baseline runs along, None for a component.
+
+    Raises:
+        UsageError: its sampler does not fold, or a component is asked for steps or a solver.
+    """
+    if loop is None:
+        if not baseline.is_full_loop:
+            raise UsageError("a component without a loop has no steps and no solver.")
+        return None
+    scale = float(loop.guidance.scales[0]) if loop.guidance is not None else None
+    steps = baseline.steps or loop.sampler.steps
+    return fold(solver_recurrence(loop.sampler, baseline.solver_class, steps), scale)
+
+
+def read_table(file: str) -> FoldedTable:
+    """A table that `prepare` wrote."""
+    return FoldedTable.from_arrays(load_file(file))
+

@@ -1,0 +1,70 @@
+"""PyTorch as it comes: `eager` and `torch.compile`, in float32."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from ...frontend.calling import Calling, flatten, in_signature_order
+from ...frontend.load import LOOP_FILE, PIPELINE_FILE, Checkpoint, load_checkpoint
+from ...loop.ports import StageCallable
+from ...loop.spec import LoopSpec
+
+Array = np.ndarray
+
+
+def load(checkpoint: Path, loop: LoopSpec | None) -> Checkpoint:
+    """Load a checkpoint; `loop` stands in for the `loop.yaml` of a folder that has none.
+
+    Raises:
+        UsageError: it cannot be loaded.
+    """
+    describes_itself = (checkpoint / LOOP_FILE).is_file() or (checkpoint / PIPELINE_FILE).is_file()
+    if loop is None or describes_itself:
+        return load_checkpoint(checkpoint)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / LOOP_FILE
+        file.write_text(yaml.safe_dump(loop.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
+        return load_checkpoint(checkpoint, loop=file)
+
+
+def module_of(checkpoint: Path, loop: LoopSpec | None) -> tuple[Calling, dict[str, torch.Tensor]]:
+    """The network of a checkpoint as a function of positional tensors, with an example value [2, ...] of each.
+
+    Tensors whose role is `constant` are baked in, as in a bundle.
+    """
+    loaded = load(checkpoint, loop)
+    kwargs = in_signature_order(getattr(loaded.model, loaded.method), loaded.kwargs)
+    tensors, _ = flatten(kwargs)
+    constant = loop.names("constant") if loop is not None else []
+    example = {n: v for n, v in tensors.items() if n not in constant and n.split(".")[0] not in constant}
+    latent = loop.latent.shape if loop is not None else None
+    return Calling(loaded.model.eval(), loaded.method, kwargs, list(example), latent), example
+
+
+def open_module(checkpoint: Path, loop: LoopSpec | None, threads: int, compiled: bool) -> tuple[StageCallable, int]:
+    """The network as a callable and the bytes of its float32 weights.
+
+    Args:
+        checkpoint: the folder.
+        loop: roles of the inputs, None for a component.
+        threads: of an operator.
+        compiled: wrap it in `torch.compile`; the first call compiles, for the batch size it is called with.
+    """
+    torch.set_num_threads(threads)
+    module, example = module_of(checkpoint, loop)
+    names = list(example)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+    run = torch.compile(module) if compiled else module
+
+    def call(inputs: Mapping[str, Array]) -> list[Array]:
+        arguments = [torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in names]
+        with torch.inference_mode():
+            return [output.numpy() for output in run(*arguments).values()]
+
+    return call, size

@@ -1,0 +1,179 @@
+"""Measure bundles beside baselines: latency in turns, quality against the full fp32 loop, size and memory."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..bundle.reader import Bundle, read
+from ..loop.errors import StepfoldError, UsageError
+from . import work
+from .baselines.names import Baseline, parse_all
+from .machine import describe_machine, physical_cores
+from .measure import WARMUP, Measured, Measurement, Settings, reference_file
+from .plan import Prepared, baseline_plans, bundle_name, bundle_plans, prepare, reference_plan
+from .processes import COMMAND, WorkerError, Workers
+from .records import Protocol, Report, Row, Skipped, write_report
+from .work import Work
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+EAGER = "eager"  # the row that speedups are counted from
+REQUEST = "request.safetensors"
+
+
+def silent(task: str, done: int, total: int) -> None:
+    """Report progress to nobody."""
+
+
+def bench(
+    bundles: Sequence[Path],
+    *,
+    reference: Path | None = None,
+    baselines: Sequence[str] = (),
+    count: int = 1,
+    quality_count: int = 64,
+    repeats: int = 10,
+    seed: int = 0,
+    out: Path | None = None,
+    progress: Progress = silent,
+    cache: Path | None = None,
+    command: Sequence[str] = COMMAND,
+) -> Report:
+    """Measure every bundle and baseline, each in a process of its own, taking turns.
+
+    Args:
+        bundles: folders that `optimize` wrote; all of one model.
+        reference: checkpoint whose full fp32 loop is the measure of quality; baselines run it too.
+        baselines: `NAME[@STEPS][:solver]`, a row each.
+        count: samples of one timed call.
+        quality_count: samples that quality is measured over.
+        repeats: timed calls of each row.
+        seed: of the noise.
+        out: folder for report.json and report.html; None writes nothing.
+        progress: called with (task, done, total).
+        cache: keeps exported models and reference samples for the next bench; None keeps nothing.
+        command: starts one worker, see `stepfold.report.worker`.
+
+    Raises:
+        UsageError: a bundle, the checkpoint or a baseline does not exist, two rows have one name, or the bundles
+            are of different models.
+        BundleError: a bundle is damaged.
+        StepfoldError: no row could be measured.
+    """
+    parsed = parse_all(baselines)
+    _check(bundles, reference, parsed, {"--count": count, "--quality-count": quality_count, "--repeats": repeats}, seed)
+    opened = [read(path) for path in bundles]
+    model_work, threads = work.of_bundles(opened), physical_cores()
+    settings = Settings(count, quality_count if model_work.loop is not None else count, repeats, threads)
+    skipped, prepared = [], None
+    with tempfile.TemporaryDirectory(prefix="stepfold-bench-") as name, Workers(threads, Path(name), command) as workers:
+        folder = Path(name)
+        plans = bundle_plans(opened, None)
+        if reference is not None:
+            progress("reading the checkpoint", 0, 1)
+            prepared = prepare(workers, reference, parsed, opened, folder)
+            model_work = prepared.work
+            kept = (cache or folder) / f"baselines-{prepared.key}"
+            more, skipped = baseline_plans(workers, prepared, parsed, kept, threads, progress)
+            plans = bundle_plans(opened, model_work.guidance) + more
+        work.write(folder / REQUEST, model_work.arrays(settings.total, seed))
+        measurement = Measurement(workers, folder / REQUEST, settings, folder, progress)
+        cached = reference_file(cache, prepared.key, folder / REQUEST) if cache and prepared else None
+        reference_row = reference_plan(prepared) if prepared else None
+        measured = measurement.run(plans, reference_row, cached, model_work.loop is not None)
+    report = _report(measured, skipped, settings, seed, model_work, prepared)
+    if out is not None:
+        write_report(report, out)
+        _write_page(out, report, opened, measured)
+    return report
+
+
+def _check(
+    bundles: Sequence[Path],
+    reference: Path | None,
+    baselines: Sequence[Baseline],
+    counts: dict[str, int],
+    seed: int,
+) -> None:
+    """Refuse what cannot work before anything is started."""
+    for name, value in counts.items():
+        if value < 1:
+            raise UsageError(f"{name}: expected at least 1; received {value}.")
+    if seed < 0:
+        raise UsageError(f"--seed: expected a number from 0; received {seed}.")
+    if not bundles:
+        raise UsageError("bench: expected at least one bundle; received none. Make one with `stepfold optimize`.")
+    if baselines and reference is None:
+        raise UsageError("--baselines: they run the checkpoint; name it with --reference CHECKPOINT.")
+    if reference is not None and not reference.is_dir():
+        raise UsageError(f"--reference: expected the folder of a checkpoint; received {reference}.")
+    names = [bundle_name(path) for path in bundles] + [baseline.name for baseline in baselines]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(
+                f"bench: expected rows of different names; received {name!r} {names.count(name)} times. A bundle's row "
+                "has the name of its folder: rename one."
+            )
+
+
+def _report(
+    measured: Measured,
+    skipped: Sequence[Skipped],
+    settings: Settings,
+    seed: int,
+    model_work: Work,
+    prepared: Prepared | None,
+) -> Report:
+    """Put the report together.
+
+    Raises:
+        StepfoldError: it has no rows.
+    """
+    left_out = [*skipped, *measured.skipped]
+    if not measured.rows:
+        reasons = "; ".join(f"{entry.name}: {entry.reason}" for entry in left_out)
+        raise StepfoldError(f"bench: expected at least one row that runs; received none. {reasons}")
+    identity = {"class": prepared.class_name, "weights_sha256": prepared.weights_sha256} if prepared else None
+    protocol = Protocol(
+        warmup=WARMUP,
+        repeats=settings.repeats,
+        interleaved=True,
+        threads=settings.threads,
+        count=settings.count,
+        quality_count=settings.quality_count,
+        seed=seed,
+        guidance=model_work.guidance,
+        reference=identity,
+    )
+    return Report(
+        protocol=protocol, machine=describe_machine(), rows=with_speedup(measured.rows), skipped=tuple(left_out)
+    )
+
+
+def with_speedup(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """The rows with their speedup over the row `eager`, when there is one."""
+    eager = next((row for row in rows if row.name == EAGER and row.kind == "baseline"), None)
+    if eager is None:
+        return tuple(rows)
+    return tuple(
+        row.model_copy(update={"speedup": eager.latency_ms.median / row.latency_ms.median}) for row in rows
+    )
+
+
+def _write_page(out: Path, report: Report, bundles: Sequence[Bundle], measured: Measured) -> None:
+    """Write report.html, or say what to install for it."""
+    from .page import PAGE, build_page, describe_bundle, missing_packages, write_page
+
+    missing = missing_packages()
+    if missing is not None:
+        logger.warning("%s was not written: %s", out / PAGE, missing)
+        return
+    title = "stepfold bench: " + ", ".join(bundle_name(bundle.path) for bundle in bundles)
+    described = [describe_bundle(bundle.path) for bundle in bundles]
+    write_page(out / PAGE, build_page(title, report.document(), described, measured.images))

@@ -1,0 +1,83 @@
+"""Samples as pictures: one PNG file for `generate`, data URIs for the page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+from ..loop.errors import StepfoldError
+
+Array = np.ndarray
+SMALLEST_SIDE = 96  # pixels; smaller samples are enlarged without smoothing
+GAP = 2  # pixels between the samples of a grid, before enlarging
+MODES = {1: "L", 3: "RGB"}
+
+
+def to_pixels(samples: Array) -> Array:
+    """Samples [B, C, H, W] in [-1, 1] as pixels [B, H, W, C], uint8.
+
+    Raises:
+        StepfoldError: they are no images of one or three channels.
+    """
+    if samples.ndim != 4 or samples.shape[1] not in MODES:
+        raise StepfoldError(
+            f"image: expected samples [B, 1 or 3, H, W]; received {list(samples.shape)}. Latents of a model with a "
+            "decoder are no images: save the numbers instead (--npy FILE.npy)."
+        )
+    levels = np.rint((np.clip(np.nan_to_num(samples), -1.0, 1.0) + 1.0) * 127.5)
+    return levels.astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def is_image(samples: Array) -> bool:
+    """Whether the samples can be drawn."""
+    return samples.ndim == 4 and samples.shape[1] in MODES
+
+
+def grid_png(samples: Array, columns: int | None = None) -> bytes:
+    """Draw samples [B, C, H, W] in rows, first to last, as a PNG.
+
+    Args:
+        samples: in [-1, 1], one or three channels.
+        columns: samples in a row; None makes the grid about square, one row for up to ten.
+
+    Raises:
+        StepfoldError: they are no images.
+    """
+    from PIL import Image
+
+    pixels = to_pixels(samples)
+    B, H, W, C = pixels.shape
+    wide = columns or (B if B <= 10 else math.ceil(math.sqrt(B)))
+    rows = math.ceil(B / wide)
+    canvas = np.full((rows * (H + GAP) - GAP, wide * (W + GAP) - GAP, C), 255, np.uint8)
+    for i, image in enumerate(pixels):
+        top, left = (i // wide) * (H + GAP), (i % wide) * (W + GAP)
+        canvas[top : top + H, left : left + W] = image
+    factor = math.ceil(SMALLEST_SIDE / min(H, W)) if min(H, W) < SMALLEST_SIDE else 1
+    picture = Image.fromarray(canvas[:, :, 0] if C == 1 else canvas, MODES[C])
+    if factor > 1:
+        picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    stream = io.BytesIO()
+    picture.save(stream, "PNG", optimize=True)
+    return stream.getvalue()
+
+
+def write_grid(path: Path, samples: Array, columns: int | None = None) -> None:
+    """Write `grid_png` to a file, in one step; raises as `grid_png` does."""
+    data = grid_png(samples, columns)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def data_uri(samples: Array, columns: int | None = None) -> str:
+    """`grid_png` as a `data:` URI, for a page that loads nothing."""
+    return "data:image/png;base64," + base64.b64encode(grid_png(samples, columns)).decode("ascii")

@@ -1,0 +1,251 @@
+"""Run the rows: quality first, then the timed calls in turns."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..loop.metrics import drift, psnr, ssim
+from .plan import RowPlan
+from .processes import Worker, WorkerError, Workers
+from .records import Latency, Psnr, Row, Skipped
+
+Array = np.ndarray
+Progress = Callable[[str, int, int], None]
+
+WARMUP = 1  # untimed calls of the timed shape, after the samples for quality have warmed the engine
+REFERENCE_BATCH = 16  # smallest batch of the reference: in fp32 samples do not depend on their batch mates
+SHOWN = 10  # samples of each row that are kept for the page
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured.
+
+    Attributes:
+        count: samples of one timed call.
+        quality_count: samples that quality is measured over.
+        repeats: timed calls of each row.
+        threads: of each row.
+    """
+
+    count: int
+    quality_count: int
+    repeats: int
+    threads: int
+
+    @property
+    def total(self) -> int:
+        """Samples in the request: `quality_count` in whole batches of `count`, so that no engine sees another size."""
+        return -(-self.quality_count // self.count) * self.count
+
+
+@dataclass
+class Measured:
+    """What came out: rows in their order, rows that failed, and the first samples of each row for the page."""
+
+    rows: list[Row] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    images: dict[str, Array] = field(default_factory=dict)
+
+
+@dataclass
+class _Live:
+    """An opened row and what is known about it."""
+
+    plan: RowPlan
+    worker: Worker
+    evaluations: int | None
+    size_bytes: int
+    samples: Array | None = None
+    milliseconds: list[float] = field(default_factory=list)
+
+
+class Measurement:
+    """One bench in progress."""
+
+    def __init__(self, workers: Workers, request: Path, settings: Settings, folder: Path, progress: Progress):
+        """Prepare to measure.
+
+        Args:
+            workers: start processes.
+            request: the samples to compute, see `work`.
+            settings: how much.
+            folder: for samples.
+            progress: called with (task, done, total).
+        """
+        self._workers, self._request, self._settings = workers, request, settings
+        self._folder, self._progress = folder, progress
+        self._skipped: list[Skipped] = []
+        self._live: list[_Live] = []
+        self._reference: Array | None = None
+
+    def run(self, plans: Sequence[RowPlan], reference: RowPlan | None, cached: Path | None, is_loop: bool) -> Measured:
+        """Measure.
+
+        Args:
+            plans: the rows, in order.
+            reference: what quality is measured against.
+            cached: where the reference samples of this request are kept, if anywhere.
+            is_loop: whether samples are compared as images, or as the outputs of a component.
+
+        Raises:
+            WorkerError: the reference cannot be computed.
+        """
+        for i, plan in enumerate(plans):
+            self._progress("opening engines", i, len(plans))
+            self._open(plan)
+        if reference is not None:
+            self._reference = self._reference_samples(reference, cached)
+        self._sample_all()
+        self._time_all()
+        rows = [row for live in list(self._live) if (row := self._finished(live, is_loop)) is not None]
+        images = {} if self._reference is None else {"reference": self._reference[:SHOWN]}
+        images |= {live.plan.name: live.samples[:SHOWN] for live in self._live if live.samples is not None}
+        return Measured(rows, self._skipped, images)
+
+    def _open(self, plan: RowPlan) -> None:
+        worker = self._workers.start(plan.name)
+        message = {"do": "open", "row": dict(plan.row), "threads": self._settings.threads}
+        try:
+            answer = worker.request(message)
+        except WorkerError as error:
+            worker.close()
+            self._skipped.append(Skipped(name=plan.name, reason=str(error)))
+        else:
+            self._live.append(_Live(plan, worker, answer["evaluations"], answer["size_bytes"]))
+
+    def _drop(self, live: _Live, reason: str) -> None:
+        live.worker.close()
+        self._live.remove(live)
+        self._skipped.append(Skipped(name=live.plan.name, reason=reason))
+
+    def _reference_samples(self, plan: RowPlan, cached: Path | None) -> Array:
+        """[quality_count, ...]: from the cache, from the row that computes the same, or from a process of its own."""
+        if cached is not None and cached.is_file():
+            return np.load(cached, allow_pickle=False)[: self._settings.quality_count]
+        shared = next((live for live in self._live if live.plan.is_reference), None)
+        worker = shared.worker if shared else self._workers.start(plan.name)
+        try:
+            if shared is None:
+                worker.request({"do": "open", "row": dict(plan.row), "threads": self._settings.threads})
+            batch = max(self._settings.count, REFERENCE_BATCH)
+            samples = self._samples(worker, "reference", batch, self._settings.quality_count)
+        except WorkerError as error:
+            raise WorkerError(f"the reference could not be computed: {error}", error.kind) from None
+        finally:
+            if shared is None:
+                worker.close()
+        if cached is not None:
+            _keep(cached, samples)
+        return samples
+
+    def _sample_all(self) -> None:
+        """Samples of every row, one batch for the page without a reference; the reference is not computed twice."""
+        wanted = self._settings.count if self._reference is None else self._settings.quality_count
+        for live in list(self._live):
+            if live.plan.is_reference and self._reference is not None:
+                live.samples = self._reference
+                continue
+            try:
+                samples = self._samples(live.worker, f"sampling {live.plan.name}", self._settings.count, wanted)
+            except WorkerError as error:
+                self._drop(live, str(error))
+                continue
+            live.samples = samples
+            if not np.isfinite(samples).all():
+                self._drop(live, f"{int((~np.isfinite(samples)).sum())} values of its samples are not finite.")
+
+    def _samples(self, worker: Worker, task: str, batch: int, wanted: int) -> Array:
+        """[wanted, ...] in whole batches."""
+        out, parts = self._folder / "samples.npy", []
+        for start in range(0, wanted, batch):
+            self._progress(task, start, wanted)
+            worker.request(self._sample_message(start, min(start + batch, self._settings.total), out))
+            parts.append(np.load(out, allow_pickle=False))
+        self._progress(task, wanted, wanted)
+        return np.concatenate(parts)[:wanted]
+
+    def _sample_message(self, start: int, stop: int, out: Path | None) -> dict[str, object]:
+        target = None if out is None else str(out)
+        return {"do": "sample", "request": str(self._request), "start": start, "stop": stop, "out": target}
+
+    def _time_all(self) -> None:
+        """Warm up, then one timed call of each row in turn, so that slow drifts of the machine reach all of them."""
+        rounds = WARMUP + self._settings.repeats
+        for turn in range(rounds):
+            self._progress("timing", turn, rounds)
+            for live in list(self._live):
+                try:
+                    seconds = live.worker.request(self._sample_message(0, self._settings.count, None))["seconds"]
+                except WorkerError as error:
+                    self._drop(live, str(error))
+                    continue
+                if turn >= WARMUP:
+                    live.milliseconds.append(1000 * seconds)
+        self._progress("timing", rounds, rounds)
+
+    def _finished(self, live: _Live, is_loop: bool) -> Row | None:
+        try:
+            peak = live.worker.request({"do": "finish"})["peak_memory_bytes"]
+        except WorkerError as error:
+            self._drop(live, str(error))
+            return None
+        live.worker.close()
+        return Row(
+            name=live.plan.name,
+            kind=live.plan.kind,
+            latency_ms=latency(live.milliseconds),
+            evaluations=live.evaluations,
+            size_bytes=live.size_bytes,
+            peak_memory_bytes=peak,
+            **quality(live.samples, self._reference, is_loop),
+        )
+
+
+def latency(milliseconds: Sequence[float]) -> Latency:
+    """Median and deciles of the calls."""
+    p10, median, p90 = np.percentile(milliseconds, [10, 50, 90])
+    return Latency(
+        median=float(median),
+        p10=float(p10),
+        p90=float(p90),
+        n=len(milliseconds),
+        samples_ms=tuple(round(value, 4) for value in milliseconds),
+    )
+
+
+def quality(samples: Array | None, reference: Array | None, is_loop: bool) -> Mapping[str, object]:
+    """The keys of a row that compare samples [B, ...] with the reference [B, ...].
+
+    PSNR and SSIM are of samples in [-1, 1], so a component has only its drift; SSIM needs images [B, C, H, W].
+    """
+    if samples is None or reference is None:
+        return {}
+    found: dict[str, object] = {"drift": drift(samples, reference)}
+    if is_loop:
+        decibels = psnr(samples, reference)
+        found["psnr_db"] = Psnr(mean=float(decibels.mean()), min=float(decibels.min()))
+        found["ssim"] = float(ssim(samples, reference).mean()) if samples.ndim == 4 else None
+    return found
+
+
+def reference_file(cache: Path, key: str, request: Path) -> Path:
+    """Where the reference samples of a request are kept."""
+    digest = hashlib.sha256(request.read_bytes()).hexdigest()[:24]
+    return cache / f"reference-{key}-{digest}.npy"
+
+
+def _keep(path: Path, samples: Array) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.npy")
+    with contextlib.ExitStack() as stack:
+        stack.callback(partial.unlink, missing_ok=True)
+        np.save(partial, samples, allow_pickle=False)
+        os.replace(partial, path)

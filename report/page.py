@@ -1,0 +1,203 @@
+"""The page a person reads: one HTML file that loads nothing from anywhere.
+
+`bench` writes it beside its report, `optimize` into the bundle, `compare` on request. Every section is left out when
+there is nothing to say: a component has no loop, a bench without a reference no quality.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..bundle.files import MANIFEST
+from ..loop.errors import UsageError
+from . import charts, images, prose
+from .compare import Comparison
+from .records import Report, write_text
+
+logger = logging.getLogger(__name__)
+
+Array = np.ndarray
+PAGE = "report.html"
+SCHEDULE = "schedule.json"
+NEEDS = ("jinja2", "plotly")
+SHOWN_REFUSALS = 12  # of one pass; the manifest has all
+
+
+def missing_packages() -> str | None:
+    """What to install before a page can be written, or None."""
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+    return f"the page needs {' and '.join(missing)}: pip install 'stepfold[report]'" if missing else None
+
+
+def describe_bundle(folder: Path) -> dict[str, Any]:
+    """What the page says about a bundle: its manifest, with `name` and the content of `schedule.json`."""
+    described = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    schedule = folder / SCHEDULE
+    described["name"] = folder.resolve().name
+    described["schedule_file"] = json.loads(schedule.read_text(encoding="utf-8")) if schedule.is_file() else None
+    return described
+
+
+def build_page(
+    title: str,
+    report: Mapping[str, Any] | None,
+    manifests: Sequence[Mapping[str, Any]],
+    pictures: Mapping[str, Array] | None = None,
+) -> str:
+    """The page of a bench, or of one `optimize` (no report).
+
+    Args:
+        title: of the page.
+        report: the object of `bench --json`.
+        manifests: manifests of bundles, best as `describe_bundle` gives them.
+        pictures: row name -> samples [B, C, H, W] in [-1, 1]; `reference` stands first. Samples that are no images
+            are left out.
+
+    Raises:
+        UsageError: the extra `report` is not installed.
+    """
+    parsed = None if report is None else Report.model_validate(report)
+    return _render(
+        "page.html.j2",
+        title=title,
+        report=parsed,
+        headlines=prose.headlines(parsed) if parsed else [_bundle_headline(manifest) for manifest in manifests],
+        latency=charts.latency_bars(parsed.rows) if parsed else None,
+        quality=charts.quality_over_cost(parsed.rows) if parsed else None,
+        bundles=[_bundle(manifest) for manifest in manifests],
+        pictures=_pictures(pictures or {}, parsed),
+        exact=prose.EXACT_DB,
+    )
+
+
+def comparison_page(title: str, comparison: Comparison, reports: Mapping[str, Report]) -> str:
+    """The page of a comparison: ratios, and the plots of every report.
+
+    Args:
+        title: of the page.
+        comparison: what `compare` found.
+        reports: file as it was given -> report, the base first.
+
+    Raises:
+        UsageError: the extra `report` is not installed.
+    """
+    plots = [
+        {
+            "name": name,
+            "latency": charts.latency_bars(report.rows),
+            "quality": charts.quality_over_cost(report.rows),
+            "machine": report.machine,
+        }
+        for name, report in reports.items()
+    ]
+    return _render("compare.html.j2", title=title, comparison=comparison, plots=plots, base=next(iter(reports), ""))
+
+
+def write_page(path: Path, html: str) -> None:
+    """Write a page in one step."""
+    write_text(path, html)
+
+
+def _render(template: str, **values: Any) -> str:
+    missing = missing_packages()
+    if missing is not None:
+        raise UsageError(missing)
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("stepfold.report", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for name in ("milliseconds", "seconds", "size", "quantity", "decibels", "drift", "times"):
+        environment.filters[name] = getattr(prose, name)
+    return environment.get_template(template).render(plotly=charts.plotly_script(), **values)
+
+
+def _pictures(pictures: Mapping[str, Array], report: Report | None) -> list[dict[str, Any]]:
+    """Name, PNG and quality of the first samples of each row, the reference first."""
+    rows = {row.name: row for row in report.rows} if report else {}
+    names = sorted(pictures, key=lambda name: name != "reference")
+    return [
+        {"name": name, "uri": images.data_uri(pictures[name]), "row": rows.get(name)}
+        for name in names
+        if images.is_image(pictures[name])
+    ]
+
+
+def _bundle(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections about one bundle."""
+    loop = manifest.get("loop")
+    return {
+        "name": manifest.get("name", manifest["model"]["class"]),
+        "manifest": manifest,
+        "passes": [_pass(entry) for entry in manifest.get("passes", [])],
+        "stages": _stages(manifest),
+        "schedules": _schedules(manifest),
+        "tried": _tried(manifest),
+        "loop": loop,
+        "recipe": _recipe_name(manifest.get("recipe")),
+    }
+
+
+def _pass(entry: Mapping[str, Any]) -> dict[str, Any]:
+    refused = list(entry.get("refused", []))
+    return {**entry, "refused": refused[:SHOWN_REFUSALS], "more": max(0, len(refused) - SHOWN_REFUSALS)}
+
+
+def _stages(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Stages with the bytes of their files, external data included."""
+    files = manifest.get("files", {})
+    found = []
+    for stage in manifest.get("stages", []):
+        stem = stage["file"].rsplit(".", 1)[0]
+        own = [entry["bytes"] for name, entry in files.items() if name.startswith(f"{stem}.")]
+        found.append({**stage, "bytes": sum(own)})
+    return found
+
+
+def _schedules(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For each fitted scale, which calls of the grid are evaluated."""
+    content = manifest.get("schedule_file")
+    if not content:
+        return []
+    return [{**scale, "grid_steps": content["grid_steps"]} for scale in content.get("scales", [])]
+
+
+def _tried(manifest: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A plot for each scale the schedule search recorded its candidates of."""
+    found = []
+    for entry in manifest.get("passes", []):
+        for scale, search in (entry.get("details") or {}).items():
+            if isinstance(search, Mapping) and search.get("tried"):
+                plot = charts.tried_schedules(search["tried"], search.get("chosen"))
+                found.append({"scale": scale, "plot": plot})
+    return found
+
+
+def _recipe_name(recipe: Any) -> str:
+    return str(recipe.get("name", "")) if isinstance(recipe, Mapping) else str(recipe or "")
+
+
+def _bundle_headline(manifest: Mapping[str, Any]) -> str:
+    name, schedule = manifest.get("name", manifest["model"]["class"]), manifest.get("schedule")
+    text = f"{name} is {manifest['model']['class']} compiled for {manifest['backend']['name']}"
+    if schedule:
+        text += f"; it evaluates the denoiser {schedule['evaluations']} times for a loop of {schedule['grid_steps']}"
+    quality = manifest.get("quality")
+    if quality:
+        psnr = quality["psnr_db"]
+        text += (
+            f"; its samples are {prose.decibels(psnr['mean'])} from those of the full loop (worst "
+            f"{prose.decibels(psnr['min'])}, over {quality['samples']} {quality['set']} samples)"
+        )
+    return text + "."

@@ -1,0 +1,165 @@
+"""The report of `bench`: what `--json` prints and `report.json` holds."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+
+from ..loop.errors import UsageError
+from ..loop.spec import describe
+
+REPORT = "report.json"
+LARGEST_REPORT_BYTES = 64 << 20
+Positive = Annotated[FiniteFloat, Field(gt=0)]
+Bytes = Annotated[int, Field(ge=0)]
+
+
+class Record(BaseModel):
+    """Frozen; keys that a newer stepfold wrote are kept out of the way."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Latency(Record):
+    """Wall clock of one call for `count` samples, in milliseconds; `samples_ms` are the `n` calls in order."""
+
+    median: Positive
+    p10: Positive
+    p90: Positive
+    n: Annotated[int, Field(gt=0)]
+    samples_ms: tuple[Positive, ...] = ()
+
+
+class Psnr(Record):
+    """PSNR in dB against the reference: mean and worst sample."""
+
+    mean: FiniteFloat
+    min: FiniteFloat
+
+
+class Row(Record):
+    """One engine.
+
+    Attributes:
+        name: folder name of a bundle, or the exact string that asked for a baseline.
+        kind: `bundle` or `baseline`.
+        latency_ms: of `count` samples at once.
+        speedup: latency of the row `eager` over this one, when it was asked for.
+        evaluations: denoiser calls of one loop; None for a component.
+        psnr_db: against the reference loop, None without one.
+        ssim: mean over samples, None without a reference or for samples that are no images.
+        drift: relative L2 error of all samples.
+        size_bytes: files the engine needs to run.
+        peak_memory_bytes: of its process.
+    """
+
+    name: str
+    kind: Literal["bundle", "baseline"]
+    latency_ms: Latency
+    speedup: FiniteFloat | None = None
+    evaluations: int | None = None
+    psnr_db: Psnr | None = None
+    ssim: FiniteFloat | None = None
+    drift: FiniteFloat | None = None
+    size_bytes: Bytes
+    peak_memory_bytes: Bytes
+
+
+class Skipped(Record):
+    """A row that could not be measured, and why."""
+
+    name: str
+    reason: str
+
+
+class Protocol(Record):
+    """How it was measured.
+
+    Attributes:
+        warmup: untimed calls of each row before the first timed one.
+        repeats: timed calls of each row.
+        interleaved: whether the rows took turns.
+        threads: of every row.
+        count: samples of one timed call.
+        quality_count: samples that quality is measured over.
+        seed: of their noise.
+        guidance: scale, None for a loop without guidance.
+        reference: class and weights of the checkpoint quality is measured against, None without one.
+    """
+
+    warmup: int
+    repeats: int
+    interleaved: bool
+    threads: int
+    count: int | None = None
+    quality_count: int | None = None
+    seed: int | None = None
+    guidance: FiniteFloat | None = None
+    reference: Mapping[str, Any] | None = None
+
+
+class Report(Record):
+    """Everything `bench` found out."""
+
+    protocol: Protocol
+    machine: Mapping[str, Any]
+    rows: tuple[Row, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+    def document(self) -> dict[str, Any]:
+        """The JSON object of `bench --json`."""
+        return self.model_dump(mode="json")
+
+
+def read_report(path: Path) -> Report:
+    """Read the `report.json` of a bench, or the one in the folder given to `bench --out`.
+
+    Raises:
+        UsageError: there is none, or it is damaged, or it is another kind of file.
+    """
+    file = path / REPORT if path.is_dir() else path
+    try:
+        if file.stat().st_size > LARGEST_REPORT_BYTES:
+            raise UsageError(f"{file}: expected a report of at most {LARGEST_REPORT_BYTES} bytes.")
+        data = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except FileNotFoundError:
+        raise UsageError(f"{file}: no such report. Make one with `stepfold bench BUNDLE --out DIR`.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{file}: expected the JSON of `stepfold bench`; {error}.") from None
+    if not isinstance(data, dict) or "rows" not in data or "protocol" not in data:
+        keys = sorted(data)[:6] if isinstance(data, dict) else type(data).__name__
+        raise UsageError(
+            f"{file}: expected the report of `stepfold bench`, with protocol, machine and rows; received {keys}. "
+            "The report.json inside a bundle is that of `stepfold optimize`: run `stepfold bench BUNDLE --out DIR`."
+        )
+    try:
+        return Report.model_validate(data)
+    except ValidationError as error:
+        raise UsageError(f"{file}: not a report of `stepfold bench`: {describe(error)}.") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one step: readers see the old content or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_report(report: Report, folder: Path) -> Path:
+    """Write `report.json` into a folder and return its path."""
+    path = folder / REPORT
+    write_text(path, json.dumps(report.document(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return path
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"received the number {text}")

@@ -1,0 +1,137 @@
+"""What every row of a bench computes: the inputs of its samples, the same for bundles, baselines and the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..bundle.reader import Bundle
+from ..loop.classes import class_conditions, class_input
+from ..loop.errors import StepfoldError, UsageError
+from ..loop.noise import noise as seeded_noise
+from ..loop.ports import InputPort
+from ..loop.spec import LoopSpec
+
+Array = np.ndarray
+NOISE = "noise"
+CONDITION, UNCONDITIONAL, INPUT = "condition/", "unconditional/", "input/"
+
+
+@dataclass(frozen=True)
+class Work:
+    """The model as a caller sees it.
+
+    Attributes:
+        loop: the loop, None for a component.
+        inputs: what the model is called with.
+        example: name -> [B, ...] recorded values, for inputs that are neither noise nor a class.
+    """
+
+    loop: LoopSpec | None
+    inputs: tuple[InputPort, ...]
+    example: Mapping[str, Array]
+
+    @property
+    def guidance(self) -> float | None:
+        """The guidance scale of every row; None for a loop without guidance."""
+        return None if self.loop is None or self.loop.guidance is None else float(self.loop.guidance.scales[0])
+
+    def arrays(self, count: int, seed: int) -> dict[str, Array]:
+        """Everything `count` samples need, by name, for `write`.
+
+        Noise as `generate` draws it; sample i has class i modulo the number of classes; any other condition cycles
+        through the recorded rows. A component takes its recorded inputs in turn.
+        """
+        if self.loop is None:
+            return {INPUT + port.name: self._cycled(port, count) for port in self.inputs}
+        found = {NOISE: seeded_noise(seed, (count, *self.loop.latent.shape))}
+        if class_input(self.inputs, self.loop) is not None:
+            labels = class_conditions(self.inputs, self.loop, count)
+            return found | {CONDITION + name: value for name, value in labels.items()}
+        conditions = [port for port in self.inputs if port.role == "condition"]
+        found |= {CONDITION + port.name: self._cycled(port, count) for port in conditions}
+        if self.loop.guidance is not None and self.loop.guidance.unconditional == "input":
+            found |= {UNCONDITIONAL + port.name: np.zeros_like(found[CONDITION + port.name]) for port in conditions}
+        return found
+
+    def _cycled(self, port: InputPort, count: int) -> Array:
+        if port.name not in self.example:
+            raise StepfoldError(
+                f"{port.name}: expected recorded values to run the model with; the bundle has none. Build it again "
+                "with `stepfold optimize --inputs FILE.safetensors`."
+            )
+        rows = self.example[port.name]
+        if port.port.shape[:1] != (None,):
+            return rows
+        return np.ascontiguousarray(rows[np.arange(count) % len(rows)])
+
+
+def of_bundles(bundles: Sequence[Bundle]) -> Work:
+    """The work of a bench, from the first bundle; the others must be called in the same way.
+
+    Their loops may differ in sampler and guidance, see `shared_loop`.
+
+    Raises:
+        UsageError: they are called in another way.
+    """
+    works = [_of_bundle(bundle) for bundle in bundles]
+    first = works[0]
+    for bundle, work in zip(bundles, works, strict=True):
+        if _signature(work) != _signature(first):
+            raise UsageError(
+                f"{bundle.path}: expected the inputs of {bundles[0].path}, {_signature(first)}; received "
+                f"{_signature(work)}. Bundles of different models are measured one after the other."
+            )
+    return first
+
+
+def shared_loop(bundles: Sequence[Bundle]) -> LoopSpec | None:
+    """The loop all bundles were made for; None when they differ, or are components."""
+    loops = [bundle.manifest.loop for bundle in bundles]
+    return loops[0] if all(loop == loops[0] for loop in loops) else None
+
+
+def _of_bundle(bundle: Bundle) -> Work:
+    probe = bundle.probe()
+    constants = bundle.tables().constants
+    inputs = tuple(port for port in bundle.manifest.input_ports() if port.name not in constants)
+    return Work(bundle.manifest.loop, inputs, probe.inputs if probe is not None else {})
+
+
+def _signature(work: Work) -> str:
+    inputs = ", ".join(f"{port.name} {list(port.port.shape)} {port.port.dtype}" for port in work.inputs)
+    return inputs if work.loop is None else f"{inputs}, latent {list(work.loop.latent.shape)}"
+
+
+def write(path: Path, arrays: Mapping[str, Array]) -> None:
+    """Write the arrays of a request for the workers."""
+    from safetensors.numpy import save_file
+
+    save_file(dict(arrays), path)
+
+
+def read(path: Path, start: int, stop: int) -> dict[str, Array]:
+    """Samples `start` to `stop` of what `write` wrote; an array without a sample dimension is kept whole."""
+    from safetensors.numpy import load_file
+
+    arrays = load_file(path)
+    rows = max(len(value) for value in arrays.values() if value.ndim)
+    return {
+        name: np.ascontiguousarray(value[start:stop]) if value.ndim and len(value) == rows else value
+        for name, value in arrays.items()
+    }
+
+
+def read_all(path: Path) -> dict[str, Array]:
+    """All arrays of a file that `write` wrote."""
+    from safetensors.numpy import load_file
+
+    return load_file(path)
+
+
+def part(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+    """The arrays under a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}

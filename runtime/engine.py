@@ -1,0 +1,233 @@
+"""Engine: a loaded bundle, ready to evaluate and to sample."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..backends.registry import get
+from ..bundle.bind import bind
+from ..bundle.manifest import Manifest, StageEntry
+from ..bundle.reader import Bundle, read
+from ..bundle.tables import Tables
+from ..loop.classes import class_conditions
+from ..loop.driver import OnStep, run_loop
+from ..loop.errors import UsageError
+from ..loop.noise import noise as seeded_noise
+from ..loop.ports import BoundProgram, StageCallable
+from ..loop.recurrence import Recurrence
+from ..loop.spec import LoopSpec
+from ..loop.table import FoldedTable, fold
+from .arguments import check_arguments
+from .request import build_request
+
+logger = logging.getLogger(__name__)
+
+Array = np.ndarray
+UNGUIDED = 1.0  # the scale whose guided output is the conditional one
+
+
+def load(path: Path | str, *, threads: int | None = None, device: str = "cpu") -> Engine:
+    """Load a bundle after checking the hash of every file.
+
+    Args:
+        path: the folder.
+        threads: of an operator; None leaves the number to the engine.
+        device: `cpu` or `cuda`.
+
+    Raises:
+        UsageError: there is no such folder, or its engine or the device is missing here.
+        BundleError: the bundle is damaged, newer than this stepfold, or has a path that leaves its folder.
+    """
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads: expected at least 1; received {threads}.")
+    bundle = read(path)
+    tables = bundle.tables()
+
+    def load_session(bundle: Bundle, stage: StageEntry) -> StageCallable:
+        return open_stage(bundle, stage, threads=threads, device=device)
+
+    return Engine(bundle, tables, bind(bundle, tables, load_session))
+
+
+def open_stage(bundle: Bundle, stage: StageEntry, *, threads: int | None = None, device: str = "cpu") -> StageCallable:
+    """Open one stage of a bundle with the engine it was built for; raises as `load` does."""
+    backend = get(bundle.manifest.backend.name)
+    file = bundle.file(stage.file)
+    return backend.open_session(file, stage.input_ports(), stage.output_ports(), threads=threads, device=device)
+
+
+class Engine:
+    """A loaded bundle.
+
+    Attributes:
+        bundle: the checked folder.
+        tables: recurrence, fitted tables, timestep values.
+        program: the stages as callables.
+    """
+
+    def __init__(self, bundle: Bundle, tables: Tables, program: BoundProgram):
+        """See `load`."""
+        self.bundle = bundle
+        self.tables = tables
+        self.program = program
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle says about itself."""
+        return self.bundle.manifest
+
+    @property
+    def loop(self) -> LoopSpec | None:
+        """The loop, None for a component."""
+        return self.manifest.loop
+
+    def run(self, **kwargs: Any) -> list[Array]:
+        """One evaluation of the model.
+
+        Args:
+            **kwargs: the model's own keyword arguments: arrays or torch tensors with a leading batch, nested lists
+                and dictionaries of them; constants that were baked in at capture may be passed again.
+
+        Returns:
+            The outputs of the model as arrays.
+
+        Raises:
+            UsageError: an argument is missing, unknown or unfit, or the timestep is not on the grid of a program
+                whose timestep values were computed at compile time.
+        """
+        constants = {**self.manifest.constants, **self.tables.constants}
+        arrays = check_arguments(self.program.inputs, constants, kwargs)
+        call = self._grid_call(arrays) if self.program.tables else None
+        return self.program.evaluate(arrays, call)
+
+    def sample(
+        self,
+        noise: Any,
+        guidance: float | None = None,
+        on_step: OnStep | None = None,
+        unconditional: Mapping[str, Any] | None = None,
+        conditions: Mapping[str, Any] | None = None,
+        **named_conditions: Any,
+    ) -> Array:
+        """Run the loop.
+
+        Args:
+            noise: float32 [B, *latent], standard normal.
+            guidance: scale; None takes that of the loop. A scale without a fitted table uses the unfitted fold.
+            on_step: called with (evaluations done, evaluations in all).
+            unconditional: name -> [B, ...] of the unconditional branch, where the loop takes it as an input.
+            conditions: name -> [B, ...]; for names that this method uses itself, such as `guidance`.
+            **named_conditions: the same by keyword: `class_labels=labels`.
+
+        Returns:
+            float32 [B, *latent].
+
+        Raises:
+            UsageError: the request does not fit the model; the message says what was expected.
+        """
+        loop, _ = self._looped()
+        table = self.table(guidance)
+        guided = bool(table.guided.any())
+        given = {**(conditions or {}), **named_conditions}
+        request = build_request(self.program.inputs, loop, noise, given, unconditional, guided)
+        return run_loop(self.program, loop, request, table, on_step)
+
+    def generate(
+        self,
+        count: int,
+        seed: int = 0,
+        classes: Sequence[int] | None = None,
+        guidance: float | None = None,
+        on_step: OnStep | None = None,
+    ) -> Array:
+        """Samples of a seed: sample i has class i modulo the number of classes, or the i-th of `classes`, cycled.
+
+        Args:
+            count: number of samples.
+            seed: of the noise, see `stepfold.loop.noise`.
+            classes: class indices; the unconditional row is not one.
+            guidance: see `sample`.
+            on_step: see `sample`.
+
+        Returns:
+            float32 [count, *latent].
+
+        Raises:
+            UsageError: a class outside the range, or a model whose conditions are not a class index.
+        """
+        loop, _ = self._looped()
+        if count < 1 or seed < 0:
+            raise UsageError(f"generate: expected count >= 1 and seed >= 0; received count={count}, seed={seed}.")
+        conditions = class_conditions(self.program.inputs, loop, count, classes)
+        noise = seeded_noise(seed, (count, *loop.latent.shape))
+        return self.sample(noise, guidance, on_step, conditions=conditions)
+
+    def table(self, guidance: float | None = None) -> FoldedTable:
+        """The table of a guidance scale: the fitted one, or the unfitted fold of every grid call.
+
+        Args:
+            guidance: scale; None takes that of the loop.
+
+        Raises:
+            UsageError: the bundle has no loop or no guidance, or is strict about its scales.
+        """
+        loop, recurrence = self._looped()
+        scale = guidance_scale(loop, guidance)
+        fitted = self.tables.fitted.get(scale)
+        if fitted is not None:
+            return fitted
+        if loop.guidance is not None and loop.guidance.strict and scale not in loop.guidance.scales:
+            scales = ", ".join(f"{value:g}" for value in loop.guidance.scales)
+            raise UsageError(
+                f"guidance: expected one of {scales}, because the bundle was built with `strict: true`; received "
+                f"{scale:g}."
+            )
+        if self.tables.fitted:
+            logger.info("guidance %g has no fitted table: running all %d grid calls", scale, recurrence.calls)
+        return fold(recurrence, scale)
+
+    def _looped(self) -> tuple[LoopSpec, Recurrence]:
+        if self.loop is None or self.tables.recurrence is None:
+            raise UsageError(f"{self.bundle.path}: this bundle is a component without a loop. Call Engine.run.")
+        return self.loop, self.tables.recurrence
+
+    def _grid_call(self, arrays: Mapping[str, Array]) -> int:
+        """The grid call whose timestep all rows have."""
+        loop, recurrence = self._looped()
+        received = arrays[loop.timestep]
+        grid = recurrence.timesteps.astype(received.dtype)
+        calls = np.nonzero(grid == received.flat[0])[0]
+        if len(calls) == 0 or (received != received.flat[0]).any():
+            raise UsageError(
+                f"{loop.timestep}: expected one of the {len(grid)} timesteps of the grid, the same for every row, "
+                f"because what depends on it was computed at compile time; received {received.flat[0]:g}"
+                f"{' and others' if (received != received.flat[0]).any() else ''}. The nearest is "
+                f"{grid[np.abs(grid - received.flat[0]).argmin()]:g}."
+            )
+        return int(calls[0])
+
+
+def guidance_scale(loop: LoopSpec, guidance: float | None) -> float:
+    """The scale of a request as a number; that of a loop without guidance is 1.
+
+    Raises:
+        UsageError: it is no finite number, or the loop has no guidance.
+    """
+    if loop.guidance is None:
+        if guidance is not None:
+            raise UsageError(
+                f"guidance: expected none, because this loop has no guidance; received {guidance!r:.60}. "
+                "An input of the model of that name goes into conditions={'guidance': array}."
+            )
+        return UNGUIDED
+    if guidance is None:
+        return float(loop.guidance.scales[0])
+    if isinstance(guidance, bool) or not isinstance(guidance, (int, float, np.number)) or not math.isfinite(guidance):
+        raise UsageError(f"guidance: expected a finite number; received {guidance!r:.60}.")
+    return float(guidance)

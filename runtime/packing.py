@@ -1,0 +1,173 @@
+"""Put a compiled program into a bundle's folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..bundle.manifest import (
+    BackendEntry,
+    FrozenDimensionEntry,
+    InputEntry,
+    Manifest,
+    ModelEntry,
+    PassEntry,
+    PortEntry,
+    QualityEntry,
+    ScheduleEntry,
+    StageEntry,
+    stepfold_version,
+)
+from ..bundle.probe import TOLERANCE, Probe
+from ..bundle.tables import Tables
+from ..bundle.writer import write_manifest, write_probe, write_schedule, write_tables
+from ..loop.noise import SETS
+from ..loop.ports import BoundProgram
+
+if TYPE_CHECKING:
+    from ..ir.program import PassRecord, Program, Stage
+    from ..passes.recipe import Recipe
+    from .compiler import Workshop
+
+COUPLING = "stepfold.quantize_dynamic.default"
+"""The operator whose scale is that of a whole batch."""
+
+
+def pack(
+    folder: Path,
+    program: Program,
+    bound: BoundProgram,
+    shop: Workshop,
+    recipe: Recipe,
+    quality: QualityEntry | None,
+    seed: int,
+) -> Manifest:
+    """Write stages, tables, schedule, probe and manifest into an empty folder."""
+    stages = tuple(_copy_stage(folder, shop, stage) for stage in program.stages)
+    tables = _tables(program)
+    write_tables(folder, tables)
+    if program.schedule is not None:
+        write_schedule(folder, tables, program.schedule.fitted_on, _plain(program.schedule.details))
+    capability = shop.backend.capability()
+    tensors = _constant_tensors(program)
+    manifest = Manifest(
+        stepfold_version=stepfold_version(),
+        model=ModelEntry(class_name=program.model.class_name, weights_sha256=program.model.weights_sha256),
+        recipe=recipe.document(),
+        loop=program.loop,
+        backend=BackendEntry(name=shop.backend.name, version=capability.version or "unknown", device="cpu"),
+        batch_invariant=batch_invariant(program),
+        seeds={"seed": seed, **{name: [seed, SETS.index(name) + 1] for name in SETS}} if program.loop else {},
+        passes=tuple(pass_entry(record) for record in program.records),
+        schedule=_schedule(program),
+        quality=quality,
+        inputs=tuple(InputEntry.of_input(i) for i in program.inputs),
+        outputs=program.outputs,
+        stages=stages,
+        constants={name: value for name, value in program.constants.items() if name not in tensors},
+        frozen_dimensions=tuple(FrozenDimensionEntry(**asdict(f)) for f in program.frozen),
+        probe=write_probe(folder, _probe(program, bound)),
+    )
+    return write_manifest(folder, manifest)
+
+
+def batch_invariant(program: Program) -> bool:
+    """Whether a sample does not depend on its batch mates: per-tensor dynamic scales couple them."""
+    return not any(str(node.target) == COUPLING for stage in program.stages for node in stage.graph.graph.nodes)
+
+
+def summary(path: Path, manifest: Manifest, program: Program, seconds: float) -> dict[str, Any]:
+    """The object of `optimize --json`."""
+    from ..ir.cost import stage_flops
+
+    fit = sum(record.seconds for record in program.records if record.name == "schedule")
+    return {
+        "bundle": str(path),
+        "passes": [entry.model_dump(mode="json", exclude={"details"}) for entry in manifest.passes],
+        "stages": [
+            {
+                "name": stage.name,
+                "rate": stage.rate.value,
+                "bytes": sum(f.bytes for name, f in manifest.files.items() if name.startswith(f"stages/{stage.name}.")),
+                "flops": stage_flops(stage),
+                "reused": False,
+            }
+            for stage in program.stages
+        ],
+        "schedule": manifest.schedule.model_dump(mode="json") if manifest.schedule else None,
+        "quality": manifest.quality.model_dump(mode="json") if manifest.quality else None,
+        "frozen_dimensions": [entry.model_dump(mode="json") for entry in manifest.frozen_dimensions],
+        "seconds": seconds,
+        "fit_seconds": fit,
+    }
+
+
+def pass_entry(record: PassRecord) -> PassEntry:
+    """A pass record as the manifest keeps it."""
+    return PassEntry.model_validate({**asdict(record), "details": _plain(record.details)})
+
+
+def _copy_stage(folder: Path, shop: Workshop, stage: Stage) -> StageEntry:
+    target = folder / "stages"
+    target.mkdir(exist_ok=True)
+    files = shop.build(stage)
+    for file in files:
+        shutil.copy2(file, target / file.name)
+    return StageEntry(
+        name=stage.name,
+        rate=stage.rate,
+        file=f"stages/{files[0].name}",
+        inputs=tuple(PortEntry.of(port) for port in stage.inputs),
+        outputs=tuple(PortEntry.of(port) for port in stage.outputs),
+    )
+
+
+def _tables(program: Program) -> Tables:
+    fitted = program.schedule.fitted if program.schedule else {}
+    return Tables(program.recurrence, fitted, program.tables, _constant_tensors(program))
+
+
+def _constant_tensors(program: Program) -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in program.constants.items() if hasattr(value, "numpy")}
+
+
+def _schedule(program: Program) -> ScheduleEntry | None:
+    if program.schedule is None or program.recurrence is None:
+        return None
+    table = next(iter(program.schedule.fitted.values()))
+    return ScheduleEntry(
+        grid_steps=program.recurrence.calls,
+        evaluations=table.evaluations,
+        guided_evaluations=table.guided_evaluations,
+        fitted_on="engine" if program.schedule.fitted_on == "engine" else "reference",
+    )
+
+
+def _probe(program: Program, bound: BoundProgram) -> Probe:
+    from ..ir.probe import probe_calls, probe_inputs
+
+    call = probe_calls(program)[0]
+    inputs = probe_inputs(program, call)
+    outputs = dict(zip(program.outputs, bound.evaluate(inputs, call), strict=True))
+    precision = "int8" if any(_is_int8(stage) for stage in program.stages) else "float32"
+    return Probe(inputs, outputs, TOLERANCE[precision], call)
+
+
+def _is_int8(stage: Stage) -> bool:
+    return any(str(tensor.dtype) == "torch.int8" for tensor in stage.tensors().values())
+
+
+def _plain(value: Any) -> Any:
+    """Details as JSON: NumPy numbers become Python's, what is not finite becomes null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (np.floating, float)):
+        return float(value) if np.isfinite(value) else None
+    return int(value) if isinstance(value, np.integer) else value

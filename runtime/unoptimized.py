@@ -1,0 +1,76 @@
+"""A checkpoint as it is: the captured network along the whole loop, run by PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..loop.driver import OnStep, run_loop
+from ..loop.errors import UsageError
+from ..loop.ports import BoundProgram
+from ..loop.recurrence import Recurrence
+from ..loop.spec import LoopSpec
+from ..loop.table import fold
+from .engine import guidance_scale
+from .request import build_request
+
+Array = np.ndarray
+
+
+class Unoptimized:
+    """The loop of a checkpoint without any pass; samples as an `Engine` does.
+
+    Attributes:
+        loop: sampler, guidance and roles.
+        program: the captured network as callables.
+    """
+
+    def __init__(self, loop: LoopSpec, recurrence: Recurrence, program: BoundProgram):
+        """See `load_unoptimized`."""
+        self.loop = loop
+        self.program = program
+        self._recurrence = recurrence
+
+    def sample(
+        self,
+        noise: Any,
+        guidance: float | None = None,
+        on_step: OnStep | None = None,
+        *,
+        conditions: Mapping[str, Any] | None = None,
+    ) -> Array:
+        """Run every call of the loop.
+
+        Args:
+            noise: float32 [B, *latent], standard normal.
+            guidance: scale; None takes that of the loop.
+            on_step: called with (evaluations done, evaluations in all).
+            conditions: name -> [B, ...].
+
+        Returns:
+            float32 [B, *latent].
+
+        Raises:
+            UsageError: the request does not fit the model.
+        """
+        table = fold(self._recurrence, guidance_scale(self.loop, guidance))
+        guided = bool(table.guided.any())
+        request = build_request(self.program.inputs, self.loop, noise, conditions or {}, None, guided)
+        return run_loop(self.program, self.loop, request, table, on_step)
+
+
+def load_unoptimized(checkpoint: Path) -> Unoptimized:
+    """Load and capture a checkpoint; needs the extra `compile`.
+
+    Raises:
+        UsageError: the checkpoint cannot be used, or it is a component without a loop.
+    """
+    from ..frontend.load import load_checkpoint
+
+    program = load_checkpoint(checkpoint).capture()
+    if program.loop is None or program.recurrence is None:
+        raise UsageError(f"{checkpoint}: expected a model with a loop; received a component, which makes no samples.")
+    return Unoptimized(program.loop, program.recurrence, program.bind())

@@ -1,0 +1,7 @@
+"""`python -m stepfold`."""
+
+import sys
+
+from stepfold.cli import main
+
+sys.exit(main())

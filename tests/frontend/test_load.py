@@ -1,0 +1,273 @@
+"""Checkpoint folders: what loads, and what is refused with one clear line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+import zoo
+from safetensors.torch import load_file, save_file
+from zoo import ZOO, ZooModel
+
+from stepfold.frontend.calling import flatten
+from stepfold.frontend.load import load_checkpoint
+from stepfold.loop.errors import UsageError
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+Edit = Callable[[Path], object]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return zoo.DIT.save(tmp_path / "dit")
+
+
+@pytest.mark.parametrize("model", ZOO, ids=str)
+def test_every_zoo_folder_loads(model: ZooModel, tmp_path: Path) -> None:
+    """Names, roles and example inputs; and the loaded model, tables computed in its constructor included, is equal."""
+    checkpoint = load_checkpoint(model.save(tmp_path / "saved"))
+    assert checkpoint.class_name == model.class_name and checkpoint.method == model.method
+    assert (checkpoint.loop is not None) == model.is_loop
+    wanted, _ = flatten(model.kwargs(2))
+    got, _ = flatten(checkpoint.kwargs)
+    assert {name: (value.shape, value.dtype) for name, value in got.items()} == {
+        name: (value.shape, value.dtype) for name, value in wanted.items()
+    }
+    kwargs = model.kwargs(2)
+    torch.testing.assert_close(
+        model.call(checkpoint.model, kwargs), model.call(model.build(), kwargs), rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_converted(dtype: torch.dtype, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(zoo.SD3.save(tmp_path / "sd3", dtype))
+    stored = zoo.SD3.build().to(dtype).float()
+    for name, tensor in checkpoint.model.state_dict().items():
+        assert tensor.dtype == torch.float32, name
+        torch.testing.assert_close(tensor, stored.state_dict()[name], rtol=0, atol=0, msg=name)
+
+
+def test_sharded_weights(tmp_path: Path) -> None:
+    zoo.SD3.build().save_pretrained(tmp_path / "shards", max_shard_size="60KB")  # type: ignore[operator]
+    (tmp_path / "shards" / "loop.yaml").write_text(yaml.safe_dump(zoo.SD3.document))
+    whole = load_checkpoint(zoo.SD3.save(tmp_path / "whole"))
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert load_checkpoint(tmp_path / "shards").weights_sha256 == whole.weights_sha256
+
+
+def test_variant_files(folder: Path) -> None:
+    whole = load_checkpoint(folder).weights_sha256
+    (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    assert load_checkpoint(folder).weights_sha256 == whole
+
+
+def test_the_hash_follows_the_weights(folder: Path) -> None:
+    before = load_checkpoint(folder).weights_sha256
+    weights = load_file(folder / WEIGHTS)
+    next(iter(weights.values())).flatten()[0] += 1
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    assert load_checkpoint(folder).weights_sha256 != before
+
+
+def test_a_checkpoint_captures(folder: Path) -> None:
+    checkpoint = load_checkpoint(folder)
+    program = checkpoint.capture()
+    assert program.model.class_name == "DiTTransformer2DModel"
+    assert program.model.weights_sha256 == checkpoint.weights_sha256
+    assert program.recurrence is not None and program.recurrence.calls == 8
+
+
+def test_example_inputs_from_a_file(tmp_path: Path) -> None:
+    folder = zoo.SD3.save(tmp_path / "sd3")
+    document = yaml.safe_load((folder / "loop.yaml").read_text())
+    document["inputs"]["pooled_projections"] = "condition"
+    (folder / "loop.yaml").write_text(yaml.safe_dump(document))
+    save_file({"pooled_projections": torch.full((1, 20), 3.0)}, tmp_path / "inputs.safetensors")
+    kwargs = load_checkpoint(folder, inputs=tmp_path / "inputs.safetensors").kwargs
+    assert torch.equal(kwargs["pooled_projections"], torch.full((2, 20), 3.0))
+
+
+def test_nested_example_inputs(tmp_path: Path) -> None:
+    """`a.b` becomes a dictionary, `a.0` a list."""
+    folder = zoo.UNET.save(tmp_path / "unet")
+    document = yaml.safe_load((folder / "loop.yaml").read_text())
+    document["inputs"] |= {"added_cond_kwargs.text_embeds": "condition", "down_block_additional_residuals": "condition"}
+    (folder / "loop.yaml").write_text(yaml.safe_dump(document))
+    residuals = {f"down_block_additional_residuals.{i}": torch.randn(2, 16, 8, 8) for i in range(2)}
+    save_file({"added_cond_kwargs.text_embeds": torch.randn(2, 5)} | residuals, folder / "inputs.safetensors")
+    kwargs = load_checkpoint(folder).kwargs
+    assert kwargs["added_cond_kwargs"]["text_embeds"].shape == (2, 5)
+    assert [tensor.shape for tensor in kwargs["down_block_additional_residuals"]] == [(2, 16, 8, 8)] * 2
+
+
+def test_constants_may_be_written_out(tmp_path: Path) -> None:
+    folder = zoo.FLUX.save(tmp_path / "flux")
+    (folder / "inputs.safetensors").unlink()
+    document = yaml.safe_load((folder / "loop.yaml").read_text())
+    document["constants"] = {name: value.tolist() for name, value in zoo.FLUX.constants.items()}
+    (folder / "loop.yaml").write_text(yaml.safe_dump(document))
+    assert torch.equal(load_checkpoint(folder).kwargs["img_ids"], zoo.FLUX.constants["img_ids"])
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(folder / WEIGHTS)
+    edit(weights)
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def truncate(folder: Path, size: int) -> None:
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[:size])
+
+
+def edit_loop(folder: Path, **changes: object) -> None:
+    document = yaml.safe_load((folder / "loop.yaml").read_text()) | changes
+    (folder / "loop.yaml").write_text(yaml.safe_dump(document))
+
+
+def shard(folder: Path, names: dict[str, str]) -> None:
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+PROJECTION = "proj_out_2.weight"
+BAD: dict[str, tuple[Edit, str]] = {
+    "no_config": (
+        lambda f: (f / "config.json").unlink(),
+        "no config.json; expected a diffusers or transformers folder",
+    ),
+    "config_not_json": (lambda f: (f / "config.json").write_text("{a"), "config.json: not a JSON file"),
+    "config_a_list": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object; received list"),
+    "config_binary": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "not a JSON file"),
+    "no_class": (lambda f: edit_config(f, _class_name=None), "names no model class"),
+    "class_misspelled": (
+        lambda f: edit_config(f, _class_name="DiTTransformer2DModle"),
+        "no model class 'DiTTransformer2DModle'; did you mean 'DiTTransformer2DModel'?",
+    ),
+    "class_a_pipeline": (lambda f: edit_config(f, _class_name="DiTPipeline"), "no model class 'DiTPipeline'"),
+    "class_a_path": (lambda f: edit_config(f, _class_name="os.system"), "no model class 'os.system'"),
+    "quantized": (lambda f: edit_config(f, quantization_config={"bits": 4}), "the weights are quantized"),
+    "config_value": (lambda f: edit_config(f, num_layers="two"), "DiTTransformer2DModel cannot be built from it"),
+    "no_weights": (lambda f: (f / WEIGHTS).unlink(), "no weights; expected diffusion_pytorch_model.safetensors"),
+    "pickled": (
+        lambda f: (f / WEIGHTS).rename(f / "diffusion_pytorch_model.bin"),
+        r"pickled \(diffusion_pytorch_model.bin\), and loading them can run any code; .* convert it once: python -c",
+    ),
+    "truncated_header": (lambda f: truncate(f, 100), "damaged or truncated safetensors file of 100 bytes"),
+    "truncated_data": (lambda f: truncate(f, 50_000), "damaged or truncated safetensors file of 50000 bytes"),
+    "empty_weights": (lambda f: truncate(f, 0), "damaged or truncated safetensors file of 0 bytes"),
+    "missing_weight": (
+        lambda f: edit_weights(f, lambda w: w.pop(PROJECTION)),
+        f"do not fit DiTTransformer2DModel as config.json describes it: 1 missing from the files: {PROJECTION}",
+    ),
+    "unexpected_weight": (
+        lambda f: edit_weights(f, lambda w: w.update(extra=torch.zeros(1))),
+        "1 unknown to the model: extra",
+    ),
+    "wrong_shape": (
+        lambda f: edit_weights(f, lambda w: w.update({PROJECTION: torch.zeros(3, 3)})),
+        r"1 of another shape: proj_out_2.weight \(file \[3, 3\], config \[32, 32\]\)",
+    ),
+    "config_of_another_model": (lambda f: edit_config(f, num_layers=3), "missing from the files: transformer_blocks.2"),
+    "missing_shard": (lambda f: shard(f, {"a": "b.safetensors"}), "b.safetensors: this shard is missing"),
+    "shard_outside": (lambda f: shard(f, {"a": "../b.safetensors"}), "expected names of safetensors files beside it"),
+    "index_damaged": (
+        lambda f: (f / f"{WEIGHTS}.index.json").write_text("{}"),
+        "not a safetensors index: KeyError: 'weight_map'",
+    ),
+    "no_loop": (lambda f: (f / "loop.yaml").unlink(), "inputs: {hidden_states: state, timestep: timestep"),
+    "condition_without_shape": (
+        lambda f: edit_loop(
+            f, inputs={"hidden_states": "state", "timestep": "timestep", "encoder": "condition"}, guidance=None
+        ),
+        r"input 'encoder' has no shape. Add it to loop.yaml, without the batch:\n  inputs: {encoder: {role: condition",
+    ),
+    "unknown_dtype": (
+        lambda f: edit_loop(
+            f,
+            inputs={
+                "hidden_states": "state",
+                "timestep": "timestep",
+                "class_labels": {"role": "condition", "shape": [], "dtype": "int65"},
+            },
+        ),
+        "unknown dtype 'int65'",
+    ),
+    "constant_without_value": (
+        lambda f: edit_loop(
+            f,
+            inputs={"hidden_states": "state", "timestep": "timestep", "class_labels": {"role": "constant"}},
+            guidance=None,
+        ),
+        "input 'class_labels' is constant, but has no value",
+    ),
+    "component_method": (
+        lambda f: (f / "loop.yaml").write_text("component: {method: decode}"),
+        "DiTTransformer2DModel has no method 'decode'",
+    ),
+    "foreign_input": (
+        lambda f: save_file({"classlabels": torch.zeros(2)}, f / "inputs.safetensors"),
+        "'classlabels' is no input of the model; did you mean 'class_labels'?",
+    ),
+    "input_without_batch": (
+        lambda f: save_file({"class_labels": torch.tensor(1)}, f / "inputs.safetensors"),
+        r"'class_labels' has shape \[\]; expected a leading batch",
+    ),
+    "inputs_damaged": (
+        lambda f: (f / "inputs.safetensors").write_bytes(b"{}"),
+        "not a safetensors file of example inputs",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_folder(name: str, folder: Path) -> None:
+    edit, message = BAD[name]
+    edit(folder)
+    with pytest.raises(UsageError, match=message):
+        load_checkpoint(folder)
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="nowhere: no such checkpoint folder"):
+        load_checkpoint(tmp_path / "nowhere")
+
+
+def test_missing_inputs_file(folder: Path) -> None:
+    with pytest.raises(UsageError, match="no such file of example inputs"):
+        load_checkpoint(folder, inputs=folder / "absent.safetensors")
+
+
+def test_unknown_text_encoder(tmp_path: Path) -> None:
+    """A transformers model outside the table: the error shows the component file to write."""
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    with pytest.raises(UsageError, match=r"(?s)BertModel.*component: \{method: forward\}.*input_ids"):
+        load_checkpoint(tmp_path / "bert")
+
+
+def test_transformers_class_misspelled(tmp_path: Path) -> None:
+    folder = zoo.CLIP_TEXT.save(tmp_path / "clip")
+    edit_config(folder, architectures=["CLIPTextModle"])
+    with pytest.raises(
+        UsageError, match="transformers has no model class 'CLIPTextModle'; did you mean 'CLIPTextModel'?"
+    ):
+        load_checkpoint(folder)
+
+
+def test_transformers_weights_of_another_shape(tmp_path: Path) -> None:
+    folder = zoo.CLIP_TEXT.save(tmp_path / "clip")
+    edit_config(folder, intermediate_size=128)
+    with pytest.raises(UsageError, match="the weights do not fit CLIPTextModel .* of another shape: .*fc1"):
+        load_checkpoint(folder)
