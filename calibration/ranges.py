@@ -22,15 +22,28 @@ SAMPLES = 10
 
 @dataclass
 class Range:
-    """Smallest and largest value seen."""
+    """Smallest and largest value of each channel seen: two [M] tensors, the last dimension of the value."""
 
-    low: float = float("inf")
-    high: float = float("-inf")
+    low: torch.Tensor
+    high: torch.Tensor
 
-    def widen(self, value: torch.Tensor) -> None:
-        """Include all values of a tensor."""
-        self.low = min(self.low, float(value.min()))
-        self.high = max(self.high, float(value.max()))
+    @classmethod
+    def of(cls, value: torch.Tensor) -> Range:
+        """The range of one value [..., M]."""
+        rows = value.flatten(0, -2)
+        return cls(rows.amin(dim=0), rows.amax(dim=0))
+
+    def union(self, other: Range) -> Range:
+        """The range of both."""
+        return Range(torch.minimum(self.low, other.low), torch.maximum(self.high, other.high))
+
+    def largest(self) -> torch.Tensor:
+        """[M] largest magnitude of each channel."""
+        return torch.maximum(self.low.abs(), self.high.abs())
+
+    def divided(self, scale: torch.Tensor) -> Range:
+        """The range after each channel is divided by a positive scale [M]."""
+        return Range(self.low / scale, self.high / scale)
 
 
 class Observer(fx.Interpreter):
@@ -39,13 +52,15 @@ class Observer(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule, watched: Iterable[fx.Node]):
         """Watch nodes of `graph`."""
         super().__init__(graph)
-        self.ranges = {node: Range() for node in watched}
+        self.watched = set(watched)
+        self.ranges: dict[fx.Node, Range] = {}
 
     def run_node(self, n: fx.Node) -> object:
         """Run one node; widen its range when it is watched."""
         value = super().run_node(n)
-        if n in self.ranges:
-            self.ranges[n].widen(value)  # type: ignore[arg-type]
+        if n in self.watched:
+            seen = Range.of(value)  # type: ignore[arg-type]
+            self.ranges[n] = self.ranges[n].union(seen) if n in self.ranges else seen
         return value
 
 

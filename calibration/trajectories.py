@@ -68,8 +68,11 @@ def trajectories(
     latents = _run(program, bound, request, fold(program.recurrence, scale), progress, whole)
     cache.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file({"latents": latents}, partial)
-    os.replace(partial, path)
+    try:
+        save_file({"latents": latents}, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return Trajectories(request, latents)
 
 
@@ -129,7 +132,9 @@ def _key(program: Program, samples: SampleSet, scale: float | None, whole: bool)
     ]
     digest = hashlib.sha256("\n".join(parts).encode())
     for name, value in sorted({**program.constants, **program.example}.items()):
-        digest.update(f"{name} {tuple(value.shape)}".encode() if isinstance(value, torch.Tensor) else repr(value).encode())
+        digest.update(
+            f"{name} {tuple(value.shape)}".encode() if isinstance(value, torch.Tensor) else repr(value).encode()
+        )
         if isinstance(value, torch.Tensor):
             digest.update(value.contiguous().numpy().tobytes())
     return digest.hexdigest()[:24]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect as inspection
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -74,14 +76,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = DEBUG in words
     with quiet_libraries(debug):
         try:
-            return _run([word for word in words if word != DEBUG])
+            code = _run([word for word in words if word != DEBUG])
+            sys.stdout.flush()  # so that a closed pipe is noticed here
+            return code
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (the one place where every error ends)
             if debug:
                 traceback.print_exc()
+            if isinstance(error, BrokenPipeError):
+                _discard_output()
             lines, code = failure(error)
             for line in lines:
                 errors_console().print(line, markup=False, highlight=False, soft_wrap=True)
             return code
+
+
+def _discard_output() -> None:
+    """Send standard output nowhere: nobody reads it any more, and Python flushes it once more at its end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(words: list[str]) -> int:

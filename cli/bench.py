@@ -21,7 +21,7 @@ def bench(
         typer.Option(
             "--baselines",
             metavar="LIST",
-            help="With commas, each NAME[@STEPS][:solver]: eager, compile, onnxruntime, onnxruntime-int8, openvino, "
+            help="With commas, each NAME\\[@STEPS][:solver]: eager, compile, onnxruntime, onnxruntime-int8, openvino, "
             "openvino-bf16, openvino-int8. They run the checkpoint of --reference.",
         ),
     ] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,10 +46,44 @@ def compare(
 
     comparison = run(reports, max_slowdown, max_psnr_drop)
     if out is not None:
-        _write_page(out, comparison)
+        _write_page(out, comparison, reports)
     if as_json:
         print_json(comparison.document())
     else:
         print_comparison(comparison)
     if comparison.gate == "failed":
         raise typer.Exit(GATE)
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Print a comparison: a row each, what had no counterpart, and the gate."""
+    screen = console()
+    columns = ("report", "row", "against", "latency", "95 % interval", "PSNR", "size")
+    screen.print(table("Against the base", columns, [_cells(row) for row in comparison.rows], columns[3:]))
+    for name in comparison.unmatched:
+        screen.print(escape(f"not in the base: {name}"), soft_wrap=True)
+    for failure in comparison.failures:
+        screen.print(f"[red]failed:[/] {escape(failure)}", soft_wrap=True)
+    if comparison.gate is not None:
+        screen.print(f"Gate: {comparison.gate}")
+
+
+def _cells(row: ComparedRow) -> tuple[str, ...]:
+    low, high = row.latency_ratio_ci
+    return (
+        row.report,
+        row.name,
+        row.base_name,
+        f"{row.latency_ratio:.3f}x",
+        f"{low:.3f} to {high:.3f}",
+        "-" if row.psnr_change_db is None else f"{row.psnr_change_db:+.2f} dB",
+        "-" if row.size_ratio is None else f"{row.size_ratio:.2f}x",
+    )
+
+
+def _write_page(out: Path, comparison: Comparison, reports: Sequence[Path]) -> None:
+    from ..report.page import comparison_page, write_page
+    from ..report.records import read_report
+
+    title = " and ".join(str(path) for path in reports)
+    write_page(out, comparison_page(title, comparison, {str(path): read_report(path) for path in reports}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -86,14 +87,11 @@ def read_noise(file: Path) -> Array:
         UsageError: there is no such file, or it holds no array of numbers.
     """
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        return np.asarray(np.lib.format.open_memmap(file, mode="r"))  # refuses Python objects
     except FileNotFoundError:
         raise UsageError(f"--noise {file}: no such file.") from None
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"--noise {file}: expected an array saved with numpy.save; {error}.") from None
-    if not isinstance(array, np.ndarray):
-        raise UsageError(f"--noise {file}: expected one array (.npy); received an archive of arrays.")
-    return np.asarray(array)
 
 
 def _check_targets(out: Path | None, npy: Path | None) -> None:
@@ -137,8 +135,19 @@ def _looped(model: Path, loop: LoopSpec | None, drawn: bool) -> LoopSpec:
     return loop
 
 
+def write_array(path: Path, samples: Array) -> None:
+    """Write a `.npy` file in one step."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as stream:
+            np.save(stream, samples, allow_pickle=False)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _write(samples: Array, out: Path | None, npy: Path | None) -> None:
-    from ..report.images import write_array, write_grid
+    from ..report.images import write_grid
 
     for path, write in ((npy, write_array), (out, write_grid)):
         if path is not None:

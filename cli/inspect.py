@@ -58,6 +58,8 @@ def print_checkpoint(document: Mapping[str, Any]) -> None:
     screen.print(table("Rates", ("rate", "parameters", "FLOPs"), rates, ("parameters", "FLOPs")))
     sites = [(name.replace("_", "-"), str(count)) for name, count in document["sites"].items()]
     screen.print(table("Sites", ("site", "count"), sites, ("count",)))
+    for entry in document["near_misses"]:
+        screen.print(escape(f"nearly {entry['kind']}: {entry['site']}: {entry['missing']}"), soft_wrap=True)
     _print_frozen(document)
     for entry in document["unsupported"]:
         screen.print(escape(f"unsupported: {entry['node']}: {entry['reason']} ({entry['source']})"), soft_wrap=True)
@@ -103,7 +105,7 @@ def loop_line(loop: Mapping[str, Any] | None) -> str:
     """Sampler, steps and guidance in one line."""
     if loop is None:
         return "Loop: none; a component."
-    sampler, guidance = loop["sampler"], loop["guidance"]
+    sampler, guidance = loop["sampler"], loop.get("guidance")
     scale = guidance["scale"] if guidance else None
     shown = ", ".join(f"{value:g}" for value in scale["values"]) if isinstance(scale, dict) else f"{scale}"
     text = f"Loop: {sampler['scheduler']}, {sampler['steps']} steps, latent {loop['latent']['shape']}"

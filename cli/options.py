@@ -23,9 +23,7 @@ MinPsnr = Annotated[
 ]
 ReferenceCheckpoint = Annotated[
     Path | None,
-    typer.Option(
-        "--reference", metavar="CHECKPOINT", help="Checkpoint whose full loop quality is measured against."
-    ),
+    typer.Option("--reference", metavar="CHECKPOINT", help="Checkpoint whose full loop quality is measured against."),
 ]
 
 

@@ -57,7 +57,7 @@ class Calling(torch.nn.Module):
         self.model = model
         self._method = method
         self._inputs = tuple(inputs)
-        self._latent = latent
+        self.latent = latent
         leaves, self._spec = pytree.tree_flatten_with_path(dict(kwargs))
         self._names = [dotted(path) for path, _ in leaves]
         self._constants = {n: v for n, (_, v) in zip(self._names, leaves, strict=True) if n not in self._inputs}
@@ -71,9 +71,9 @@ class Calling(torch.nn.Module):
         leaves = [given[name] if name in given else self._constant(name) for name in self._names]
         result = getattr(self.model, self._method)(**pytree.tree_unflatten(leaves, self._spec))
         outputs = named_outputs(result)
-        if self._latent is not None:
+        if self.latent is not None:
             first = next(iter(outputs))
-            outputs = {"sample": prediction(outputs.pop(first), self._latent)} | outputs
+            outputs = {"sample": prediction(outputs.pop(first), self.latent)} | outputs
         return {_free(name, self._inputs): value for name, value in outputs.items()}
 
     def _constant(self, name: str) -> Any:

@@ -62,8 +62,8 @@ def capture(
     calling = Calling(model.eval(), method, kwargs, list(example), loop.latent.shape if loop else None)
     exported = export(calling, example, type(model).__name__)
     graph, names = normalize(exported)
-    frozen = frozen_dimensions(graph, list(example), loop) + baked_constants(constants)
     stage = _stage(graph, names, example, roles, loop)
+    frozen = frozen_dimensions(calling, example, stage.inputs) + baked_constants(constants)
     identity = identity or ModelIdentity(type(model).__name__, weights_hash(model))
     inputs = tuple(InputPort(p, roles[p.name], _cardinality(graph, i)) for i, p in enumerate(stage.inputs))
     baked = constants | {name: tensor for name, tensor in tensors.items() if name not in example}
@@ -129,7 +129,7 @@ def export(calling: Calling, example: Mapping[str, torch.Tensor], name: str) -> 
     Raises:
         StepfoldError: `torch.export` refuses the module.
     """
-    size = next(iter(example.values())).shape[0]
+    size = _batch_size(example)
     dynamic = tuple(
         {0: torch.export.Dim.AUTO} if value.ndim and value.shape[0] == size else None for value in example.values()
     )
@@ -157,12 +157,13 @@ def _stage(
     loop: LoopSpec | None,
 ) -> Stage:
     inputs = input_ports(graph, example)
-    if loop is not None:
-        _require_batch(inputs, graph)
+    _require_batch(inputs, example)
     try:
         propagate(graph, inputs)
     except RuntimeError as error:
-        raise StepfoldError(f"the captured graph does not run at another batch size: {_first_line(error)}") from error
+        raise StepfoldError(
+            f"the model fixes its batch: the captured graph runs at the batch of the example only: {_first_line(error)}"
+        ) from error
     repair(graph, inputs)
     graph = fx.GraphModule(graph, graph.graph)  # keeps only the weights that are still read
     nodes = list(graph.graph.output_node().args[0])  # type: ignore[arg-type]
@@ -175,12 +176,18 @@ def _stage(
     return Stage("step" if loop else "forward", Rate.of(roles.values()), graph, inputs, outputs)
 
 
-def _require_batch(inputs: tuple[Port, ...], graph: fx.GraphModule) -> None:
-    fixed = [item for item in inputs if item.shape[0] is not None]
-    if fixed:
-        raise StepfoldError(
-            f"input {fixed[0].name!r}: the model fixes its batch to {fixed[0].shape[0]}; a loop needs it dynamic."
-        )
+def _require_batch(inputs: tuple[Port, ...], example: Mapping[str, torch.Tensor]) -> None:
+    size = _batch_size(example)
+    for item in inputs:
+        if item.shape and item.shape[0] == size and example[item.name].shape[0] == size:
+            raise StepfoldError(
+                f"input {item.name!r}: the model fixes its batch to {size}; expected one that serves any batch. A tensor "
+                "without a batch that never changes has the role `constant`."
+            )
+
+
+def _batch_size(example: Mapping[str, torch.Tensor]) -> int:
+    return next(iter(example.values())).shape[0]
 
 
 def input_ports(graph: fx.GraphModule, example: Mapping[str, torch.Tensor]) -> tuple[Port, ...]:

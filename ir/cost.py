@@ -56,6 +56,10 @@ def _convolution(node: fx.Node) -> int:
     return 2 * prod(node.meta["val"].shape) * prod(_shape(node.args[1])[1:])
 
 
+def _transposed_convolution(node: fx.Node) -> int:
+    return 2 * prod(_shape(node.args[0])) * prod(_shape(node.args[1])[1:])
+
+
 def _attention(node: fx.Node) -> int:
     query, key, value = (_shape(argument) for argument in node.args[:3])
     return 2 * prod(query) * key[-2] + 2 * prod(query[:-1]) * prod(value[-2:])
@@ -67,9 +71,13 @@ FORMULAS: dict[object, Callable[[fx.Node], int]] = {
     aten.bmm.default: _matmul,
     aten.mm.default: _matmul,
     aten.addmm.default: _addmm,
+    aten.baddbmm.default: _addmm,
     aten.conv1d.default: _convolution,
     aten.conv2d.default: _convolution,
     aten.conv3d.default: _convolution,
+    aten.conv_transpose1d.default: _transposed_convolution,
+    aten.conv_transpose2d.input: _transposed_convolution,
+    aten.conv_transpose3d.input: _transposed_convolution,
     aten.scaled_dot_product_attention.default: _attention,
 }
 """FLOPs by operator; `stepfold.ir.operators` adds its own."""

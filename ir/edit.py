@@ -10,7 +10,7 @@ from torch import fx
 
 from ..loop.ports import Port, Rate
 from .program import Stage
-from .shapes import port, propagate
+from .shapes import PROBE_BATCHES, port, propagate
 
 SYM_SIZE = torch.ops.aten.sym_size.int
 
@@ -101,7 +101,8 @@ def reads_batch(node: fx.Node) -> bool:
         return False
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    return source.meta["shape"][0] is None
+    shape = source.meta.get("shape", ())
+    return shape[:1] == (None,) and source.meta["val"].shape[0] == PROBE_BATCHES[0]  # not a multiple of the batch
 
 
 def _read_batch_from_one_input(graph: fx.Graph) -> None:

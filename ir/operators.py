@@ -106,10 +106,9 @@ def _qlinear_flops(node: fx.Node) -> int:
 
 FORMULAS[torch.ops.stepfold.qlinear.default] = _qlinear_flops
 
+
 @torch.library.custom_op("stepfold::attention", mutates_args=())
-def attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, scale: float
-) -> torch.Tensor:
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, scale: float) -> torch.Tensor:
     """Multi-head attention on unsplit values (ONNX `Attention`, opset 23, in its 3-D form).
 
     Args:
@@ -122,8 +121,8 @@ def attention(
     Returns:
         [B, T, D].
     """
-    split = [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value)]
-    merged = torch.nn.functional.scaled_dot_product_attention(*split, scale=scale).transpose(1, 2)
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    merged = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
     return merged.reshape(query.shape[0], query.shape[1], value.shape[2])
 
 

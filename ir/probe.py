@@ -14,7 +14,8 @@ def probe_calls(program: Program) -> list[int | None]:
     """The grid calls a program is probed at: first, middle and last; once for a component."""
     if program.recurrence is None:
         return [None]
-    return sorted({0, program.recurrence.calls // 2, program.recurrence.calls - 1})
+    calls = program.recurrence.calls
+    return list(dict.fromkeys((0, calls // 2, calls - 1)))
 
 
 def probe_outputs(program: Program) -> Outputs:
@@ -31,10 +32,11 @@ def probe_inputs(program: Program, call: int | None) -> dict[str, np.ndarray]:
     inputs = {name: value.numpy() for name, value in program.example.items()}
     if call is not None and program.loop is not None and program.recurrence is not None:
         name = program.loop.timestep
-        inputs[name] = np.full_like(inputs[name], program.recurrence.timesteps[call])
+        timesteps = program.recurrence.timesteps_as(inputs[name].dtype.name)
+        inputs[name] = np.full_like(inputs[name], timesteps[call])
     return inputs
 
 
 def outputs_drift(outputs: Outputs, reference: Outputs) -> float:
-    """The largest relative L2 error over outputs and calls."""
-    return max(drift(value, expected) for value, expected in zip(outputs, reference, strict=True))
+    """The largest relative L2 error over outputs and calls; NaN when an output has one."""
+    return float(np.max([drift(value, expected) for value, expected in zip(outputs, reference, strict=True)]))

@@ -84,8 +84,11 @@ class Stage:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The weights the graph reads, by attribute name."""
-        return {str(node.target): attribute(self.graph, str(node.target)) for node in self.graph.graph.nodes
-                if node.op == "get_attr"}
+        return {
+            str(node.target): attribute(self.graph, str(node.target))
+            for node in self.graph.graph.nodes
+            if node.op == "get_attr"
+        }
 
 
 @dataclass(frozen=True)

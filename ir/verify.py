@@ -2,51 +2,86 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from ..loop.errors import StepfoldError
+from ..loop.ports import Port, Rate
 from .edit import output_nodes
 from .program import Program, Stage
 
+OPERATIONS = ("placeholder", "get_attr", "call_function", "output")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a stage input may come from: a port and how often it changes."""
+
+    port: Port
+    rate: Rate
+
 
 def verify(program: Program) -> None:
-    """Check names, wiring, shapes and graphs.
+    """Check names, wiring, rates, shapes and graphs.
 
     Raises:
         StepfoldError: a rule is broken; the message names stage and rule.
     """
-    known = {i.name: i.port for i in program.inputs}
-    known_names = set(known) | set(program.tables)
+    known = {i.name: Source(i.port, Rate.of([i.role])) for i in program.inputs}
+    for name, table in program.tables.items():
+        known[name] = Source(Port(name, (None, *table.shape[1:]), str(table.dtype)), Rate.TIMESTEP)
+    names: set[str] = set()
     for stage in program.stages:
+        _require(stage.name not in names, stage, "another stage has its name")
+        names.add(stage.name)
         _verify_graph(stage)
         for port in stage.inputs:
-            _require(port.name in known_names, stage, f"input {port.name!r} is neither a program input nor an output "
-                     "of an earlier stage")
-            if port.name in known:
-                _require(known[port.name].dtype == port.dtype, stage, f"input {port.name!r} is declared "
-                         f"{port.dtype}, its source is {known[port.name].dtype}")
+            _verify_input(stage, port, known.get(port.name))
         for port in stage.outputs:
-            _require(port.name not in known_names, stage, f"output {port.name!r} exists already")
-            known[port.name] = port
-            known_names.add(port.name)
+            _require(port.name not in known, stage, f"output {port.name!r} exists already")
+            known[port.name] = Source(port, stage.rate)
     for name in program.outputs:
         if name not in known:
             raise StepfoldError(f"program: output {name!r} is not produced by any stage.")
 
 
+def _verify_input(stage: Stage, port: Port, source: Source | None) -> None:
+    if source is None:
+        raise _broken(stage, f"input {port.name!r} is neither a program input nor an output of an earlier stage")
+    _require(port == source.port, stage, f"input {port} comes from {source.port}")
+    _require(
+        source.rate.roles <= stage.rate.roles,
+        stage,
+        f"input {port.name!r} changes at rate {source.rate}, the stage runs at {stage.rate}",
+    )
+
+
 def _verify_graph(stage: Stage) -> None:
-    stage.graph.graph.lint()
-    placeholders = [node for node in stage.graph.graph.nodes if node.op == "placeholder"]
-    _require(len(placeholders) == len(stage.inputs), stage, "one placeholder for each input port")
-    outputs = output_nodes(stage)
-    _require(len(outputs) == len(stage.outputs), stage, "one value for each output port")
-    for node, port in zip(outputs, stage.outputs, strict=True):
-        _require(node.meta.get("shape") == port.shape, stage, f"output {port.name!r} is declared "
-                 f"{list(port.shape)}, the graph gives {node.meta.get('shape')}")
+    try:
+        stage.graph.graph.lint()
+    except (RuntimeError, ValueError) as error:
+        raise _broken(stage, f"the graph is well-formed: {str(error).splitlines()[0]}") from error
     for node in stage.graph.graph.nodes:
-        _require(node.op in ("placeholder", "get_attr", "call_function", "output"), stage, f"node {node.name} is a "
-                 f"{node.op}: only functions and weights belong in a stage")
+        kind = f"node {node.name} is a {node.op}: only functions and weights belong in a stage"
+        _require(node.op in OPERATIONS, stage, kind)
         _require(node.op == "output" or "val" in node.meta, stage, f"node {node.name} has no shape")
+    _verify_ports(stage, "input", stage.graph.graph.find_nodes(op="placeholder"), stage.inputs)
+    _verify_ports(stage, "output", output_nodes(stage), stage.outputs)
+
+
+def _verify_ports(stage: Stage, kind: str, nodes: Sequence, ports: Sequence[Port]) -> None:
+    _require(len(nodes) == len(ports), stage, f"one node for each {kind}: {len(nodes)} nodes, {len(ports)} ports")
+    for node, port in zip(nodes, ports, strict=True):
+        shape = node.meta.get("shape")
+        dtype = str(getattr(node.meta["val"], "dtype", None)).removeprefix("torch.")
+        same = (shape, dtype) == (port.shape, port.dtype)
+        _require(same, stage, f"{kind} {port} is {dtype} {shape} in the graph")
 
 
 def _require(holds: bool, stage: Stage, rule: str) -> None:
     if not holds:
-        raise StepfoldError(f"stage {stage.name}: broken rule: {rule}.")
+        raise _broken(stage, rule)
+
+
+def _broken(stage: Stage, rule: str) -> StepfoldError:
+    return StepfoldError(f"stage {stage.name}: broken rule: {rule}.")

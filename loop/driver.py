@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .ports import BoundProgram, Rate, repeat_row
+from .recurrence import as_timesteps
 from .spec import LoopSpec
 from .table import FoldedTable
 
@@ -59,7 +60,7 @@ class LoopRun:
         self.history: dict[int, tuple[Array, Array | None]] = {}
         if plan.guided.any() and request.unconditional is None:
             raise ValueError("the table has guided evaluations, so the request needs unconditional conditions")
-        self._times = _as_dtype(plan.timesteps, self._timestep_dtype())  # [N]
+        self._times = as_timesteps(plan.timesteps, self._timestep_dtype())  # [N]
         branches = _branches(request)
         self._rows, self._inverse = _distinct_rows(branches)
         self._conditions = branches
@@ -155,11 +156,6 @@ def run_loop(
         if on_step is not None:
             on_step(k + 1, table.evaluations)
     return run.latent
-
-
-def _as_dtype(timesteps: Array, dtype: str) -> Array:
-    """Timesteps as the denoiser takes them; 979.99997, a float32 grid's 980, must not become the integer 979."""
-    return (np.rint(timesteps) if np.issubdtype(dtype, np.integer) else timesteps).astype(dtype)
 
 
 def _branches(request: Request) -> dict[str, Array]:

@@ -34,6 +34,20 @@ class Rate(StrEnum):
             return cls.ONCE
         return cls.TIMESTEP if present else cls.CONST
 
+    @property
+    def roles(self) -> frozenset[Role]:
+        """The roles a value of this rate may depend on; a stage reads values whose roles are among its own."""
+        return _ROLES[self]
+
+
+_ROLES: dict[Rate, frozenset[Role]] = {
+    Rate.CONST: frozenset(),
+    Rate.ONCE: frozenset({"condition"}),
+    Rate.TIMESTEP: frozenset({"timestep"}),
+    Rate.ONCE_TIMESTEP: frozenset({"condition", "timestep"}),
+    Rate.STEP: frozenset({"condition", "timestep", "state"}),
+}
+
 
 @dataclass(frozen=True)
 class Port:

@@ -53,6 +53,10 @@ class Recurrence:
         rows, columns = np.nonzero(self.outputs)
         return int((rows - columns).max(initial=0)) + 1
 
+    def timesteps_as(self, dtype: str) -> Array:
+        """[S] timesteps as the denoiser takes them; see `as_timesteps`."""
+        return as_timesteps(self.timesteps, dtype)
+
     def unrolled(self) -> tuple[Array, Array]:
         """Write every latent in the noise and the outputs alone.
 
@@ -65,3 +69,8 @@ class Recurrence:
             A[i + 1] = self.state[i] * A[i]
             B[i + 1] = self.state[i] * B[i] + self.outputs[i]
         return A, B
+
+
+def as_timesteps(timesteps: Array, dtype: str) -> Array:
+    """Timesteps in a dtype; 979.99997, a float32 grid's 980, must not become the integer 979."""
+    return (np.rint(timesteps) if np.issubdtype(dtype, np.integer) else timesteps).astype(dtype)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,16 +49,13 @@ def _run_one(
     program: Program, step: Step, context: Context, current: Outputs, original: Outputs
 ) -> tuple[Program, Outputs]:
     operation, start = step.operation, time.perf_counter()
-    reason = operation.not_applicable(program)
-    if reason is not None:
-        logger.info("%s: not applicable: %s", operation.name, reason)
-        result, outcome = PassResult(program, 0, details={"reason": reason}), "not_applicable"
-    else:
-        operation.requires(program)
-        result = operation.run(program, context)
-        outcome = _outcome(step, result)
-    verify(result.program)
-    outputs = probe_outputs(result.program) if outcome == "changed" else current
+    with _named(operation):
+        result, outcome = _run(program, step, context)
+    outputs = current
+    if outcome == "changed":
+        with _named(operation, "left a broken program: "):
+            verify(result.program)
+            outputs = probe_outputs(result.program)
     record = PassRecord(
         name=operation.name,
         outcome=outcome,
@@ -75,6 +74,35 @@ def _run_one(
     return replace(result.program, records=(*result.program.records, record)), outputs
 
 
+def _run(program: Program, step: Step, context: Context) -> tuple[PassResult, str]:
+    """The result of a pass and its outcome; a pass that counts no change has made none."""
+    reason = step.operation.not_applicable(program)
+    if reason is not None:
+        logger.info("%s: not applicable: %s", step.operation.name, reason)
+        return PassResult(program, 0, details={"reason": reason}), "not_applicable"
+    step.operation.requires(program)
+    result = step.operation.run(program, context)
+    outcome = _outcome(step, result)
+    return result if outcome == "changed" else replace(result, program=program), outcome
+
+
+@contextmanager
+def _named(operation: Pass[Any], what: str = "") -> Iterator[None]:
+    """Say which pass an error comes from, and what it did."""
+    try:
+        yield
+    except StepfoldError as error:
+        if not what:
+            raise
+        raise StepfoldError(f"pass {operation.name}: {what}{error}") from error
+    except Exception as error:
+        first = (str(error).strip().splitlines() or ["no message"])[0]
+        raise StepfoldError(
+            f"pass {operation.name}: {what}{type(error).__name__}: {first} This is a defect of the pass on this model; "
+            "remove it from the recipe to go on without it."
+        ) from error
+
+
 def _outcome(step: Step, result: PassResult) -> str:
     if result.identity:
         return "identity"
@@ -90,12 +118,14 @@ def _outcome(step: Step, result: PassResult) -> str:
 
 
 def _check_drift(operation: Pass[Any], record: PassRecord) -> None:
+    if not math.isfinite(record.drift):
+        raise StepfoldError(
+            f"pass {operation.name}: expected finite outputs on the probe; received NaN or infinity. "
+            "Remove the pass from the recipe or exclude sites."
+        )
     limit = EXACT_DRIFT if operation.exact else getattr(operation.options, "max_drift", None)
     if limit is not None and not record.drift <= limit:
-        kind = "an exact pass" if operation.exact else "its max_drift"
-        raise StepfoldError(
-            f"pass {operation.name}: drift {record.drift:.2e} exceeds {limit:.0e}, the limit of {kind}. "
-            "This is a defect of the pass on this model." if operation.exact else
-            f"pass {operation.name}: drift {record.drift:.2e} exceeds {limit:.0e}, {kind}; "
-            "raise max_drift or exclude sites."
-        )
+        drift = f"pass {operation.name}: drift {record.drift:.2e} exceeds {limit:g}"
+        if operation.exact:
+            raise StepfoldError(f"{drift}, the limit of an exact pass. This is a defect of the pass on this model.")
+        raise StepfoldError(f"{drift}, its max_drift; raise max_drift or exclude sites.")

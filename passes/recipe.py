@@ -16,6 +16,7 @@ from .manager import Step
 from .registry import pass_named
 
 KEYS = ("name", "summary", "extends", "target", "passes")
+TARGET_KEYS = ("backend",)
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,13 @@ class Entry:
     Attributes:
         name: of the pass.
         options: as written.
-        optional: whether it may find nothing to do.
+        optional: whether it may find nothing to do; None when the recipe does not say.
         place: file and line, for errors.
     """
 
     name: str
     options: Mapping[str, Any]
-    optional: bool
+    optional: bool | None
     place: str
 
 
@@ -71,20 +72,39 @@ def shipped_recipes() -> list[str]:
 def load_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
     """A recipe by name, file or content.
 
+    A recipe that extends a file names it relative to its own folder.
+
     Raises:
         UsageError: there is no such recipe, or it is not well-formed.
     """
+    return _load(source, Path(), ())
+
+
+def _load(source: object, folder: Path, extending: tuple[str, ...]) -> Recipe:
+    """A recipe; `extending` are the places of those that extend it."""
     if isinstance(source, Mapping):
-        return _build(dict(source), "recipe", {})
-    path = Path(source)
-    if path.suffix in (".yaml", ".yml") or path.exists():
-        if not path.is_file():
-            raise UsageError(f"recipe {source}: no such file.")
-        return _parse(path.read_text(), str(path))
-    name = str(source)
-    if name not in shipped_recipes():
+        return _build(_Written(dict(source), "recipe", {}, {}), folder, extending)
+    if not isinstance(source, (str, Path)):
+        raise UsageError(f"recipe: expected a name or a file; received {source!r}.")
+    name, path = str(source), folder / source
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        text, place = _read(path), str(path)
+    elif name in shipped_recipes():
+        text, place = (_folder() / f"{name}.yaml").read_text(), f"{name}.yaml"
+    else:
         raise UsageError(f"recipe {name!r}: no such recipe or file; {nearest(name, shipped_recipes())}")
-    return _parse((_folder() / f"{name}.yaml").read_text(), f"{name}.yaml")
+    if place in extending:
+        raise UsageError(f"{place}: extends itself through {' and '.join(extending)}.")
+    return _build(_parse(text, place), path.parent, (*extending, place))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"recipe {path}: no such file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {path}: expected a YAML file; {error}.") from None
 
 
 def override(recipe: Recipe, settings: Sequence[tuple[str, str, Any]]) -> Recipe:
@@ -98,8 +118,9 @@ def override(recipe: Recipe, settings: Sequence[tuple[str, str, Any]]) -> Recipe
         places = [i for i, entry in enumerate(entries) if entry.name == name]
         if not places:
             names = [entry.name for entry in entries]
-            raise UsageError(f"--set {name}.{option}: recipe {recipe.name!r} has no pass {name!r}; "
-                             f"{nearest(name, names)}")
+            raise UsageError(
+                f"--set {name}.{option}: recipe {recipe.name!r} has no pass {name!r}; {nearest(name, names)}"
+            )
         for i in places:
             entries[i] = replace(
                 entries[i], options={**entries[i].options, option: value}, place=f"--set {name}.{option}"
@@ -108,66 +129,102 @@ def override(recipe: Recipe, settings: Sequence[tuple[str, str, Any]]) -> Recipe
 
 
 def _folder() -> Any:
-    return files(__package__) / "recipes"
+    return files(__name__.rpartition(".")[0]) / "recipes"
 
 
-def _parse(text: str, place: str) -> Recipe:
+@dataclass(frozen=True)
+class _Written:
+    """The content of a recipe with the lines of its keys and of its passes, for errors."""
+
+    data: dict[Any, Any]
+    file: str
+    keys: Mapping[str, int]
+    passes: Mapping[int, int]
+
+    def at(self, line: int | None) -> str:
+        return self.file if line is None else f"{self.file}, line {line}"
+
+
+def _parse(text: str, place: str) -> _Written:
     try:
         data, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise UsageError(f"{place}: not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UsageError(f"{place}: expected a mapping with `passes`; received {type(data).__name__}.")
-    return _build(data, place, _pass_lines(node))
+    keys = {str(key.value): key.start_mark.line + 1 for key, _ in node.value}
+    lists = [value.value for key, value in node.value if key.value == "passes" and isinstance(value, yaml.SequenceNode)]
+    return _Written(
+        data, place, keys, {i: item.start_mark.line + 1 for i, item in enumerate(lists[0] if lists else [])}
+    )
 
 
-def _pass_lines(node: Any) -> dict[int, int]:
-    """The line of each entry of `passes`, counted from 1."""
-    for key, value in node.value:
-        if key.value == "passes" and isinstance(value, yaml.SequenceNode):
-            return {i: item.start_mark.line + 1 for i, item in enumerate(value.value)}
-    return {}
-
-
-def _build(data: dict[str, Any], place: str, lines: Mapping[int, int]) -> Recipe:
+def _build(written: _Written, folder: Path, extending: tuple[str, ...]) -> Recipe:
+    data = written.data
     for key in data:
         if key not in KEYS:
+            place = written.at(written.keys.get(str(key)))
             raise UsageError(f"{place}: unknown key {key!r}; {nearest(str(key), KEYS)}")
-    base = load_recipe(data["extends"]) if data.get("extends") else None
+    base = _load(data["extends"], folder, extending) if data.get("extends") else None
     listed = data.get("passes") or []
     if not isinstance(listed, list):
+        place = written.at(written.keys.get("passes"))
         raise UsageError(f"{place}: expected `passes` to be a list; received {type(listed).__name__}.")
-    own = [_entry(item, f"{place}, line {lines[i]}" if i in lines else place) for i, item in enumerate(listed)]
+    own = [_entry(item, written.at(written.passes.get(i))) for i, item in enumerate(listed)]
     entries = _extended(base.entries, own) if base else own
     if not entries:
-        raise UsageError(f"{place}: a recipe needs at least one pass; received none.")
+        raise UsageError(f"{written.file}: a recipe needs at least one pass; received none.")
     return Recipe(
-        name=str(data.get("name") or Path(place).stem),
+        name=str(data.get("name") or Path(written.file).stem),
         summary=str(data.get("summary") or ""),
-        target=data.get("target") or (base.target if base else {}),
+        target=_target(written) or (base.target if base else {}),
         entries=tuple(entries),
     )
 
 
+def _target(written: _Written) -> dict[str, str]:
+    target, place = written.data.get("target") or {}, written.at(written.keys.get("target"))
+    if not isinstance(target, dict):
+        raise UsageError(
+            f"{place}: expected `target` as a mapping such as {{backend: onnxruntime}}; received {target!r}."
+        )
+    for key, value in target.items():
+        if key not in TARGET_KEYS:
+            raise UsageError(f"{place}: unknown key {key!r} of `target`; {nearest(str(key), TARGET_KEYS)}")
+        if not isinstance(value, str):
+            raise UsageError(f"{place}: expected the name of a backend; received {value!r}.")
+    return target
+
+
 def _extended(base: Sequence[Entry], own: Sequence[Entry]) -> list[Entry]:
     """The base with passes of the same name given new options, others put before its `schedule`."""
-    named = {entry.name: entry for entry in own}
-    merged = [
-        replace(named[e.name], options={**e.options, **named[e.name].options}) if e.name in named else e for e in base
-    ]
+    named: dict[str, Entry] = {}
+    for entry in own:
+        if entry.name in named and any(entry.name == e.name for e in base):
+            raise UsageError(
+                f"{entry.place}: pass {entry.name!r} stands twice and would replace one of the recipe it extends; "
+                "expected it once."
+            )
+        named[entry.name] = entry
+    merged = [_merged(e, named[e.name]) if e.name in named else e for e in base]
     added = [entry for entry in own if all(entry.name != e.name for e in base)]
     at = next((i for i, entry in enumerate(merged) if entry.name == "schedule"), len(merged))
     return [*merged[:at], *added, *merged[at:]]
 
 
+def _merged(base: Entry, own: Entry) -> Entry:
+    optional = base.optional if own.optional is None else own.optional
+    return replace(own, options={**base.options, **own.options}, optional=optional)
+
+
 def _entry(item: Any, place: str) -> Entry:
     if isinstance(item, str):
-        return Entry(item, {}, False, place)
+        return Entry(item, {}, None, place)
     if not isinstance(item, dict):
         raise UsageError(f"{place}: expected a pass name with its options; received {item!r}.")
     names = [key for key in item if key != "optional"]
-    optional = item.get("optional", False)
-    if len(names) != 1 or not isinstance(optional, bool):
+    optional = item.get("optional")
+    if len(names) != 1 or not isinstance(optional, bool | None):
         raise UsageError(f"{place}: expected one pass and maybe `optional: true`; received {item!r}.")
     options = item[names[0]] or {}
     if not isinstance(options, dict):
@@ -178,7 +235,7 @@ def _entry(item: Any, place: str) -> Entry:
 def _step(entry: Entry) -> Step:
     try:
         kind = pass_named(entry.name)
-        return Step(kind(kind.options_type.model_validate(dict(entry.options))), entry.optional)
+        return Step(kind(kind.options_type.model_validate(dict(entry.options))), bool(entry.optional))
     except UsageError as error:
         raise UsageError(f"{entry.place}: {error}") from None
     except ValidationError as error:
@@ -186,9 +243,12 @@ def _step(entry: Entry) -> Step:
 
 
 def _problem(entry: Entry, error: ValidationError) -> str:
+    """What is wrong with the first bad option: the option, what was expected, what was received."""
     first = error.errors()[0]
-    option = ".".join(str(part) for part in first["loc"])
+    option = str(first["loc"][0]) if first["loc"] else "options"
     if first["type"] == "extra_forbidden":
         valid = list(pass_named(entry.name).options_type.model_fields)
         return f"unknown option {option!r}; {nearest(option, valid) if valid else 'this pass has no options.'}"
-    return f"option {option!r}: {first['msg']}; received {first['input']!r}."
+    same = [item for item in error.errors() if item["loc"][:1] == first["loc"][:1]]  # the members of a union
+    expected = " or ".join(dict.fromkeys(item["msg"].removeprefix("Input should be ") for item in same))
+    return f"option {option!r}: expected {expected}; received {first['input']!r}."

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from ..bundle.reader import Bundle, read
 from ..loop.errors import StepfoldError, UsageError
@@ -15,8 +15,9 @@ from . import work
 from .baselines.names import Baseline, parse_all
 from .machine import describe_machine, physical_cores
 from .measure import WARMUP, Measured, Measurement, Settings, reference_file
-from .plan import Prepared, baseline_plans, bundle_name, bundle_plans, prepare, reference_plan
-from .processes import COMMAND, WorkerError, Workers
+from .page import PAGE, build_page, describe_bundle, missing_packages, write_page
+from .plan import Prepared, RowPlan, baseline_plans, bundle_name, bundle_plans, inspected, prepare, reference_plan
+from .processes import COMMAND, Workers
 from .records import Protocol, Report, Row, Skipped, write_report
 from .work import Work
 
@@ -68,30 +69,69 @@ def bench(
     """
     parsed = parse_all(baselines)
     _check(bundles, reference, parsed, {"--count": count, "--quality-count": quality_count, "--repeats": repeats}, seed)
-    opened = [read(path) for path in bundles]
-    model_work, threads = work.of_bundles(opened), physical_cores()
-    settings = Settings(count, quality_count if model_work.loop is not None else count, repeats, threads)
-    skipped, prepared = [], None
-    with tempfile.TemporaryDirectory(prefix="stepfold-bench-") as name, Workers(threads, Path(name), command) as workers:
-        folder = Path(name)
-        plans = bundle_plans(opened, None)
-        if reference is not None:
-            progress("reading the checkpoint", 0, 1)
-            prepared = prepare(workers, reference, parsed, opened, folder)
-            model_work = prepared.work
-            kept = (cache or folder) / f"baselines-{prepared.key}"
-            more, skipped = baseline_plans(workers, prepared, parsed, kept, threads, progress)
-            plans = bundle_plans(opened, model_work.guidance) + more
-        work.write(folder / REQUEST, model_work.arrays(settings.total, seed))
-        measurement = Measurement(workers, folder / REQUEST, settings, folder, progress)
-        cached = reference_file(cache, prepared.key, folder / REQUEST) if cache and prepared else None
-        reference_row = reference_plan(prepared) if prepared else None
-        measured = measurement.run(plans, reference_row, cached, model_work.loop is not None)
-    report = _report(measured, skipped, settings, seed, model_work, prepared)
+    opened, threads = [read(path) for path in bundles], physical_cores()
+    settings = Settings(count, quality_count if work.of_bundles(opened).loop is not None else count, repeats, threads)
+    with (
+        tempfile.TemporaryDirectory(prefix="stepfold-bench-") as name,
+        Workers(threads, Path(name), command) as workers,
+    ):
+        session = _Session(opened, parsed, settings, seed, workers, Path(name), cache, progress)
+        outcome = session.run(reference, with_model=out is not None and missing_packages() is None)
+    report = _report(outcome, settings, seed)
     if out is not None:
         write_report(report, out)
-        _write_page(out, report, opened, measured)
+        _write_page(out, report, opened, outcome)
     return report
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a session found out: rows, baselines left out before, how the model is called, the checkpoint, its sites."""
+
+    measured: Measured
+    skipped: Sequence[Skipped]
+    work: Work
+    prepared: Prepared | None
+    model: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class _Session:
+    """One bench with its processes running."""
+
+    bundles: Sequence[Bundle]
+    baselines: Sequence[Baseline]
+    settings: Settings
+    seed: int
+    workers: Workers
+    folder: Path
+    cache: Path | None
+    progress: Progress
+
+    def run(self, reference: Path | None, with_model: bool) -> _Outcome:
+        """Measure, with or without a reference; `with_model` looks for the rates and sites of the checkpoint too."""
+        if reference is None:
+            model_work = work.of_bundles(self.bundles)
+            return _Outcome(
+                self._measure(bundle_plans(self.bundles, None), model_work, None), [], model_work, None, None
+            )
+        self.progress("reading the checkpoint", 0, 1)
+        prepared = prepare(self.workers, reference, self.baselines, self.bundles, self.folder)
+        model = inspected(self.workers, prepared) if with_model else None
+        kept = (self.cache or self.folder) / f"baselines-{prepared.key}"
+        more, skipped = baseline_plans(
+            self.workers, prepared, self.baselines, kept, self.settings.threads, self.progress
+        )
+        plans = [*bundle_plans(self.bundles, prepared.work.guidance), *more]
+        return _Outcome(self._measure(plans, prepared.work, prepared), skipped, prepared.work, prepared, model)
+
+    def _measure(self, plans: Sequence[RowPlan], model_work: Work, prepared: Prepared | None) -> Measured:
+        request = self.folder / REQUEST
+        work.write(request, model_work.arrays(self.settings.total, self.seed))
+        measurement = Measurement(self.workers, request, self.settings, self.folder, self.progress)
+        cached = reference_file(self.cache, prepared.key, request) if self.cache and prepared else None
+        reference = reference_plan(prepared) if prepared else None
+        return measurement.run(plans, reference, cached, model_work.loop is not None)
 
 
 def _check(
@@ -122,21 +162,15 @@ def _check(
             )
 
 
-def _report(
-    measured: Measured,
-    skipped: Sequence[Skipped],
-    settings: Settings,
-    seed: int,
-    model_work: Work,
-    prepared: Prepared | None,
-) -> Report:
+def _report(outcome: _Outcome, settings: Settings, seed: int) -> Report:
     """Put the report together.
 
     Raises:
         StepfoldError: it has no rows.
     """
-    left_out = [*skipped, *measured.skipped]
-    if not measured.rows:
+    rows, prepared = outcome.measured.rows, outcome.prepared
+    left_out = (*outcome.skipped, *outcome.measured.skipped)
+    if not rows:
         reasons = "; ".join(f"{entry.name}: {entry.reason}" for entry in left_out)
         raise StepfoldError(f"bench: expected at least one row that runs; received none. {reasons}")
     identity = {"class": prepared.class_name, "weights_sha256": prepared.weights_sha256} if prepared else None
@@ -148,12 +182,10 @@ def _report(
         count=settings.count,
         quality_count=settings.quality_count,
         seed=seed,
-        guidance=model_work.guidance,
+        guidance=outcome.work.guidance,
         reference=identity,
     )
-    return Report(
-        protocol=protocol, machine=describe_machine(), rows=with_speedup(measured.rows), skipped=tuple(left_out)
-    )
+    return Report(protocol=protocol, machine=describe_machine(), rows=with_speedup(rows), skipped=left_out)
 
 
 def with_speedup(rows: Sequence[Row]) -> tuple[Row, ...]:
@@ -161,19 +193,16 @@ def with_speedup(rows: Sequence[Row]) -> tuple[Row, ...]:
     eager = next((row for row in rows if row.name == EAGER and row.kind == "baseline"), None)
     if eager is None:
         return tuple(rows)
-    return tuple(
-        row.model_copy(update={"speedup": eager.latency_ms.median / row.latency_ms.median}) for row in rows
-    )
+    return tuple(row.model_copy(update={"speedup": eager.latency_ms.median / row.latency_ms.median}) for row in rows)
 
 
-def _write_page(out: Path, report: Report, bundles: Sequence[Bundle], measured: Measured) -> None:
+def _write_page(out: Path, report: Report, bundles: Sequence[Bundle], outcome: _Outcome) -> None:
     """Write report.html, or say what to install for it."""
-    from .page import PAGE, build_page, describe_bundle, missing_packages, write_page
-
     missing = missing_packages()
     if missing is not None:
         logger.warning("%s was not written: %s", out / PAGE, missing)
         return
     title = "stepfold bench: " + ", ".join(bundle_name(bundle.path) for bundle in bundles)
     described = [describe_bundle(bundle.path) for bundle in bundles]
-    write_page(out / PAGE, build_page(title, report.document(), described, measured.images))
+    pictures = outcome.measured.images
+    write_page(out / PAGE, build_page(title, report.document(), described, pictures, outcome.model))

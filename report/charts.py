@@ -10,7 +10,7 @@ from . import prose
 from .baselines.names import PATTERN
 from .records import Row
 
-BUNDLE, BASELINE = "#0b7a75", "#8d99ae"
+BUNDLE, BASELINE = "#0f9488", "#8d99ae"
 FAMILY_COLORS = ("#8d99ae", "#c77b30", "#5b7db1", "#a3527b", "#6b8e4e", "#7d6bb0", "#b08d57", "#4f9da6")
 ROW_HEIGHT, MARGIN = 30, 70  # pixels of one bar, and of the axis
 ROOM_ABOVE = 4.0  # dB between the best inexact row and the line of those that are equal
@@ -88,9 +88,7 @@ def quality_over_cost(rows: Sequence[Row]) -> str | None:
         )
     if any(_psnr(row) >= prose.EXACT_DB for row in known):
         figure.add_hline(y=ceiling, line_dash="dash", line_width=1, line_color="#888888")
-        figure.add_annotation(
-            text="equal to the reference", x=0, xref="paper", xanchor="left", y=ceiling, yanchor="bottom", showarrow=False
-        )
+        figure.update_yaxes(**_ticks(known, ceiling))
     figure.update_xaxes(title_text="latency, ms (log)", type="log", tickformat="~s", dtick="D2")
     figure.update_yaxes(title_text="PSNR against the full loop, dB")
     figure.update_layout(showlegend=True, legend={"orientation": "h", "yanchor": "top", "y": -0.18, "x": 0})
@@ -159,6 +157,15 @@ def _ceiling(rows: Sequence[Row]) -> float:
     """Where rows that equal the reference are drawn: a little above the best of the others."""
     inexact = [_psnr(row) for row in rows if _psnr(row) < prose.EXACT_DB]
     return max(inexact, default=50.0) + ROOM_ABOVE
+
+
+def _ticks(rows: Sequence[Row], ceiling: float) -> dict[str, Any]:
+    """Ticks every 5 or 10 dB below the line of the rows that equal the reference, which has its name."""
+    lowest = min(min(_psnr(row), ceiling) for row in rows)
+    distance = 5 if ceiling - lowest <= 40 else 10
+    values = [float(v) for v in range(int(lowest // distance) * distance, int(ceiling - 1), distance)]
+    names = [f"{value:.0f}" for value in values]
+    return {"tickmode": "array", "tickvals": [*values, ceiling], "ticktext": [*names, "equal"]}
 
 
 def _html(figure: Any, height: int) -> str:

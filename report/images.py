@@ -15,7 +15,7 @@ from ..loop.errors import StepfoldError
 Array = np.ndarray
 SMALLEST_SIDE = 96  # pixels; smaller samples are enlarged without smoothing
 GAP = 2  # pixels between the samples of a grid, before enlarging
-MODES = {1: "L", 3: "RGB"}
+CHANNELS = (1, 3)
 
 
 def to_pixels(samples: Array) -> Array:
@@ -24,7 +24,7 @@ def to_pixels(samples: Array) -> Array:
     Raises:
         StepfoldError: they are no images of one or three channels.
     """
-    if samples.ndim != 4 or samples.shape[1] not in MODES:
+    if samples.ndim != 4 or samples.shape[1] not in CHANNELS:
         raise StepfoldError(
             f"image: expected samples [B, 1 or 3, H, W]; received {list(samples.shape)}. Latents of a model with a "
             "decoder are no images: save the numbers instead (--npy FILE.npy)."
@@ -35,15 +35,16 @@ def to_pixels(samples: Array) -> Array:
 
 def is_image(samples: Array) -> bool:
     """Whether the samples can be drawn."""
-    return samples.ndim == 4 and samples.shape[1] in MODES
+    return samples.ndim == 4 and samples.shape[1] in CHANNELS
 
 
-def grid_png(samples: Array, columns: int | None = None) -> bytes:
+def grid_png(samples: Array, columns: int | None = None, transparent: bool = False) -> bytes:
     """Draw samples [B, C, H, W] in rows, first to last, as a PNG.
 
     Args:
         samples: in [-1, 1], one or three channels.
         columns: samples in a row; None makes the grid about square, one row for up to ten.
+        transparent: leave the gaps between samples out, for a page that may be dark; else they are white.
 
     Raises:
         StepfoldError: they are no images.
@@ -54,12 +55,14 @@ def grid_png(samples: Array, columns: int | None = None) -> bytes:
     B, H, W, C = pixels.shape
     wide = columns or (B if B <= 10 else math.ceil(math.sqrt(B)))
     rows = math.ceil(B / wide)
-    canvas = np.full((rows * (H + GAP) - GAP, wide * (W + GAP) - GAP, C), 255, np.uint8)
+    canvas = np.full((rows * (H + GAP) - GAP, wide * (W + GAP) - GAP, C + transparent), 255, np.uint8)
+    canvas[:, :, C:] = 0
     for i, image in enumerate(pixels):
         top, left = (i // wide) * (H + GAP), (i % wide) * (W + GAP)
-        canvas[top : top + H, left : left + W] = image
+        canvas[top : top + H, left : left + W, :C] = image
+        canvas[top : top + H, left : left + W, C:] = 255
     factor = math.ceil(SMALLEST_SIDE / min(H, W)) if min(H, W) < SMALLEST_SIDE else 1
-    picture = Image.fromarray(canvas[:, :, 0] if C == 1 else canvas, MODES[C])
+    picture = Image.fromarray(canvas.squeeze(2) if canvas.shape[2] == 1 else canvas)
     if factor > 1:
         picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     stream = io.BytesIO()
@@ -80,4 +83,4 @@ def write_grid(path: Path, samples: Array, columns: int | None = None) -> None:
 
 def data_uri(samples: Array, columns: int | None = None) -> str:
     """`grid_png` as a `data:` URI, for a page that loads nothing."""
-    return "data:image/png;base64," + base64.b64encode(grid_png(samples, columns)).decode("ascii")
+    return "data:image/png;base64," + base64.b64encode(grid_png(samples, columns, transparent=True)).decode("ascii")

@@ -10,6 +10,7 @@ from typing import Any
 
 PACKAGES = ("stepfold", "numpy", "onnxruntime", "openvino", "nncf", "torch", "diffusers", "onnx")
 CPUINFO = Path("/proc/cpuinfo")
+UNLIMITED = 1 << 20
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -91,10 +92,10 @@ def _key_value(line: str) -> tuple[str, str]:
     return key.strip(), value.strip()
 
 
-def _quota() -> float:
-    """Whole cores that the control group allows."""
+def _quota() -> int:
+    """Whole cores that the control group allows, at least one; a large number without a limit."""
     try:
         limit, period = CGROUP_QUOTA.read_text().split()
     except (OSError, ValueError):
-        return float("inf")
-    return float("inf") if limit == "max" else max(1, round(int(limit) / int(period)))
+        return UNLIMITED
+    return UNLIMITED if limit == "max" else max(1, round(int(limit) / int(period)))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -172,7 +173,7 @@ class Measurement:
         self._progress(task, wanted, wanted)
         return np.concatenate(parts)[:wanted]
 
-    def _sample_message(self, start: int, stop: int, out: Path | None) -> dict[str, object]:
+    def _sample_message(self, start: int, stop: int, out: Path | None) -> dict[str, Any]:
         target = None if out is None else str(out)
         return {"do": "sample", "request": str(self._request), "start": start, "stop": stop, "out": target}
 
@@ -221,14 +222,14 @@ def latency(milliseconds: Sequence[float]) -> Latency:
     )
 
 
-def quality(samples: Array | None, reference: Array | None, is_loop: bool) -> Mapping[str, object]:
+def quality(samples: Array | None, reference: Array | None, is_loop: bool) -> dict[str, Any]:
     """The keys of a row that compare samples [B, ...] with the reference [B, ...].
 
     PSNR and SSIM are of samples in [-1, 1], so a component has only its drift; SSIM needs images [B, C, H, W].
     """
     if samples is None or reference is None:
         return {}
-    found: dict[str, object] = {"drift": drift(samples, reference)}
+    found: dict[str, Any] = {"drift": drift(samples, reference)}
     if is_loop:
         decibels = psnr(samples, reference)
         found["psnr_db"] = Psnr(mean=float(decibels.mean()), min=float(decibels.min()))

@@ -27,6 +27,13 @@ Array = np.ndarray
 PAGE = "report.html"
 SCHEDULE = "schedule.json"
 NEEDS = ("jinja2", "plotly")
+COLUMNS = (  # of the table, where any row has the figure
+    ("speedup", "speedup"),
+    ("evaluations", "evaluations"),
+    ("psnr_db", "PSNR"),
+    ("ssim", "SSIM"),
+    ("drift", "drift"),
+)
 SHOWN_REFUSALS = 12  # of one pass; the manifest has all
 
 
@@ -36,12 +43,19 @@ def missing_packages() -> str | None:
     return f"the page needs {' and '.join(missing)}: pip install 'stepfold[report]'" if missing else None
 
 
-def describe_bundle(folder: Path) -> dict[str, Any]:
-    """What the page says about a bundle: its manifest, with `name` and the content of `schedule.json`."""
+def describe_bundle(folder: Path, summary: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What the page says about a bundle: its manifest, with `name` and the content of `schedule.json`.
+
+    Args:
+        folder: of the bundle, finished or in the making.
+        summary: the object of `optimize --json`, which knows the FLOPs of each stage.
+    """
     described = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     schedule = folder / SCHEDULE
     described["name"] = folder.resolve().name
     described["schedule_file"] = json.loads(schedule.read_text(encoding="utf-8")) if schedule.is_file() else None
+    flops = {stage["name"]: stage["flops"] for stage in summary["stages"]} if summary is not None else {}
+    described["stages"] = [{**stage, "flops": flops.get(stage["name"])} for stage in described["stages"]]
     return described
 
 
@@ -50,6 +64,7 @@ def build_page(
     report: Mapping[str, Any] | None,
     manifests: Sequence[Mapping[str, Any]],
     pictures: Mapping[str, Array] | None = None,
+    model: Mapping[str, Any] | None = None,
 ) -> str:
     """The page of a bench, or of one `optimize` (no report).
 
@@ -59,6 +74,7 @@ def build_page(
         manifests: manifests of bundles, best as `describe_bundle` gives them.
         pictures: row name -> samples [B, C, H, W] in [-1, 1]; `reference` stands first. Samples that are no images
             are left out.
+        model: the checkpoint as `inspect --json` tells it, for its rates and sites.
 
     Raises:
         UsageError: the extra `report` is not installed.
@@ -74,6 +90,8 @@ def build_page(
         bundles=[_bundle(manifest) for manifest in manifests],
         pictures=_pictures(pictures or {}, parsed),
         exact=prose.EXACT_DB,
+        columns=_columns(parsed),
+        model=model,
     )
 
 
@@ -123,6 +141,12 @@ def _render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(plotly=charts.plotly_script(), **values)
 
 
+def _columns(report: Report | None) -> list[tuple[str, str]]:
+    """Key and heading of the figures that at least one row has."""
+    rows = report.rows if report is not None else ()
+    return [(key, heading) for key, heading in COLUMNS if any(getattr(row, key) is not None for row in rows)]
+
+
 def _pictures(pictures: Mapping[str, Array], report: Report | None) -> list[dict[str, Any]]:
     """Name, PNG and quality of the first samples of each row, the reference first."""
     rows = {row.name: row for row in report.rows} if report else {}
@@ -161,7 +185,7 @@ def _stages(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     for stage in manifest.get("stages", []):
         stem = stage["file"].rsplit(".", 1)[0]
         own = [entry["bytes"] for name, entry in files.items() if name.startswith(f"{stem}.")]
-        found.append({**stage, "bytes": sum(own)})
+        found.append({"flops": None, **stage, "bytes": sum(own)})
     return found
 
 

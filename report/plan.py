@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from .machine import versions
 from .processes import WorkerError, Workers
 from .records import Skipped
 from .work import Work
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 REFERENCE = "reference"
@@ -119,6 +122,20 @@ def prepare(
         answer["reasons"],
         folder / EXAMPLE,
     )
+
+
+def inspected(workers: Workers, prepared: Prepared) -> dict[str, Any] | None:
+    """Rates and sites of the checkpoint for the page; None when it cannot be captured here."""
+    message = {
+        "do": "inspect",
+        "checkpoint": str(prepared.checkpoint),
+        "loop": describe(prepared.work)["loop"],
+    }
+    try:
+        return workers.once("inspect", message)
+    except WorkerError as error:
+        logger.warning("the page goes without rates and sites: %s", error)
+        return None
 
 
 def bundle_plans(bundles: Sequence[Bundle], guidance: float | None) -> list[RowPlan]:

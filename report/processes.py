@@ -74,7 +74,7 @@ class Worker:
                 if on_progress is not None:
                     on_progress(*answer["progress"])
                 continue
-            self._signal(signal.SIGSTOP)
+            self._stop()
             if "error" in answer:
                 raise WorkerError(answer["error"]["message"], answer["error"]["kind"])
             return answer["answer"]
@@ -88,6 +88,13 @@ class Worker:
                 with contextlib.suppress(OSError):
                     stream.close()
         self._process.wait()
+
+    def _stop(self) -> None:
+        """Stop the process and wait until every thread of it stands still."""
+        self._signal(signal.SIGSTOP)
+        if hasattr(os, "waitid"):  # macOS has it from Python 3.13 on; the signal takes effect a moment later there
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def _signal(self, number: signal.Signals) -> None:
         """Signal the worker with its children: it makes itself the leader of a process group when it starts."""

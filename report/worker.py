@@ -6,6 +6,7 @@ It reads one JSON request a line from standard input and answers on standard out
 | do | other keys | answer |
 |---|---|---|
 | `prepare` | checkpoint, baselines, loop, folder | class, weights_sha256, loop, tables, reasons |
+| `inspect` | checkpoint, loop | what `inspect --json` says |
 | `build` | artifact, checkpoint, loop, folder, source, threads | file size of what was built |
 | `open` | row, threads | evaluations, size_bytes |
 | `sample` | request, start, stop, out | seconds of the call alone |
@@ -45,6 +46,7 @@ class Service:
         self._runner: Runner | None = None
         self._verbs: dict[str, Callable[[Message], Answer]] = {
             "prepare": self._prepare,
+            "inspect": self._inspect,
             "build": self._build,
             "open": self._open,
             "sample": self._sample,
@@ -69,6 +71,11 @@ class Service:
         from .baselines.prepare import prepare
 
         return prepare(Path(message["checkpoint"]), message["baselines"], message["loop"], Path(message["folder"]))
+
+    def _inspect(self, message: Message) -> Answer:
+        from .baselines.prepare import inspect
+
+        return inspect(Path(message["checkpoint"]), message["loop"])
 
     def _build(self, message: Message) -> Answer:
         from .baselines.build import build

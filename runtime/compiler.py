@@ -133,18 +133,17 @@ def optimize(job: Job, progress: Progress) -> dict[str, Any]:
     """
     from ..frontend.load import load_checkpoint
     from ..passes.manager import run_passes
-    from ..passes.recipe import load_recipe, override
     from .packing import pack, summary
 
     start = time.perf_counter()
     check_out(job.out, job.overwrite)
-    recipe = override(load_recipe(job.recipe), job.settings)
+    recipe = _recipe(job)
     steps = recipe.steps()
-    progress("loading", 0, 1)
-    checkpoint = load_checkpoint(job.checkpoint, loop=job.loop, inputs=job.inputs)
-    progress("capturing", 0, 1)
-    original = checkpoint.capture()
     with workshop(job.backend or recipe.backend or "onnxruntime") as shop:
+        progress("loading", 0, 1)
+        checkpoint = load_checkpoint(job.checkpoint, loop=job.loop, inputs=job.inputs)
+        progress("capturing", 0, 1)
+        original = checkpoint.capture()
         context = make_context(original, shop, job.seed, job.min_psnr, progress)
         program = run_passes(original, steps, context)
         progress("compiling", 0, len(program.stages))
@@ -154,6 +153,22 @@ def optimize(job: Job, progress: Progress) -> dict[str, Any]:
         with writing(job.out, job.overwrite) as folder:
             manifest = pack(folder, program, bound, shop, recipe, quality, job.seed)
     return summary(job.out, manifest, program, time.perf_counter() - start)
+
+
+def _recipe(job: Job) -> Recipe:
+    """The recipe of a job with the options of its command line, as the manifest records it.
+
+    Raises:
+        UsageError: an unknown pass, option or value, in the recipe or on the command line.
+    """
+    from ..passes.recipe import load_recipe, override
+
+    loaded = load_recipe(job.recipe)
+    loaded.steps()  # a mistake of the file is reported with its line, before the command line replaces options
+    settings = list(job.settings)
+    if job.min_psnr is not None and any(entry.name == "schedule" for entry in loaded.entries):
+        settings.append(("schedule", "min_psnr", job.min_psnr))
+    return override(loaded, settings)
 
 
 def make_context(original: Program, shop: Workshop, seed: int, min_psnr: float | None, progress: Progress) -> Context:
@@ -216,24 +231,40 @@ def check_budget(program: Program, quality: QualityEntry | None, min_psnr: float
         )
 
 
-def apply(program: Program, recipe: str | Path | Mapping[str, Any], *, calibration: Path | None = None, seed: int = 0,
-          backend: str | None = None) -> tuple[Program, tuple[Any, ...]]:
+def apply(
+    program: Program,
+    recipe: str | Path | Mapping[str, Any],
+    *,
+    calibration: Path | None = None,
+    seed: int = 0,
+    backend: str | None = None,
+) -> tuple[Program, tuple[Any, ...]]:
     """Run a recipe on a program.
 
     Args:
         program: a captured program.
         recipe: name, file or content.
-        calibration: not used by the passes of this version, which calibrate by themselves.
+        calibration: a store of statistics; None, because passes calibrate by themselves so far.
         seed: of the sample sets.
         backend: engine the schedule is fitted on.
 
     Returns:
         The new program and one record for each pass.
+
+    Raises:
+        UsageError: an unknown recipe, pass, option or value, or a calibration store.
+        GateError: the quality budget cannot be met.
+        StepfoldError: a pass broke its contract.
     """
     from ..passes.base import silent
     from ..passes.manager import run_passes
     from ..passes.recipe import load_recipe
 
+    if calibration is not None:
+        raise UsageError(
+            f"apply: expected no calibration store; received {calibration}. Passes of this version calibrate by "
+            "themselves: leave it out."
+        )
     loaded = load_recipe(recipe)
     with workshop(backend or loaded.backend or "onnxruntime") as shop:
         result = run_passes(program, loaded.steps(), make_context(program, shop, seed, None, silent))
@@ -241,7 +272,19 @@ def apply(program: Program, recipe: str | Path | Mapping[str, Any], *, calibrati
 
 
 def lower(program: Program, backend: str = "onnxruntime", *, out: Path | str, overwrite: bool = False) -> Path:
-    """Compile a program into a bundle and return its folder."""
+    """Compile a program into a bundle and return its folder.
+
+    Args:
+        program: a captured program, with or without passes applied.
+        backend: engine.
+        out: folder of the bundle.
+        overwrite: replace a bundle that is there.
+
+    Raises:
+        UsageError: the backend is unknown or cannot build here, or `out` exists.
+        StepfoldError: a stage has no form for this engine.
+    """
+    from ..passes.recipe import Recipe
     from .packing import pack
 
     path = Path(out)
@@ -249,11 +292,5 @@ def lower(program: Program, backend: str = "onnxruntime", *, out: Path | str, ov
     with workshop(backend) as shop:
         bound = shop.open(program)
         with writing(path, overwrite) as folder:
-            pack(folder, program, bound, shop, _document(program), None, 0)
+            pack(folder, program, bound, shop, Recipe("python", "", {}, ()), None, None)
     return path
-
-
-def _document(program: Program) -> Recipe:
-    from ..passes.recipe import Recipe
-
-    return Recipe("python", "", {}, ())

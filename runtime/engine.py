@@ -201,7 +201,7 @@ class Engine:
         """The grid call whose timestep all rows have."""
         loop, recurrence = self._looped()
         received = arrays[loop.timestep]
-        grid = recurrence.timesteps.astype(received.dtype)
+        grid = recurrence.timesteps_as(received.dtype.name)
         calls = np.nonzero(grid == received.flat[0])[0]
         if len(calls) == 0 or (received != received.flat[0]).any():
             raise UsageError(

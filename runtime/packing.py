@@ -26,7 +26,7 @@ from ..bundle.manifest import (
 from ..bundle.probe import TOLERANCE, Probe
 from ..bundle.tables import Tables
 from ..bundle.writer import write_manifest, write_probe, write_schedule, write_tables
-from ..loop.noise import SETS
+from ..loop.noise import SETS, SampleSet
 from ..loop.ports import BoundProgram
 
 if TYPE_CHECKING:
@@ -45,14 +45,24 @@ def pack(
     shop: Workshop,
     recipe: Recipe,
     quality: QualityEntry | None,
-    seed: int,
+    seed: int | None,
 ) -> Manifest:
-    """Write stages, tables, schedule, probe and manifest into an empty folder."""
+    """Write stages, tables, schedule, probe and manifest into an empty folder.
+
+    Args:
+        folder: to write to.
+        program: after all passes.
+        bound: the program on the engine, for the recorded probe.
+        shop: where its stages were compiled.
+        recipe: as it was run.
+        quality: on held-out samples, None where it was not measured.
+        seed: of the sample sets, None where they are not known.
+    """
     stages = tuple(_copy_stage(folder, shop, stage) for stage in program.stages)
     tables = _tables(program)
     write_tables(folder, tables)
     if program.schedule is not None:
-        write_schedule(folder, tables, program.schedule.fitted_on, _plain(program.schedule.details))
+        write_schedule(folder, tables, program.schedule.fitted_on, plain(program.schedule.details))
     capability = shop.backend.capability()
     tensors = _constant_tensors(program)
     manifest = Manifest(
@@ -62,7 +72,7 @@ def pack(
         loop=program.loop,
         backend=BackendEntry(name=shop.backend.name, version=capability.version or "unknown", device="cpu"),
         batch_invariant=batch_invariant(program),
-        seeds={"seed": seed, **{name: [seed, SETS.index(name) + 1] for name in SETS}} if program.loop else {},
+        seeds=_seeds(program, seed),
         passes=tuple(pass_entry(record) for record in program.records),
         schedule=_schedule(program),
         quality=quality,
@@ -109,7 +119,7 @@ def summary(path: Path, manifest: Manifest, program: Program, seconds: float) ->
 
 def pass_entry(record: PassRecord) -> PassEntry:
     """A pass record as the manifest keeps it."""
-    return PassEntry.model_validate({**asdict(record), "details": _plain(record.details)})
+    return PassEntry.model_validate({**asdict(record), "details": plain(record.details)})
 
 
 def _copy_stage(folder: Path, shop: Workshop, stage: Stage) -> StageEntry:
@@ -125,6 +135,12 @@ def _copy_stage(folder: Path, shop: Workshop, stage: Stage) -> StageEntry:
         inputs=tuple(PortEntry.of(port) for port in stage.inputs),
         outputs=tuple(PortEntry.of(port) for port in stage.outputs),
     )
+
+
+def _seeds(program: Program, seed: int | None) -> dict[str, Any]:
+    if seed is None or program.loop is None:
+        return {}
+    return {"seed": seed, **{name: SampleSet(name, seed, 0).entropy for name in SETS}}
 
 
 def _tables(program: Program) -> Tables:
@@ -162,12 +178,12 @@ def _is_int8(stage: Stage) -> bool:
     return any(str(tensor.dtype) == "torch.int8" for tensor in stage.tensors().values())
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Details as JSON: NumPy numbers become Python's, what is not finite becomes null."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, (np.floating, float)):
         return float(value) if np.isfinite(value) else None
     return int(value) if isinstance(value, np.integer) else value

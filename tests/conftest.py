@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,3 +199,41 @@ def read_only_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle_folder(tmp_path: Path) -> Path:
     """A tiny bundle to damage."""
     return build(tmp_path / "tiny")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_this_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep reference trajectories of tests out of the user's cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEPFOLD_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny class-conditional DiT with a loop of eight calls; for tests that do not change it."""
+    from checkpoints import save_tiny_dit
+
+    return save_tiny_dit(tmp_path_factory.mktemp("checkpoints") / "tiny_dit")
+
+
+@pytest.fixture(scope="session")
+def compiled_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny DiT through `optimize` with the default recipe; for tests that do not change it."""
+    from checkpoints import QUICK
+
+    from stepfold.runtime.compiler import Job, optimize
+
+    out = tmp_path_factory.mktemp("compiled") / "tiny"
+    settings = [("schedule", name, value) for name, value in QUICK.items()]
+    optimize(Job(tiny_checkpoint, out, settings=settings, min_psnr=30.0), lambda task, done, total: None)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_program(tiny_checkpoint: Path):  # noqa: ANN201  (the IR needs torch, which some tests of this folder do without)
+    """The captured tiny DiT, before any pass."""
+    from stepfold.frontend.load import load_checkpoint
+
+    return load_checkpoint(tiny_checkpoint).capture()

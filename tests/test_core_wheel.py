@@ -57,7 +57,7 @@ def test_wheel_holds_every_file(wheel: Path) -> None:
         if path.suffix in SHIPPED
     }
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert names == expected | {"stepfold/__init__.py", "stepfold/py.typed"}
+    assert names == expected | {"stepfold/__init__.py", "stepfold/__main__.py", "stepfold/py.typed"}
 
 
 def test_core_install_has_no_torch(environment: Path) -> None:

@@ -42,6 +42,7 @@ def emit(stage: Stage, path: Path, lowerings: Lowerings) -> None:
     exported = _export_again(stage, lowered(stage, lowerings))
     program = _translate(stage, exported)
     model = program.model
+    _require_dynamic_batch(stage, model)
     _clear_value_info(model)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     external = f"{path.name}.data" if size > EXTERNAL_DATA_BYTES else None
@@ -99,6 +100,16 @@ def _translate(stage: Stage, exported: torch.export.ExportedProgram) -> Any:
         raise StepfoldError(f"stage {stage.name}: no ONNX form: {str(error).strip().splitlines()[0]}") from error
     finally:
         quiet.setLevel(level)
+
+
+def _require_dynamic_batch(stage: Stage, model: onnx_ir.Model) -> None:
+    """The exporter fixes a size that an operator insists on, and says nothing."""
+    for port, value in zip(stage.inputs, model.graph.inputs, strict=True):
+        if port.shape[:1] == (None,) and value.shape is not None and isinstance(value.shape[0], int):
+            raise StepfoldError(
+                f"stage {stage.name}: expected a dynamic batch; the exported graph takes {port.name!r} with batch "
+                f"{value.shape[0]} only."
+            )
 
 
 def _clear_value_info(model: onnx_ir.Model) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
-
 from ...ir.program import Stage
 from ..onnx.emit import emit
 
@@ -48,9 +47,7 @@ def _qlinear(
     )
 
 
-def _attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, scale: float
-) -> torch.Tensor:
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, scale: float) -> torch.Tensor:
     return torch.onnx.ops.symbolic(
         "Attention",
         (query, key, value),

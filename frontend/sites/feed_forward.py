@@ -44,7 +44,7 @@ def _missing(sources: list[fx.Node], up: list[fx.Node]) -> str:
         return f"a second linear that reads the activation alone: it reads {described(others[0])} too"
     if len(up) > 2:
         return f"one or two linears before the activation: there are {len(up)}"
-    if len({linear.args[0] for linear in up}) > 1:
+    if any(linear.args[0] is not up[0].args[0] for linear in up):
         return "one input of both linears before the activation: they read different values"
     return ""
 

@@ -66,11 +66,8 @@ def _merged_attention(node: fx.Node) -> fx.Node | None:
     """The attention whose transposed output `node` reshapes to [B, T, D], if that is what it does."""
     if node.target not in RESHAPES or len(node.meta["shape"]) != 3:
         return None
-    transpose = _skip_copies(node.args[0])
-    if transpose.target is not aten.transpose.int or sorted(transpose.args[1:]) != [1, 2]:
-        return None
-    attention = _skip_copies(transpose.args[0])
-    if attention.target is not aten.scaled_dot_product_attention.default:
+    attention = _swapped(_skip_copies(node.args[0]))
+    if attention is None or attention.target is not aten.scaled_dot_product_attention.default:
         return None
     T, D = node.meta["shape"][1:]
     _, H, queries, K = attention.meta["shape"]
@@ -79,21 +76,27 @@ def _merged_attention(node: fx.Node) -> fx.Node | None:
 
 def _before_split(node: object) -> fx.Node | None:
     """The [B, T, D] value that a reshape and a transpose split into heads [B, H, T, K]."""
-    assert isinstance(node, fx.Node)
-    node = _skip_copies(node)
-    if node.target is not aten.transpose.int or sorted(node.args[1:]) != [1, 2]:
-        return None
-    split = _skip_copies(node.args[0])
-    if split.target not in RESHAPES:
+    split = _swapped(_skip_copies(node))
+    if split is None or split.target not in RESHAPES:
         return None
     source = split.args[0]
+    assert isinstance(source, fx.Node)
     shape, wanted = source.meta["shape"], split.meta["shape"]
     whole = len(shape) == 3 and len(wanted) == 4 and shape[1] == wanted[1] and shape[2] == wanted[2] * wanted[3]
     return source if whole else None
 
 
+def _swapped(node: fx.Node) -> fx.Node | None:
+    """What `node` swaps tokens and heads of, [B, T, H, K] <-> [B, H, T, K]; None when it does something else."""
+    swaps = node.target is aten.transpose.int and {int(d) % 4 for d in node.args[1:]} == {1, 2}  # type: ignore[arg-type]
+    swaps |= node.target is aten.permute.default and [d % 4 for d in node.args[1]] == [0, 2, 1, 3]  # type: ignore[union-attr]
+    if not swaps or len(node.meta["shape"]) != 4:
+        return None
+    return _skip_copies(node.args[0])
+
+
 def _skip_copies(node: object) -> fx.Node:
     assert isinstance(node, fx.Node)
     while node.target is aten.clone.default:
-        node = node.args[0]  # type: ignore[assignment]
+        (node, *_) = node.all_input_nodes
     return node

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -17,6 +17,7 @@ from .rules import Rule, apply_rule
 
 RULES: tuple[Rule[Any], ...] = (FuseAttention(), FuseGelu())
 FUSED = (torch.ops.stepfold.attention.default, torch.ops.stepfold.fast_gelu.default)
+FUSIBLE = (torch.ops.aten.scaled_dot_product_attention.default, torch.ops.aten.gelu.default)
 
 
 class FuseOptions(Options):
@@ -26,7 +27,7 @@ class FuseOptions(Options):
         rules: names of the rules to apply; all by default.
     """
 
-    rules: tuple[str, ...] = tuple(rule.name for rule in RULES)
+    rules: tuple[Literal["attention", "gelu"], ...] = ("attention", "gelu")
 
 
 class FuseOnnxRuntime(Pass[FuseOptions]):
@@ -40,6 +41,11 @@ class FuseOnnxRuntime(Pass[FuseOptions]):
     source = "ONNX Runtime contrib operators; figures in docs/performance.md"
     exact = True
     options_type = FuseOptions
+
+    def not_applicable(self, program: Program) -> str | None:
+        """Whether the program has anything the rules act on."""
+        targets = {node.target for stage in program.stages for node in stage.graph.graph.nodes}
+        return None if targets.intersection((*FUSIBLE, *FUSED)) else "the program has neither attention nor GELU"
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Apply every chosen rule to every stage."""
@@ -57,4 +63,5 @@ class FuseOnnxRuntime(Pass[FuseOptions]):
             stages.append(finish(stage, graph) if found else stage)
         fused = any(node.target in FUSED for stage in program.stages for node in stage.graph.graph.nodes)
         result = replace(program, stages=tuple(stages))
-        return PassResult(result, changed, tuple(refused), identity=fused and not changed, details={"rules": counts})
+        identity = not changed and (fused or not self.options.rules)
+        return PassResult(result, changed, tuple(refused), identity=identity, details={"rules": counts})

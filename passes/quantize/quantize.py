@@ -18,6 +18,7 @@ from ...ir.program import Program, Refusal, Stage, attribute
 from ...loop.ports import Rate
 from ..base import Context, Options, Pass, PassResult
 from .int8 import activation_range, quantize_weight
+from .smooth import smooth
 
 LINEAR = torch.ops.aten.linear.default
 
@@ -30,6 +31,8 @@ class QuantizeOptions(Options):
         weights: granularity of the weight scales.
         activations: `dynamic` scales are computed from each tensor at run time and couple the samples of a batch;
             `static` scales are calibrated and do not.
+        smooth: SmoothQuant exponent of the layers that read a modulation, from 0 (activations keep the difficulty)
+            to 1; null leaves activations as they are.
         include: module patterns to quantize.
         skip: module patterns to leave alone.
         min_tokens: a linear layer applied to fewer rows per sample gains nothing.
@@ -39,6 +42,7 @@ class QuantizeOptions(Options):
     scheme: Literal["int8"] = "int8"
     weights: Literal["per_channel"] = "per_channel"
     activations: Literal["dynamic", "static"] = "dynamic"
+    smooth: float | None = Field(default=None, ge=0, le=1)
     include: tuple[str, ...] = ("*",)
     skip: tuple[str, ...] = ()
     min_tokens: int = Field(default=2, ge=1)
@@ -78,11 +82,17 @@ class Quantize(Pass[QuantizeOptions]):
         if not sites:
             done = any(_is_quantized(node) for node in stage.graph.graph.nodes)
             return PassResult(program, 0, tuple(refused), identity=done)
-        ranges: dict[fx.Node, Range] = {}
-        if self.options.activations == "static":
-            ranges = observe_ranges(program, stage, {site.source for site in sites}, context.seed, context.progress)
-        quantized = _rewrite(stage, sites, ranges)
-        details = {"activations": self.options.activations, "sites": [site.name for site in sites]}
+        ranges: dict[str, Range] = {}
+        if self.options.smooth is not None or self.options.activations == "static":
+            ranges = _ranges_by_site(program, sites, context)
+        if self.options.smooth is not None:
+            program, ranges, unsmoothed = _smoothed(program, sites, ranges, self.options.smooth)
+            refused += unsmoothed
+            stage = program.step
+            sites, _ = self._sites(stage)
+        static = ranges if self.options.activations == "static" else {}
+        quantized = _rewrite(stage, sites, static)
+        details = {**self.options.model_dump(), "sites": [site.name for site in sites]}
         return PassResult(program.with_stage(quantized), len(sites), tuple(refused), details=details)
 
     def _sites(self, stage: Stage) -> tuple[list[LinearSite], list[Refusal]]:
@@ -117,6 +127,32 @@ class Quantize(Pass[QuantizeOptions]):
         return None
 
 
+def _ranges_by_site(program: Program, sites: list[LinearSite], context: Context) -> dict[str, Range]:
+    """The range of what each site reads, over the real loop."""
+    watched = {site.source for site in sites}
+    ranges = observe_ranges(program, program.step, watched, context.seed, context.progress)
+    return {site.name: ranges[site.source] for site in sites}
+
+
+def _smoothed(
+    program: Program, sites: list[LinearSite], ranges: dict[str, Range], alpha: float
+) -> tuple[Program, dict[str, Range], list[Refusal]]:
+    """The smoothed program and its ranges, which follow from those before without another run."""
+    groups: dict[fx.Node, list[LinearSite]] = {}
+    for site in sites:
+        groups.setdefault(site.source, []).append(site)
+    layers = {source: [site.node for site in members] for source, members in groups.items()}
+    largest = {source: ranges[members[0].name].largest() for source, members in groups.items()}
+    program, scales, refused = smooth(program, layers, largest, alpha)
+    names = {site.node.name: site.name for site in sites}
+    divided = {
+        site.name: ranges[site.name].divided(scales[source]) if source in scales else ranges[site.name]
+        for source, members in groups.items()
+        for site in members
+    }
+    return program, divided, [Refusal(names.get(refusal.site, refusal.site), refusal.reason) for refusal in refused]
+
+
 def module_path(node: fx.Node) -> str:
     """The module a node belongs to, or its own name."""
     modules = list((node.meta.get("nn_module_stack") or {}).values())
@@ -142,14 +178,14 @@ def _feeds_output_only(node: fx.Node) -> bool:
     return True
 
 
-def _rewrite(stage: Stage, sites: list[LinearSite], ranges: dict[fx.Node, Range]) -> Stage:
+def _rewrite(stage: Stage, sites: list[LinearSite], ranges: dict[str, Range]) -> Stage:
     graph = copy_graph(stage)
     twins = dict(zip(stage.graph.graph.nodes, graph.graph.nodes, strict=True))
     quantized: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]] = {}
     for site in sites:
         node, source = twins[site.node], twins[site.source]
         if source not in quantized:
-            quantized[source] = _quantize_activation(graph, node, source, ranges.get(site.source), site.name)
+            quantized[source] = _quantize_activation(graph, node, source, ranges.get(site.name), site.name)
         _replace_linear(graph, node, quantized[source], site.name)
     return finish(stage, graph)
 
@@ -162,7 +198,7 @@ def _quantize_activation(
             triple = graph.graph.call_function(torch.ops.stepfold.quantize_dynamic.default, (source,))
             parts = [graph.graph.call_function(operator.getitem, (triple, i)) for i in range(3)]
             return parts[0], parts[1], parts[2]
-        scale, zero = activation_range(known.low, known.high)
+        scale, zero = activation_range(float(known.low.min()), float(known.high.max()))
         scale_node = graph.graph.get_attr(add_buffer(graph, f"{name}.input_scale", scale))
         zero_node = graph.graph.get_attr(add_buffer(graph, f"{name}.input_zero", zero))
         q = graph.graph.call_function(torch.ops.stepfold.quantize_static.default, (source, scale_node, zero_node))
@@ -178,9 +214,7 @@ def _replace_linear(
     with graph.graph.inserting_before(node):
         weight_node = graph.graph.get_attr(add_buffer(graph, f"{name}.weight_int8", q))
         scale_node = graph.graph.get_attr(add_buffer(graph, f"{name}.weight_scale", scale))
-        new = graph.graph.call_function(
-            torch.ops.stepfold.qlinear.default, (*quantized, weight_node, scale_node, bias)
-        )
+        new = graph.graph.call_function(torch.ops.stepfold.qlinear.default, (*quantized, weight_node, scale_node, bias))
     new.meta.update(node.meta)
     node.replace_all_uses_with(new)
     graph.graph.erase_node(node)

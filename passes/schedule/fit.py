@@ -75,8 +75,15 @@ class Fitter:
                 run.update(state[k], conditional[k], unconditional[k])
                 run.forget(k - max(terms.outputs, terms.directions))
         fitted = FoldedTable(
-            table.positions, table.timesteps, table.input_scale, table.guided, state, conditional, unconditional,
-            table.initial_scale, table.landings,
+            table.positions,
+            table.timesteps,
+            table.input_scale,
+            table.guided,
+            state,
+            conditional,
+            unconditional,
+            table.initial_scale,
+            table.landings,
         )
         return Fit(fitted, np.concatenate([run.latent for run in runs]))
 
@@ -85,9 +92,7 @@ class Fitter:
         request = (data or self.data).request
         return np.concatenate([run_loop(self.bound, self.loop, piece, table) for piece in slices(request, BATCH)])
 
-    def _solve(
-        self, runs: Sequence[LoopRun], basis: list[Term], target: Array, prior: FoldedTable, k: int
-    ) -> Array:
+    def _solve(self, runs: Sequence[LoopRun], basis: list[Term], target: Array, prior: FoldedTable, k: int) -> Array:
         """Ridge least squares over all samples, in float64: minimize |basis w - target|^2 + ridge |w - w0|^2."""
         m = len(basis)
         gram, right, start = np.zeros((m, m)), np.zeros(m), 0
@@ -161,7 +166,14 @@ def _with_branches(table: FoldedTable, plan: Plan) -> FoldedTable:
     guided = table.guided & ~np.isin(table.positions, list(plan.unguided))
     zero = np.zeros_like(table.conditional)
     return FoldedTable(
-        table.positions, table.timesteps, table.input_scale, guided, table.state, zero, zero, table.initial_scale,
+        table.positions,
+        table.timesteps,
+        table.input_scale,
+        guided,
+        table.state,
+        zero,
+        zero,
+        table.initial_scale,
         table.landings,
     )
 

@@ -9,9 +9,11 @@ import torch
 from torch import fx
 
 from ...frontend.rates import node_rates
+from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
 from ...ir.edit import extract, replace_by_inputs
 from ...ir.program import Program, Refusal, Stage
 from ...ir.shapes import follows_batch
+from ...loop.errors import UsageError
 from ...loop.ports import Rate
 from ..base import Context, Options, Pass, PassResult
 
@@ -44,17 +46,25 @@ class Hoist(Pass[HoistOptions]):
         """A component has no loop, so nothing changes more often than once."""
         return None if program.loop is not None else "the program has no loop"
 
+    def requires(self, program: Program) -> None:
+        """A scale taken over a whole batch would be taken over another one in a stage of lower rate."""
+        nodes = [node for stage in program.stages for node in stage.graph.graph.nodes]
+        if any(node.target is torch.ops.stepfold.quantize_dynamic.default for node in nodes):
+            raise UsageError(
+                "hoist: expected a program without dynamic quantization, whose scales are those of a whole batch; "
+                "received a quantized one. Put hoist before quantize in the recipe."
+            )
+
     def run(self, program: Program, context: Context) -> PassResult:
         """Cut the step stage, then the once×timestep stage, then tabulate the timestep stage."""
-        before = len(program.stages) + len(program.tables)
+        done = bool(program.tables) or any(stage.rate in BELOW[Rate.STEP] for stage in program.stages)
         program, moved, refused = _cut(program, program.step)
         combined = next((s for s in program.stages if s.rate is Rate.ONCE_TIMESTEP), None)
         if combined is not None:
             program, more, also_refused = _cut(program, combined)
             moved, refused = moved + more, [*refused, *also_refused]
         program = _tabulate(program)
-        changed = moved if len(program.stages) + len(program.tables) != before else 0
-        return PassResult(program, changed, tuple(refused))
+        return PassResult(program, moved, tuple(refused), identity=done and not moved)
 
 
 def _cut(program: Program, stage: Stage) -> tuple[Program, int, list[Refusal]]:
@@ -73,7 +83,7 @@ def _cut(program: Program, stage: Stage) -> tuple[Program, int, list[Refusal]]:
     at = program.stages.index(stage)
     stages = (*program.stages[:at], *lower, slim, *program.stages[at + 1 :])
     moved = _operators(stage) - _operators(slim)
-    return _merge_same_rate(replace(program, stages=stages)), moved, refused
+    return _ordered(replace(program, stages=stages)), moved, refused
 
 
 def _frontier(stage: Stage, rates: dict[fx.Node, Rate]) -> tuple[list[fx.Node], list[Refusal]]:
@@ -109,8 +119,8 @@ def _stage_name(program: Program, rate: Rate) -> str:
     return base if not taken else f"{base}_{taken + 1}"
 
 
-def _merge_same_rate(program: Program) -> Program:
-    """Order stages so that each comes behind those it reads from."""
+def _ordered(program: Program) -> Program:
+    """Stages in the order of their rates, so that each comes behind those it reads from."""
     order = list(Rate)
     return replace(program, stages=tuple(sorted(program.stages, key=lambda stage: order.index(stage.rate))))
 
@@ -120,7 +130,8 @@ def _tabulate(program: Program) -> Program:
     recurrence, loop = program.recurrence, program.loop
     assert recurrence is not None and loop is not None
     dtype = next(i.port.dtype for i in program.inputs if i.role == "timestep")
-    values = {loop.timestep: torch.from_numpy(recurrence.timesteps.astype(dtype))}
+    values = {name: torch.from_numpy(table) for name, table in program.tables.items()}
+    values[loop.timestep] = torch.from_numpy(recurrence.timesteps_as(dtype))
     tables: dict[str, np.ndarray] = dict(program.tables)
     for stage in program.stages:
         if stage.rate is not Rate.TIMESTEP:

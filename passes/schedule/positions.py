@@ -1,15 +1,16 @@
-"""Where to evaluate: warped grids and their neighbours."""
+"""Where to evaluate: warped grids and random moves away from them."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import numpy as np
 
 Positions = tuple[int, ...]
 
-WARPS = tuple((a, b) for a in (0.7, 1.0, 1.4) for b in (0.7, 1.0, 1.5, 2.2))
-"""Exponents (a, b) of the distribution function `1 - (1 - u^a)^b` (Kumaraswamy) that spreads the positions."""
+WARPS = tuple((a, b) for a in (1.0, 1.2, 1.4, 1.7) for b in (0.55, 0.7, 0.85, 1.0, 1.5))
+"""Exponents (a, b) of the distribution function `1 - (1 - u^a)^b` (Kumaraswamy) that spreads the positions.
+
+a above 1 and b below 1 put more of them at the start, where a trajectory bends; (1, 1) is even.
+"""
 
 
 def warped(calls: int, evaluations: int, a: float, b: float) -> Positions:
@@ -19,7 +20,7 @@ def warped(calls: int, evaluations: int, a: float, b: float) -> Positions:
 
 
 def distinct(positions: np.ndarray, calls: int) -> Positions:
-    """The nearest ascending distinct calls that begin with 0."""
+    """The nearest ascending distinct calls below `calls` that begin with 0."""
     result = [0]
     for i, position in enumerate(positions[1:], start=1):
         highest = calls - (len(positions) - i)
@@ -27,12 +28,11 @@ def distinct(positions: np.ndarray, calls: int) -> Positions:
     return tuple(result)
 
 
-def neighbours(positions: Positions, calls: int, distance: int) -> Iterator[Positions]:
-    """Every set of positions that differs by moving one of them, or it and all behind it, by `distance`."""
-    for i in range(1, len(positions)):
-        for move in (-distance, distance):
-            for stop in (i + 1, len(positions)):
-                moved = [p + move if i <= j < stop else p for j, p in enumerate(positions)]
-                ascending = all(a < b for a, b in zip(moved, moved[1:], strict=False))
-                if ascending and moved[-1] < calls:
-                    yield tuple(moved)
+def moved(positions: Positions, calls: int, generator: np.random.Generator) -> Positions:
+    """Positions with one of them, or one and all behind it, moved by one or two calls at random."""
+    i = int(generator.integers(1, len(positions)))
+    step = int(generator.choice([-2, -1, 1, 2]))
+    stop = i + 1 if generator.random() < 0.5 else len(positions)
+    shifted = np.asarray(positions)
+    shifted[i:stop] += step
+    return distinct(shifted, calls)

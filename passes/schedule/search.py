@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from ...calibration.trajectories import Trajectories, first, trajectories
@@ -17,12 +18,15 @@ from ...loop.ports import BoundProgram
 from ...loop.table import FoldedTable, fold
 from ..base import Context, Options, Pass, PassResult
 from .fit import Fitter, Plan, Terms
-from .positions import WARPS, Positions, neighbours, warped
+from .positions import WARPS, Positions, moved, warped
 
 logger = logging.getLogger(__name__)
 
 MINIMUM_VALIDATION = 64
 """A budget is met when the lower 95 % bound of the mean over at least so many validation samples meets it."""
+
+KEPT_WARPS = 4
+"""How many warps the first comparison of all of them leaves for other numbers of evaluations."""
 
 LADDER = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 15, 17, 20, 25, 30, 40, 50, 65, 80, 100)
 """Numbers of evaluations the search tries first."""
@@ -39,17 +43,17 @@ class ScheduleOptions(Options):
         validation: samples that choose between schedules.
         outputs: newest guided outputs an update may weigh.
         directions: newest guidance directions an update may weigh beside them.
-        moves: rounds of moving single positions.
+        moves: random moves of positions that are tried for one number of evaluations.
     """
 
     evaluations: int | Literal["auto"] = "auto"
     min_psnr: float | None = Field(default=40.0, gt=0)
     samples: int = Field(default=40, ge=4)
-    search_samples: int = Field(default=10, ge=2)
+    search_samples: int = Field(default=16, ge=2)
     validation: int = Field(default=MINIMUM_VALIDATION, ge=MINIMUM_VALIDATION)
     outputs: int = Field(default=3, ge=1, le=8)
     directions: int = Field(default=2, ge=0, le=8)
-    moves: int = Field(default=2, ge=0, le=20)
+    moves: int = Field(default=48, ge=0, le=10_000)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +110,7 @@ class SearchSchedule(Pass[ScheduleOptions]):
         scales = program.loop.guidance.scales if program.loop.guidance else (None,)
         tables, details = {}, {}
         for scale in scales:
-            search = _Search(self.options, program, bound, context, scale)
+            search = ScheduleSearch(self.options, program, bound, context, scale)
             chosen = search.run()
             tables[1.0 if scale is None else scale] = chosen.table
             details[str(scale)] = {"chosen": chosen.row(), "tried": [tried.row() for tried in search.tried]}
@@ -115,8 +119,17 @@ class SearchSchedule(Pass[ScheduleOptions]):
 
 
 @dataclass
-class _Search:
-    """The search for one guidance scale."""
+class ScheduleSearch:
+    """The search for one guidance scale.
+
+    Attributes:
+        options: of the pass.
+        program: its loop and sampler.
+        bound: the program on the engine the updates are fitted on.
+        context: of the pass.
+        scale: guidance scale, None for a loop without guidance.
+        tried: every candidate that was measured on the validation samples.
+    """
 
     options: ScheduleOptions
     program: Program
@@ -132,6 +145,29 @@ class _Search:
             GateError: no table meets the budget.
         """
         self._prepare()
+        return self._choose()
+
+    def refit(self, table: FoldedTable) -> tuple[Candidate, bool]:
+        """Fit the updates of a table again where it evaluates; search only when the budget is missed then.
+
+        Returns:
+            The table to ship, and whether it was searched for.
+
+        Raises:
+            GateError: no table meets the budget.
+        """
+        self._prepare()
+        unguided = frozenset() if self.scale in (None, 1.0) else frozenset(table.positions[~table.guided].tolist())
+        fit = self.full.fit(Plan(tuple(table.positions.tolist()), unguided), self.terms)
+        calibration = float(psnr(fit.samples, self.data.latents[-1]).mean())
+        self.tried += [self._measure(fit.table, "fitted", calibration), self._measure(table, "as it was", float("nan"))]
+        best = max(self.tried, key=lambda candidate: candidate.mean)
+        budget = None if self.options.evaluations != "auto" else self.context.min_psnr or self.options.min_psnr
+        if budget is None or best.low >= budget:
+            return best, False
+        return self._choose(), True
+
+    def _choose(self) -> Candidate:
         if self.options.evaluations != "auto":
             return self._best(self.options.evaluations)
         budget = self.context.min_psnr or self.options.min_psnr
@@ -150,6 +186,7 @@ class _Search:
         self.full = Fitter(self.bound, loop, self.recurrence, self.scale, self.data)
         self.terms = Terms(options.outputs, options.directions if self.scale else 0)
         self.scores: dict[Positions, float] = {}
+        self.warps = WARPS
         context.progress("searching schedules", 0, 1)
 
     def _trajectories(self, name: str, count: int, whole: bool) -> Trajectories:
@@ -166,62 +203,84 @@ class _Search:
         )
 
     def _fewest(self, budget: float) -> Candidate:
-        """Climb the ladder by bisection with warped grids, then try one and two fewer with refined positions."""
-        calls = self.recurrence.calls
-        rungs = [n for n in LADDER if n < calls] + [calls]
-        low, high, best = 0, len(rungs) - 1, None
-        start = min(range(len(rungs)), key=lambda i: abs(rungs[i] - max(6, calls // 6)))
-        middle = start
+        """The fewest evaluations that meet the budget: bisection over warped grids, then refinement of fewer."""
+        rungs = [n for n in LADDER if n < self.recurrence.calls] + [self.recurrence.calls]
+        low, high = 0, len(rungs) - 1
+        best: Candidate | None = None
+        middle = min(range(len(rungs)), key=lambda i: abs(rungs[i] - self.recurrence.calls // 5))
         while low <= high:
-            candidate = self._best(rungs[middle])
+            candidate = self._coarse(rungs[middle])
             if candidate.low >= budget:
                 best, high = candidate, middle - 1
             else:
                 low = middle + 1
-            middle = (low + high) // 2 if best is None or high - low > 2 else high
+            middle = (low + high) // 2
         if best is None:
-            reached = max(self.tried, key=lambda c: c.low)
-            raise GateError(
-                f"schedule: no schedule reaches {budget:g} dB; the best was {reached.low:.2f} dB (lower 95 % bound of "
-                f"the mean over {self.options.validation} validation samples) with {reached.table.evaluations} of "
-                f"{calls} evaluations. Lower min_psnr, or use a recipe of higher precision."
-            )
+            best = self._best(self.recurrence.calls)
+            if best.low < budget:
+                raise self._missed(budget)
+        while best.table.evaluations > 2:
+            candidate = self._best(best.table.evaluations - 1)
+            if candidate.low < budget:
+                return best
+            best = candidate
         return best
+
+    def _missed(self, budget: float) -> GateError:
+        reached = max(self.tried, key=lambda candidate: candidate.low)
+        return GateError(
+            f"schedule: no schedule reaches {budget:g} dB; the best was {reached.low:.2f} dB (lower 95 % bound of "
+            f"the mean over {self.options.validation} validation samples) with {reached.table.evaluations} of "
+            f"{self.recurrence.calls} evaluations. Lower min_psnr, or use a recipe of higher precision."
+        )
+
+    def _coarse(self, evaluations: int) -> Candidate:
+        """The best warped grid, fitted."""
+        return self._fitted(self._best_warp(evaluations))
 
     def _best(self, evaluations: int) -> Candidate:
-        """The best table with so many evaluations: fitted and refined, or an unfitted one when that is better."""
-        positions = self._refine(self._best_warp(evaluations))
+        """The best table with so many evaluations: refined and fitted, or an unfitted one when that is better."""
+        fitted = self._fitted(self._refine(self._best_warp(evaluations)))
         even = warped(self.recurrence.calls, evaluations, 1.0, 1.0)
+        unfitted = [
+            self._measure(fold(self.recurrence, self.scale, even, order), origin, float("nan"))
+            for origin, order in (("fewer steps", 0), ("forecast", 1))
+        ]
+        self.tried += unfitted
+        return max([fitted, *unfitted], key=lambda candidate: candidate.mean)
+
+    def _fitted(self, positions: Positions) -> Candidate:
         fit = self.full.fit(Plan(positions), self.terms)
-        reference = self.data.latents[-1]
-        candidates = [self._measure(fit.table, "fitted", float(psnr(fit.samples, reference).mean()))]
-        for origin, where, order in (("fewer steps", even, 0), ("forecast", even, 1)):
-            candidates.append(self._measure(fold(self.recurrence, self.scale, where, order), origin, float("nan")))
-        self.tried += candidates
-        best = max(candidates, key=lambda c: c.mean)
-        logger.info("%d evaluations: %s, %.2f dB on validation", evaluations, best.origin, best.mean)
-        return best
+        calibration = float(psnr(fit.samples, self.data.latents[-1]).mean())
+        candidate = self._measure(fit.table, "fitted", calibration)
+        self.tried.append(candidate)
+        logger.info("%d evaluations: %.2f dB on validation", len(positions), candidate.mean)
+        return candidate
 
     def _best_warp(self, evaluations: int) -> Positions:
+        """The best warped grid; once all warps were compared, only the ones that were good then are tried."""
         calls = self.recurrence.calls
-        grids = dict.fromkeys(warped(calls, evaluations, a, b) for a, b in WARPS)
-        return max(grids, key=self._score)
+        grids = {warped(calls, evaluations, a, b): (a, b) for a, b in self.warps}
+        ranked = sorted(grids, key=self._score, reverse=True)
+        if len(self.warps) > KEPT_WARPS and evaluations < calls:
+            self.warps = tuple(grids[positions] for positions in ranked[:KEPT_WARPS])
+        return ranked[0]
 
     def _refine(self, positions: Positions) -> Positions:
-        """Move single positions while that improves the closed loop on the calibration samples."""
-        for move in range(self.options.moves):
-            before = positions
-            for distance in (2, 1) if len(positions) < self.recurrence.calls // 2 else (1,):
-                for neighbour in list(neighbours(positions, self.recurrence.calls, distance)):
-                    if len(neighbour) == len(positions) and self._score(neighbour) > self._score(positions):
-                        positions = neighbour
-            self.context.progress(f"searching schedules ({len(positions)} evaluations)", move + 1, self.options.moves)
-            if positions == before:
-                break
+        """Accept random moves that improve the closed loop on the search samples; seeded, so deterministic."""
+        calls, moves = self.recurrence.calls, self.options.moves
+        if len(positions) in (1, calls):
+            return positions
+        generator = np.random.default_rng([self.context.seed, len(positions)])
+        for move in range(moves):
+            proposal = moved(positions, calls, generator)
+            if self._score(proposal) > self._score(positions):
+                positions = proposal
+            self.context.progress(f"searching {len(positions)} evaluations", move + 1, moves)
         return positions
 
     def _score(self, positions: Positions) -> float:
-        """Mean PSNR of the closed-loop fit on the few calibration samples of the search."""
+        """Mean PSNR of the closed-loop fit on the search samples."""
         if positions not in self.scores:
             fit = self.quick.fit(Plan(positions), self.terms)
             self.scores[positions] = float(psnr(fit.samples, self.quick.data.latents[-1]).mean())
@@ -230,5 +289,3 @@ class _Search:
     def _measure(self, table: FoldedTable, origin: str, calibration: float) -> Candidate:
         values = psnr(self.full.samples(table, self.validation), self.validation.latents[-1])
         return Candidate(table, origin, float(values.mean()), lower_bound(values), calibration)
-
-

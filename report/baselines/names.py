@@ -69,9 +69,7 @@ def parse(text: str) -> Baseline:
     """
     match = PATTERN.fullmatch(text)
     if match is None:
-        raise UsageError(
-            f"--baselines: expected NAME[@STEPS][:solver], such as onnxruntime@13:ab2; received {text!r}."
-        )
+        raise UsageError(f"--baselines: expected NAME[@STEPS][:solver], such as onnxruntime@13:ab2; received {text!r}.")
     engine, steps, solver = match["engine"], match["steps"], match["solver"]
     if engine not in NEEDS:
         raise UsageError(f"--baselines: unknown baseline {engine!r} in {text!r}; {nearest(engine, list(NEEDS))}")

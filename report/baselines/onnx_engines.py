@@ -28,9 +28,7 @@ def export(checkpoint: Path, loop: LoopSpec | None, folder: Path) -> None:
 
     module, example = module_of(checkpoint, loop)
     batch = len(next(iter(example.values())))
-    dynamic = [
-        {0: torch.export.Dim.AUTO} if value.ndim and len(value) == batch else None for value in example.values()
-    ]
+    dynamic = [{0: torch.export.Dim.AUTO} if value.ndim and len(value) == batch else None for value in example.values()]
     with torch.no_grad():
         outputs = list(module(*example.values()))
     try:
@@ -90,6 +88,7 @@ def open_session(file: Path, threads: int) -> StageCallable:
     names = [node.name for node in session.get_inputs()]
 
     def call(inputs: Mapping[str, Array]) -> list[Array]:
-        return session.run(None, {name: np.ascontiguousarray(inputs[name]) for name in names})
+        outputs = session.run(None, {name: np.ascontiguousarray(inputs[name]) for name in names})
+        return [np.asarray(output) for output in outputs]
 
     return call

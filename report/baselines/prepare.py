@@ -21,9 +21,7 @@ from .torch_engines import load
 REFERENCE = "reference"  # the table of the loop as the checkpoint says
 
 
-def prepare(
-    checkpoint: Path, baselines: Sequence[str], loop: Mapping[str, Any] | None, folder: Path
-) -> dict[str, Any]:
+def prepare(checkpoint: Path, baselines: Sequence[str], loop: Mapping[str, Any] | None, folder: Path) -> dict[str, Any]:
     """Read a checkpoint and write a table for the reference and for each baseline.
 
     Args:
@@ -66,6 +64,18 @@ def prepare(
     }
 
 
+def inspect(checkpoint: Path, loop: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Rates and sites of a checkpoint, as `inspect --json` tells them.
+
+    Raises:
+        UsageError: the checkpoint cannot be read.
+        StepfoldError: it cannot be captured.
+    """
+    from ...frontend.inspect import inspect_program
+
+    return inspect_program(load(checkpoint, None if loop is None else LoopSpec.model_validate(loop)).capture())
+
+
 def table_of(baseline: Baseline, loop: LoopSpec | None) -> FoldedTable | None:
     """The table a baseline runs along, None for a component.
 
@@ -84,4 +94,3 @@ def table_of(baseline: Baseline, loop: LoopSpec | None) -> FoldedTable | None:
 def read_table(file: str) -> FoldedTable:
     """A table that `prepare` wrote."""
     return FoldedTable.from_arrays(load_file(file))
-

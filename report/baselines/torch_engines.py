@@ -44,7 +44,9 @@ def module_of(checkpoint: Path, loop: LoopSpec | None) -> tuple[Calling, dict[st
     constant = loop.names("constant") if loop is not None else []
     example = {n: v for n, v in tensors.items() if n not in constant and n.split(".")[0] not in constant}
     latent = loop.latent.shape if loop is not None else None
-    return Calling(loaded.model.eval(), loaded.method, kwargs, list(example), latent), example
+    calling = Calling(loaded.model, loaded.method, kwargs, list(example), latent)
+    calling.eval()
+    return calling, example
 
 
 def open_module(checkpoint: Path, loop: LoopSpec | None, threads: int, compiled: bool) -> tuple[StageCallable, int]:

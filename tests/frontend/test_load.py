@@ -261,7 +261,7 @@ def test_transformers_class_misspelled(tmp_path: Path) -> None:
     folder = zoo.CLIP_TEXT.save(tmp_path / "clip")
     edit_config(folder, architectures=["CLIPTextModle"])
     with pytest.raises(
-        UsageError, match="transformers has no model class 'CLIPTextModle'; did you mean 'CLIPTextModel'?"
+        UsageError, match=r"transformers has no model class 'CLIPTextModle'; did you mean 'CLIPTextModel'?"
     ):
         load_checkpoint(folder)
 
@@ -269,5 +269,5 @@ def test_transformers_class_misspelled(tmp_path: Path) -> None:
 def test_transformers_weights_of_another_shape(tmp_path: Path) -> None:
     folder = zoo.CLIP_TEXT.save(tmp_path / "clip")
     edit_config(folder, intermediate_size=128)
-    with pytest.raises(UsageError, match="the weights do not fit CLIPTextModel .* of another shape: .*fc1"):
+    with pytest.raises(UsageError, match=r"the weights do not fit CLIPTextModel .* of another shape: .*fc1"):
         load_checkpoint(folder)

@@ -47,7 +47,7 @@ def test_where_between_numbers_is_kept() -> None:
     assert isinstance(answer, Refused) and answer.reason == "its branches are not boolean"
 
 
-def test_hunyuanvideo_selects_no_booleans(captured) -> None:  # noqa: ANN001
+def test_hunyuanvideo_selects_no_booleans(captured) -> None:
     """The real class that needs it: it masks a boolean attention mask."""
     for node in captured(zoo.HUNYUANVIDEO).step.graph.graph.nodes:
         if node.target in (WHERE, FILL):

@@ -71,7 +71,7 @@ def test_a_reader_that_is_not_real_is_named() -> None:
     assert isinstance(answer, Refused) and "aten.abs.default reads a complex value" in answer.reason
 
 
-def test_qwenimage_has_no_complex_value_left(captured) -> None:  # noqa: ANN001
+def test_qwenimage_has_no_complex_value_left(captured) -> None:
     """The real class that needs it."""
     graph = captured(zoo.QWENIMAGE).step.graph
     assert not [n for n in graph.graph.nodes if "complex" in str(getattr(n.meta.get("val"), "dtype", ""))]

@@ -50,7 +50,7 @@ def test_float64_tables_keep_their_precision() -> None:
 class Weighted(torch.nn.Module):
     """Reads a weight through an expression."""
 
-    def __init__(self, expression, *shape: int):  # noqa: ANN001
+    def __init__(self, expression, *shape: int):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.randn(*shape))
         self.expression = expression
@@ -118,7 +118,7 @@ def test_tied_weights_are_read_under_one_name() -> None:
     assert share_equal_weights(before.graph) == 0
 
 
-def test_rotary_tables_of_flux_leave_no_float64(captured) -> None:  # noqa: ANN001
+def test_rotary_tables_of_flux_leave_no_float64(captured) -> None:
     """The real class that needs it: FLUX computes its rotary tables in float64, in the graph."""
     graph = captured(zoo.FLUX).step.graph
     assert not [n for n in graph.graph.nodes if getattr(n.meta.get("val"), "dtype", None) == torch.float64]

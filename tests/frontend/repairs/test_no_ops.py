@@ -100,7 +100,7 @@ def test_pixart_has_squeezes_that_do_nothing() -> None:
             super().__init__()
             self.inner = model
 
-        def forward(self, hidden_states, timestep, encoder_hidden_states, encoder_attention_mask):  # noqa: ANN001, ANN202
+        def forward(self, hidden_states, timestep, encoder_hidden_states, encoder_attention_mask):
             return self.inner(
                 hidden_states,
                 encoder_hidden_states,

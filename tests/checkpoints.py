@@ -1,0 +1,47 @@
+"""A tiny class-conditional DiT of random weights with a loop of eight calls, as a checkpoint folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CONFIG: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "num_layers": 1,
+    "sample_size": 8,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 4,
+}
+LOOP: dict[str, Any] = {
+    "inputs": {"hidden_states": "state", "timestep": "timestep", "class_labels": "condition"},
+    "sampler": {
+        "scheduler": "FlowMatchEulerDiscreteScheduler",
+        "config": {"num_train_timesteps": 1000},
+        "steps": 8,
+        "set_timesteps": {"sigmas": "linspace"},
+    },
+    "guidance": {"scale": 2.0, "unconditional": {"class_labels": 4}},
+    "latent": {"shape": [1, 8, 8]},
+}
+CLASSES = 4
+QUICK = {"samples": 8, "search_samples": 4, "moves": 0}  # options of `schedule` that search in a second
+
+
+def save_tiny_dit(folder: Path, seed: int = 0) -> Path:
+    """Write config.json, safetensors and loop.yaml; another seed gives other weights."""
+    import torch
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(seed)
+    model = DiTTransformer2DModel(**CONFIG)
+    for parameter in model.parameters():
+        if not parameter.any():
+            parameter.data.normal_(0, 0.1)  # zero-initialized gates would leave the blocks without effect
+    model.save_pretrained(folder, safe_serialization=True)
+    (folder / "loop.yaml").write_text(yaml.safe_dump(LOOP, sort_keys=False))
+    return folder

@@ -1,0 +1,347 @@
+"""`optimize`: what it prints and records, and every kind of bad input."""
+
+import errno
+import json
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from checkpoints import LOOP, QUICK
+
+from stepfold.bundle.manifest import QualityEntry
+from stepfold.cli.optimize import parse_setting, refusals, schedule_line
+from stepfold.loop.errors import GateError, UsageError
+from stepfold.runtime.compiler import check_budget
+
+SEARCH = [word for name, value in QUICK.items() for word in ("--set", f"schedule.{name}={value}")]
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder / "bundle"
+
+
+def empty(folder: Path) -> bool:
+    return list(folder.iterdir()) == []
+
+
+def recipe(folder: Path, text: str) -> Path:
+    (folder / "recipe.yaml").write_text(text)
+    return folder / "recipe.yaml"
+
+
+def rewrite(file: Path, **changes: Any) -> None:
+    load, dump = (json.loads, json.dumps) if file.suffix == ".json" else (yaml.safe_load, yaml.safe_dump)
+    file.write_text(dump(load(file.read_text()) | changes))
+
+
+# What it does
+
+
+def test_json(stepfold, tiny_checkpoint: Path, out: Path) -> None:
+    result = stepfold("optimize", tiny_checkpoint, "--out", out, "--min-psnr", 25, *SEARCH, "--json")
+    assert result.code == 0, result.err
+    document = result.document()
+    assert document["bundle"] == str(out)
+    assert [entry["name"] for entry in document["passes"]] == ["hoist", "quantize", "fuse", "schedule"]
+    assert {"changed", "refused", "drift", "total_drift", "flops_before", "seconds"} <= document["passes"][0].keys()
+    assert {stage["name"] for stage in document["stages"]} >= {"step"}
+    assert document["schedule"]["evaluations"] <= document["schedule"]["grid_steps"] == 8
+    assert document["quality"]["psnr_db"]["mean"] > 20
+    assert sorted(path.name for path in out.parent.iterdir()) == ["bundle"]
+    schedule = json.loads((out / "manifest.json").read_text())["recipe"]["passes"][-1]["schedule"]
+    assert schedule == {"evaluations": "auto", "min_psnr": 25.0, **QUICK}  # the command line wins, and is recorded
+
+
+def test_summary(stepfold, tiny_checkpoint: Path, out: Path) -> None:
+    result = stepfold("optimize", tiny_checkpoint, "--out", out, "--recipe", "hoist")
+    assert (result.code, result.err) == (0, "")
+    for text in ("hoist", "once×timestep", "Schedule: none", "126.02 dB PSNR", f"Bundle: {out}"):
+        assert text in result.out
+
+
+def test_overwrite(stepfold, tiny_checkpoint: Path, bundle_folder: Path) -> None:
+    words = ("optimize", tiny_checkpoint, "--out", bundle_folder, "--recipe", "hoist")
+    refused = stepfold(*words)
+    assert (refused.code, refused.error) == (
+        2,
+        f"{bundle_folder}: already exists. Choose another --out, or pass --overwrite to replace the bundle.",
+    )
+    assert json.loads((bundle_folder / "manifest.json").read_text())["model"]["class"] == "Tiny"
+    assert stepfold(*words, "--overwrite").code == 0
+    assert json.loads((bundle_folder / "manifest.json").read_text())["model"]["class"] == "DiTTransformer2DModel"
+
+
+def test_refused_sites_are_counted_and_the_first_are_named() -> None:
+    sites = [{"site": f"layer_{i}", "reason": "too small"} for i in range(5)]
+    entries = [{"name": "hoist", "refused": []}, {"name": "quantize", "refused": sites}]
+    named = "layer_0: too small; layer_1: too small; layer_2: too small; and 2 more"
+    assert refusals(entries) == [f"quantize left 5 alone: {named}"]
+
+
+def test_schedule_in_words() -> None:
+    schedule = {"grid_steps": 50, "evaluations": 10, "guided_evaluations": 8, "fitted_on": "engine"}
+    assert schedule_line(schedule) == (
+        "Schedule: 10 evaluations (8 with both guidance branches) instead of 50, fitted on the engine."
+    )
+
+
+# Words of the command line
+
+
+@pytest.mark.parametrize(
+    ("text", "setting"),
+    [
+        ("schedule.evaluations=10", ("schedule", "evaluations", 10)),
+        ("schedule.evaluations=auto", ("schedule", "evaluations", "auto")),
+        ("schedule.min_psnr=null", ("schedule", "min_psnr", None)),
+        ("quantize.skip=[a=b, '*.c']", ("quantize", "skip", ["a=b", "*.c"])),
+    ],
+)
+def test_settings_are_yaml(text: str, setting: tuple[str, str, Any]) -> None:
+    assert parse_setting(text) == setting
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("schedule=1", "expected NAME.OPTION=VALUE"),
+        ("schedule.evaluations", "expected NAME.OPTION=VALUE"),
+        (".x=1", "expected NAME.OPTION=VALUE"),
+        ("quantize.skip=[a", "expected a YAML value, as in 10 or [a, b]; received '[a'."),
+        ("onnxruntime.threads=1", "backend 'onnxruntime' has no options; expected the name of a pass."),
+    ],
+)
+def test_unfit_settings(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=r"^--set") as caught:
+        parse_setting(text)
+    assert message in str(caught.value)
+
+
+WRONG = {
+    "pass": (("--set", "shedule.evaluations=3"), "recipe 'default' has no pass 'shedule'; did you mean 'schedule'?"),
+    "option": (("--set", "schedule.evaluation=3"), "--set schedule.evaluation: pass schedule: unknown option"),
+    "value": (("--set", "schedule.evaluations=many"), "--set schedule.evaluations: pass schedule: option"),
+    "recipe": (("--recipe", "defaul"), "recipe 'defaul': no such recipe or file; did you mean 'default'?"),
+    "recipe file": (("--recipe", "none.yaml"), "recipe none.yaml: no such file."),
+    "backend": (("--backend", "onnxruntim"), "did you mean 'onnxruntime'?"),
+    "budget": (("--min-psnr", "nan"), "--min-psnr: expected a number of decibels above 0; received nan."),
+    "no budget": (("--min-psnr", "-3"), "--min-psnr: expected a number of decibels above 0; received -3."),
+    "loop": (("--loop", "none.yaml"), "none.yaml: no such loop file."),
+    "inputs": (("--inputs", "none.safetensors"), "none.safetensors: no such file of example inputs."),
+    "too many": (("--set", "schedule.evaluations=9"), "schedule: evaluations must be 1 to 8"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_use(stepfold, tiny_checkpoint: Path, out: Path, case: str) -> None:
+    words, message = WRONG[case]
+    result = stepfold("optimize", tiny_checkpoint, "--out", out, *words)
+    assert result.code == 2
+    assert message in result.error
+    assert result.out == "" and empty(out.parent)
+
+
+# Recipes
+
+RECIPES = {
+    "pass": ("passes:\n  - hoist: {}\n  - quantise: {}\n", "line 3: unknown pass 'quantise'; did you mean 'quantize'?"),
+    "option": (
+        "passes:\n  - hoist: {}\n\n  - schedule: {evaluation: 3}\n",
+        "line 4: pass schedule: unknown option 'evaluation'; did you mean 'evaluations'?",
+    ),
+    "value": (
+        "passes:\n  - quantize: {scheme: int3}\n",
+        "line 2: pass quantize: option 'scheme': expected 'int8'; received 'int3'.",
+    ),
+    "key": ("passes: [hoist]\npases: []\n", "unknown key 'pases'; did you mean 'passes'?"),
+    "no list": ("passes: {hoist: {}}\n", "expected `passes` to be a list; received dict."),
+    "no mapping": ("- hoist\n", "expected a mapping with `passes`; received list."),
+    "nothing": ("passes: []\n", "a recipe needs at least one pass; received none."),
+    "no YAML": ("passes: [hoist\n", "not a YAML file"),
+    "base": ("extends: defalt\npasses: [hoist]\n", "recipe 'defalt': no such recipe or file; did you mean 'default'?"),
+}
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_wrong_recipes(stepfold, tiny_checkpoint: Path, out: Path, tmp_path: Path, case: str) -> None:
+    text, message = RECIPES[case]
+    file = recipe(tmp_path, text)
+    result = stepfold("optimize", tiny_checkpoint, "--out", out, "--recipe", file, "--set", "schedule.moves=0")
+    assert result.code == 2
+    assert message in result.error
+    assert case == "base" or str(file) in result.error
+    assert empty(out.parent)
+
+
+def test_a_binary_recipe(stepfold, tiny_checkpoint: Path, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe\x00")
+    result = stepfold("optimize", tiny_checkpoint, "--out", out, "--recipe", tmp_path / "recipe.yaml")
+    assert (result.code, "expected a YAML file" in result.error) == (2, True)
+
+
+def test_a_folder_of_a_recipes_name_is_not_the_recipe(
+    stepfold, tiny_checkpoint: Path, out: Path, tmp_path: Path, monkeypatch
+) -> None:
+    (tmp_path / "hoist").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert stepfold("optimize", tiny_checkpoint, "--out", out, "--recipe", "hoist").code == 0
+
+
+def test_a_pass_that_changes_nothing_fails(stepfold, tiny_checkpoint: Path, out: Path, tmp_path: Path) -> None:
+    file = recipe(tmp_path, "passes:\n  - quantize: {include: [nothing]}\n")
+    result = stepfold("optimize", tiny_checkpoint, "--out", out, "--recipe", file)
+    assert result.code == 1
+    assert result.error.startswith("pass quantize: expected to change something, changed nothing (")
+    assert "not included" in result.error and "optional: true" in result.error
+    assert empty(out.parent)
+
+
+# Checkpoints
+
+
+def test_missing_folder(stepfold, out: Path, tmp_path: Path) -> None:
+    result = stepfold("optimize", tmp_path / "none", "--out", out)
+    assert (result.code, result.error.startswith(f"{tmp_path / 'none'}: no such checkpoint folder")) == (2, True)
+
+
+def pickled(folder: Path) -> None:
+    (folder / "diffusion_pytorch_model.safetensors").rename(folder / "diffusion_pytorch_model.bin")
+
+
+def truncated(folder: Path) -> None:
+    file = folder / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+
+
+def unknown_class(folder: Path) -> None:
+    rewrite(folder / "config.json", _class_name="DiTTransformer3DModel")
+
+
+def another_size(folder: Path) -> None:
+    rewrite(folder / "config.json", num_layers=2)
+
+
+def without_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def without_loop(folder: Path) -> None:
+    (folder / "loop.yaml").unlink()
+
+
+def stochastic(folder: Path) -> None:
+    sampler = {"scheduler": "EulerAncestralDiscreteScheduler", "steps": 8}
+    rewrite(folder / "loop.yaml", sampler=sampler)
+
+
+def clipping(folder: Path) -> None:
+    rewrite(folder / "loop.yaml", sampler={"scheduler": "DDIMScheduler", "steps": 8})
+
+
+def unknown_scheduler(folder: Path) -> None:
+    rewrite(folder / "loop.yaml", sampler={"scheduler": "EulerDiscreetScheduler", "steps": 8})
+
+
+def two_states(folder: Path) -> None:
+    rewrite(folder / "loop.yaml", inputs={**LOOP["inputs"], "class_labels": "state"})
+
+
+DAMAGES = {
+    pickled: "the weights are pickled (diffusion_pytorch_model.bin)",
+    truncated: "damaged or truncated safetensors file",
+    without_weights: "no weights",
+    unknown_class: "no model class 'DiTTransformer3DModel'; did you mean 'DiTTransformer2DModel'?",
+    another_size: "the weights do not fit DiTTransformer2DModel as config.json describes it",
+    without_config: "no config.json",
+    without_loop: "no loop.yaml",
+    stochastic: "EulerAncestralDiscreteScheduler",
+    clipping: "clip_sample",
+    unknown_scheduler: "EulerDiscreteScheduler",
+    two_states: "exactly one input must have the role 'state'",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_unfit_checkpoints(stepfold, checkpoint: Path, out: Path, damage) -> None:
+    damage(checkpoint)
+    result = stepfold("optimize", checkpoint, "--out", out, "--recipe", "hoist")
+    assert result.code == 2, result.err
+    assert DAMAGES[damage] in result.error
+    assert result.out == "" and empty(out.parent)
+
+
+# What goes wrong later
+
+
+def test_a_budget_that_cannot_be_met(stepfold, tiny_checkpoint: Path, out: Path) -> None:
+    result = stepfold("optimize", tiny_checkpoint, "--out", out, "--min-psnr", 110, *SEARCH, "--json")
+    assert result.code == 3
+    assert result.error.startswith("schedule: no schedule reaches 110 dB; the best was ")
+    assert result.out == "" and empty(out.parent)
+
+
+def test_a_budget_without_a_search(stepfold, tiny_checkpoint: Path, out: Path, tmp_path: Path) -> None:
+    file = recipe(tmp_path, "passes: [quantize]\n")
+    result = stepfold("optimize", tiny_checkpoint, "--out", out, "--recipe", file, "--min-psnr", 110)
+    assert (result.code, result.error.startswith("quality: expected 110 dB; the best")) == (3, True)
+    assert empty(out.parent)
+
+
+@pytest.mark.parametrize(("budget", "met"), [(30.0, True), (30.1, False), (None, True)])
+def test_a_budget_without_a_search_is_met_by_the_lower_bound(budget: float | None, met: bool) -> None:
+    figures = {"psnr_db": {"mean": 33.0, "min": 20.0, "low": 30.0}, "samples": 64, "set": "held-out"}
+    program: Any = SimpleNamespace(schedule=None)
+    with nullcontext() if met else pytest.raises(GateError, match=r"reached is 30\.00 dB"):
+        check_budget(program, QualityEntry.model_validate(figures), budget)
+
+
+def raises(error: BaseException):
+    def write(folder: Path, *_: object) -> None:
+        (folder / "half").write_bytes(b"half")
+        raise error
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (KeyboardInterrupt(), "interrupted; nothing was written."),
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+    ],
+)
+def test_writing_that_stops_leaves_nothing(
+    stepfold, tiny_checkpoint: Path, out: Path, monkeypatch, error: BaseException, message: str
+) -> None:
+    monkeypatch.setattr("stepfold.runtime.packing.write_tables", raises(error))
+    monkeypatch.setattr("stepfold.runtime.compiler.measure", lambda *_: None)
+    result = stepfold("optimize", tiny_checkpoint, "--out", out, "--recipe", "hoist")
+    assert (result.code, message in result.error) == (1, True)
+    assert empty(out.parent)
+
+
+def test_overwriting_that_stops_leaves_the_old_bundle(
+    stepfold, tiny_checkpoint: Path, bundle_folder: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("stepfold.runtime.packing.write_tables", raises(KeyboardInterrupt()))
+    monkeypatch.setattr("stepfold.runtime.compiler.measure", lambda *_: None)
+    words = ("--out", bundle_folder, "--overwrite", "--recipe", "hoist")
+    assert stepfold("optimize", tiny_checkpoint, *words).code == 1
+    assert stepfold("verify", bundle_folder).code == 0
