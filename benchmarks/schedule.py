@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+
 from stepfold.bundle.reader import read
 from stepfold.calibration.trajectories import slices, trajectories
 from stepfold.frontend.load import load_checkpoint
@@ -21,9 +22,9 @@ from stepfold.ir.program import Program
 from stepfold.loop.driver import run_loop
 from stepfold.loop.metrics import psnr
 from stepfold.loop.noise import SampleSet
-from stepfold.loop.recurrence import Recurrence
 from stepfold.loop.table import FoldedTable, fold
-from stepfold.runtime.compiler import HELD_OUT, Job, cache_folder, optimize
+from stepfold.runtime.compiler import Job, cache_folder, optimize
+from stepfold.runtime.quality import HELD_OUT
 
 REFERENCE = Path(__file__).resolve().parents[1] / "examples" / "mnist_dit"
 SOLVERS = {"Euler": None, "AB2": "ab2", "DPM++ 2M": "DPMSolverMultistepScheduler", "UniPC": "UniPCMultistepScheduler"}
@@ -35,10 +36,6 @@ def quality(program: Program, table: FoldedTable, held_out, scale: float) -> np.
     bound = program.bind()
     samples = [run_loop(bound, program.loop, piece, table) for piece in slices(held_out.request, 16)]
     return psnr(np.concatenate(samples), held_out.latents[-1])
-
-
-def solver_table(recurrence: Recurrence, scale: float) -> FoldedTable:
-    return fold(recurrence, scale)
 
 
 def fitted_quality(evaluations: int, seed: int) -> float:
@@ -71,7 +68,7 @@ def main() -> None:
         cells = []
         for name in SOLVERS.values():
             recurrence = solver_recurrence(program.loop.sampler, name, count)
-            cells.append(f"{quality(program, solver_table(recurrence, scale), held_out, scale).mean():.1f}")
+            cells.append(f"{quality(program, fold(recurrence, scale), held_out, scale).mean():.1f}")
         print(f"| {count} | {' | '.join(cells)} | **{fitted_quality(count, options.seed):.1f}** |", flush=True)
 
 

@@ -52,12 +52,13 @@ def optimize(
     """
     check_min_psnr(min_psnr)
     chosen = [parse_setting(text) for text in settings or ()]
+    from ..report.bundle_report import write_bundle_report
     from ..runtime.compiler import Job
     from ..runtime.compiler import optimize as run
 
     job = Job(checkpoint, out, recipe, chosen, backend, loop, inputs, min_psnr, seed, overwrite)
     with working() as progress:
-        document = run(job, progress)
+        document = run(job, progress, write_bundle_report)
     if as_json:
         print_json(document)
     else:

@@ -7,36 +7,32 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from ..backends.registry import Backend, get
-from ..bundle.manifest import QualityEntry
+from ..bundle.manifest import Manifest
 from ..bundle.writer import check_out, writing
-from ..loop.errors import GateError, UsageError
-from ..loop.metrics import lower_bound, psnr
-from ..loop.noise import SampleSet
-from ..loop.ports import BoundProgram, BoundStage
+from ..loop.errors import UsageError
+from .quality import check_budget, measure
+from .workshop import Workshop, workshop
 
 if TYPE_CHECKING:
-    from ..calibration.trajectories import Trajectories
-    from ..ir.program import Program, Stage
+    from ..ir.program import Program
     from ..passes.base import Context
     from ..passes.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
-HELD_OUT = 64
-"""Samples of the reported quality; never used to choose anything."""
+PICTURES = 10
+"""Held-out samples shown in a report."""
 
 Progress = Callable[[str, int, int], None]
+Finish = Callable[[Path, Manifest, dict[str, Any], dict[str, Any], dict[str, Any]], object]
+"""Called with folder, manifest, summary, pictures and the captured model before a bundle takes its place."""
+
 Settings = Sequence[tuple[str, str, Any]]
 
 
@@ -75,53 +71,13 @@ class Job:
     overwrite: bool = False
 
 
-@dataclass
-class Workshop:
-    """Compiles stages into a folder, each once, and opens them.
-
-    A stage is immutable, so its identity is the key: the bundle takes the artifacts the schedule was fitted on.
-    """
-
-    backend: Backend
-    folder: Path
-    _built: dict[int, tuple[Stage, list[Path]]] = field(default_factory=dict)
-
-    def build(self, stage: Stage) -> list[Path]:
-        """The files of a compiled stage, the engine file first."""
-        if id(stage) not in self._built:
-            target = self.folder / f"{len(self._built)}"
-            target.mkdir()
-            main = self.backend.module("lower").lower(stage, target)
-            others = [path for path in sorted(target.iterdir()) if path != main]
-            self._built[id(stage)] = (stage, [main, *others])
-        return self._built[id(stage)][1]
-
-    def open(self, program: Program) -> BoundProgram:
-        """The program on the engine."""
-        stages = []
-        for stage in program.stages:
-            call = self.backend.open_session(self.build(stage)[0], stage.inputs, stage.outputs)
-            stages.append(BoundStage(stage.name, stage.rate, stage.inputs, stage.outputs, call))
-        return BoundProgram(program.inputs, program.outputs, tuple(stages), program.tables)
-
-
-@contextmanager
-def workshop(backend: str) -> Iterator[Workshop]:
-    """A workshop in a temporary folder.
-
-    Raises:
-        UsageError: the backend is unknown or cannot build here.
-    """
-    engine = get(backend)
-    capability = engine.capability()
-    if not capability.can_build:
-        raise UsageError(f"backend {backend!r} cannot build here: {capability.reason} Install: {capability.install}")
-    with tempfile.TemporaryDirectory(prefix="stepfold-") as folder:
-        yield Workshop(engine, Path(folder))
-
-
-def optimize(job: Job, progress: Progress) -> dict[str, Any]:
+def optimize(job: Job, progress: Progress, finish: Finish | None = None) -> dict[str, Any]:
     """Compile a checkpoint into a bundle.
+
+    Args:
+        job: what to compile, and how.
+        progress: called with (task, done, total).
+        finish: writes the report into the folder before it takes its place.
 
     Returns:
         The object of `optimize --json`.
@@ -131,6 +87,7 @@ def optimize(job: Job, progress: Progress) -> dict[str, Any]:
         GateError: the quality budget cannot be met; nothing is left behind.
         StepfoldError: the work failed.
     """
+    from ..frontend.inspect import inspect_program
     from ..frontend.load import load_checkpoint
     from ..passes.manager import run_passes
     from .packing import pack, summary
@@ -151,8 +108,12 @@ def optimize(job: Job, progress: Progress) -> dict[str, Any]:
         quality = measure(program, bound, context)
         check_budget(program, quality, job.min_psnr)
         with writing(job.out, job.overwrite) as folder:
-            manifest = pack(folder, program, bound, shop, recipe, quality, job.seed)
-    return summary(job.out, manifest, program, time.perf_counter() - start)
+            manifest = pack(folder, program, bound, shop, recipe, quality.entry if quality else None, job.seed)
+            document = summary(job.out, manifest, program, time.perf_counter() - start)
+            if finish is not None:
+                pictures = quality.pictures(PICTURES) if quality else {}
+                finish(folder, manifest, document, pictures, inspect_program(original))
+    return document
 
 
 def _recipe(job: Job) -> Recipe:
@@ -185,50 +146,6 @@ def make_context(original: Program, shop: Workshop, seed: int, min_psnr: float |
         min_psnr=min_psnr,
         progress=progress,
     )
-
-
-def measure(program: Program, bound: BoundProgram, context: Context) -> QualityEntry | None:
-    """PSNR of the compiled program's samples against the full loop on held-out samples; None without a loop."""
-    from ..calibration.trajectories import slices, trajectories
-    from ..loop.driver import run_loop
-    from ..loop.table import fold
-
-    if program.loop is None or program.recurrence is None:
-        return None
-    scale = program.loop.guidance.scales[0] if program.loop.guidance else None
-    held_out: Trajectories = trajectories(
-        context.original,
-        context.reference(),
-        SampleSet("held-out", context.seed, HELD_OUT),
-        scale,
-        context.cache,
-        lambda done, total: context.progress("reference trajectories (held-out)", done, total),
-        whole=False,
-    )
-    fitted = program.schedule.fitted if program.schedule else {}
-    table = fitted.get(1.0 if scale is None else scale) or fold(program.recurrence, scale)
-    samples = [run_loop(bound, program.loop, piece, table) for piece in slices(held_out.request, 16)]
-    values = psnr(np.concatenate(samples), held_out.latents[-1])
-    figures = {"mean": float(values.mean()), "min": float(values.min()), "low": lower_bound(values)}
-    return QualityEntry.model_validate({"psnr_db": figures, "samples": HELD_OUT, "set": "held-out"})
-
-
-def check_budget(program: Program, quality: QualityEntry | None, min_psnr: float | None) -> None:
-    """A budget given by the user holds for a recipe without a schedule too.
-
-    Raises:
-        GateError: the held-out quality of a program that was not searched is below the budget.
-        UsageError: a budget for a component, which has no samples.
-    """
-    if min_psnr is None or program.schedule is not None:
-        return
-    if quality is None:
-        raise UsageError("--min-psnr: expected a model with a loop; received a component, which makes no samples.")
-    if quality.psnr_db.low < min_psnr:
-        raise GateError(
-            f"quality: expected {min_psnr:g} dB; the best that was reached is {quality.psnr_db.low:.2f} dB (lower "
-            "95 % bound of the mean). Lower --min-psnr, or use a recipe of higher precision."
-        )
 
 
 def apply(

@@ -32,7 +32,7 @@ from ..loop.ports import BoundProgram
 if TYPE_CHECKING:
     from ..ir.program import PassRecord, Program, Stage
     from ..passes.recipe import Recipe
-    from .compiler import Workshop
+    from .workshop import Workshop
 
 COUPLING = "stepfold.quantize_dynamic.default"
 """The operator whose scale is that of a whole batch."""

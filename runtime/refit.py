@@ -1,7 +1,7 @@
 """Fit the schedule of a bundle again, with the outputs of the engine of this machine.
 
 An engine may round differently from one machine to the next, and a bundle built where its engine could not run was
-fitted on the PyTorch reference. The stages stay as they are; tables, schedule and manifest are written anew.
+fitted on the PyTorch reference. The stages stay as they are; tables, schedule and manifest are written anew, the report of the old schedule is left out.
 """
 
 from __future__ import annotations
@@ -22,14 +22,19 @@ from ..bundle.tables import TABLES, Tables
 from ..bundle.writer import SCHEDULE, write_manifest, write_schedule, write_tables, writing
 from ..loop.errors import UsageError
 from ..loop.table import FoldedTable
-from .compiler import Progress, cache_folder, measure
+from .compiler import Progress, cache_folder
 from .engine import UNGUIDED, Engine, load
 from .packing import plain
+from .quality import measure
 
 if TYPE_CHECKING:
     from ..ir.program import Program, Schedule
     from ..passes.base import Context
     from ..passes.schedule.search import ScheduleOptions
+
+
+REPORT = ("report.json", "report.html")
+"""What `optimize` said of the schedule that is replaced."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ def refit(bundle: Path, checkpoint: Path, min_psnr: float | None, progress: Prog
     context = _context(original, engine, min_psnr, progress)
     refitted = _fit(engine, original, options, context)
     quality = measure(replace(original, schedule=refitted.schedule), engine.program, context)
-    manifest = _manifest(engine.manifest, options, refitted, quality)
+    manifest = _manifest(engine.manifest, options, refitted, quality.entry if quality else None)
     _write(bundle, engine, manifest, refitted.schedule)
     return {
         "bundle": str(bundle),
@@ -206,7 +211,7 @@ def _write(bundle: Path, engine: Engine, manifest: Manifest, schedule: Schedule)
     tables = Tables(engine.tables.recurrence, schedule.fitted, engine.tables.values, engine.tables.constants)
     with writing(bundle, overwrite=True) as folder:
         for name in engine.manifest.files:
-            if name not in (TABLES, SCHEDULE):
+            if name not in (TABLES, SCHEDULE, *REPORT):
                 _link(engine.bundle.file(name), folder / name)
         write_tables(folder, tables)
         write_schedule(folder, tables, schedule.fitted_on, plain(schedule.details))

@@ -29,6 +29,7 @@ LOOP: dict[str, Any] = {
     "latent": {"shape": [1, 8, 8]},
 }
 CLASSES = 4
+HOIST = Path(__file__).parent / "recipes" / "hoist.yaml"  # exact, every call evaluated, nothing to search
 QUICK = {"samples": 8, "search_samples": 4, "moves": 0}  # options of `schedule` that search in a second
 
 

@@ -97,9 +97,31 @@ def _translate(stage: Stage, exported: torch.export.ExportedProgram) -> Any:
             output_names=[port.name for port in stage.outputs],
         )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise StepfoldError(f"stage {stage.name}: no ONNX form: {str(error).strip().splitlines()[0]}") from error
+        raise StepfoldError(f"stage {stage.name}: {_untranslated(error)}") from error
     finally:
         quiet.setLevel(level)
+
+
+def _untranslated(error: BaseException) -> str:
+    """What has no ONNX form and where it comes from."""
+    node = None
+    while True:
+        node = _node_in_hand(error) or node
+        if error.__cause__ is None:
+            break
+        error = error.__cause__
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"{where(node)} has no ONNX form: {reason}" if node else f"no ONNX form: {reason}"
+
+
+def _node_in_hand(error: BaseException) -> fx.Node | None:
+    """The node the exporter was at: one of its own decomposed graph, which its errors name but do not carry."""
+    found, frame = None, error.__traceback__
+    while frame is not None:
+        value = frame.tb_frame.f_locals.get("node")
+        found = value if isinstance(value, fx.Node) else found
+        frame = frame.tb_next
+    return found
 
 
 def _require_dynamic_batch(stage: Stage, model: onnx_ir.Model) -> None:

@@ -12,6 +12,7 @@ from ...loop.ports import Port
 from .boolean import BooleanMaskedFill, BooleanWhere
 from .complex_rotary import complex_to_real
 from .constants import fold_constants, share_equal_weights
+from .masks import ExpandedMask
 from .no_ops import NoOp
 from .reshape import ViewToReshape
 from .squeeze import NoOpSqueeze
@@ -32,6 +33,7 @@ REPAIRS: tuple[tuple[str, Repair], ...] = (
     ("complex", complex_to_real),
     ("boolean-masked-fill", BooleanMaskedFill().apply),
     ("boolean-where", BooleanWhere().apply),
+    ("mask", ExpandedMask().apply),
 )
 """Every repair by name, in the order of application: folding leaves the complex rewrite only what depends on inputs."""
 

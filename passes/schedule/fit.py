@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...calibration.trajectories import BATCH, Trajectories, part, slices
+from ...calibration.trajectories import BATCH, Trajectories, slices
 from ...loop.driver import LoopRun, run_loop
 from ...loop.ports import BoundProgram
 from ...loop.recurrence import Array, Recurrence
@@ -176,6 +176,3 @@ def _with_branches(table: FoldedTable, plan: Plan) -> FoldedTable:
         table.initial_scale,
         table.landings,
     )
-
-
-__all__ = ["Fit", "Fitter", "Plan", "Terms", "part"]

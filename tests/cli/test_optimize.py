@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
-from checkpoints import LOOP, QUICK
+from checkpoints import HOIST, LOOP, QUICK
 
 from stepfold.bundle.manifest import QualityEntry
 from stepfold.cli.optimize import parse_setting, refusals, schedule_line
 from stepfold.loop.errors import GateError, UsageError
-from stepfold.runtime.compiler import check_budget
+from stepfold.runtime.quality import check_budget
 
 SEARCH = [word for name, value in QUICK.items() for word in ("--set", f"schedule.{name}={value}")]
 
@@ -66,14 +66,14 @@ def test_json(stepfold, tiny_checkpoint: Path, out: Path) -> None:
 
 
 def test_summary(stepfold, tiny_checkpoint: Path, out: Path) -> None:
-    result = stepfold("optimize", tiny_checkpoint, "--out", out, "--recipe", "hoist")
+    result = stepfold("optimize", tiny_checkpoint, "--out", out, "--recipe", HOIST)
     assert (result.code, result.err) == (0, "")
     for text in ("hoist", "once×timestep", "Schedule: none", "126.02 dB PSNR", f"Bundle: {out}"):
         assert text in result.out
 
 
 def test_overwrite(stepfold, tiny_checkpoint: Path, bundle_folder: Path) -> None:
-    words = ("optimize", tiny_checkpoint, "--out", bundle_folder, "--recipe", "hoist")
+    words = ("optimize", tiny_checkpoint, "--out", bundle_folder, "--recipe", HOIST)
     refused = stepfold(*words)
     assert (refused.code, refused.error) == (
         2,
@@ -197,7 +197,7 @@ def test_a_folder_of_a_recipes_name_is_not_the_recipe(
 ) -> None:
     (tmp_path / "hoist").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert stepfold("optimize", tiny_checkpoint, "--out", out, "--recipe", "hoist").code == 0
+    assert stepfold("optimize", tiny_checkpoint, "--out", out, "--recipe", HOIST).code == 0
 
 
 def test_a_pass_that_changes_nothing_fails(stepfold, tiny_checkpoint: Path, out: Path, tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_unfit_checkpoints(stepfold, checkpoint: Path, out: Path, damage) -> None:
     damage(checkpoint)
-    result = stepfold("optimize", checkpoint, "--out", out, "--recipe", "hoist")
+    result = stepfold("optimize", checkpoint, "--out", out, "--recipe", HOIST)
     assert result.code == 2, result.err
     assert DAMAGES[damage] in result.error
     assert result.out == "" and empty(out.parent)
@@ -332,7 +332,7 @@ def test_writing_that_stops_leaves_nothing(
 ) -> None:
     monkeypatch.setattr("stepfold.runtime.packing.write_tables", raises(error))
     monkeypatch.setattr("stepfold.runtime.compiler.measure", lambda *_: None)
-    result = stepfold("optimize", tiny_checkpoint, "--out", out, "--recipe", "hoist")
+    result = stepfold("optimize", tiny_checkpoint, "--out", out, "--recipe", HOIST)
     assert (result.code, message in result.error) == (1, True)
     assert empty(out.parent)
 
@@ -342,6 +342,6 @@ def test_overwriting_that_stops_leaves_the_old_bundle(
 ) -> None:
     monkeypatch.setattr("stepfold.runtime.packing.write_tables", raises(KeyboardInterrupt()))
     monkeypatch.setattr("stepfold.runtime.compiler.measure", lambda *_: None)
-    words = ("--out", bundle_folder, "--overwrite", "--recipe", "hoist")
+    words = ("--out", bundle_folder, "--overwrite", "--recipe", HOIST)
     assert stepfold("optimize", tiny_checkpoint, *words).code == 1
     assert stepfold("verify", bundle_folder).code == 0

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -56,8 +56,9 @@ def test_dynamic_quantization(x: np.ndarray) -> None:
 
 
 @given(VALUES)
-def test_dynamic_quantization_is_within_half_a_step(x: np.ndarray) -> None:
-    """The property the formula is for; half a step more at the ends, where the zero point was rounded."""
+def test_dynamic_quantization_is_within_a_step(x: np.ndarray) -> None:
+    """The property the formula is for: half a step, and half of one more at the ends, where the zero was rounded."""
+    assume(np.abs(x).max() > 1e-30)  # a scale below the normal floats has no bits
     q, scale, zero = stepfold.quantize_dynamic(torch.from_numpy(x))
     back = scale.item() * (q.numpy().astype(np.float64) - zero.item())
     assert np.abs(back - x).max() <= scale.item() * 1.001

@@ -1,0 +1,87 @@
+"""The reported quality of a compiled program: held-out samples against the full loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..bundle.manifest import QualityEntry
+from ..loop.errors import GateError, UsageError
+from ..loop.metrics import lower_bound, psnr
+from ..loop.noise import SampleSet
+from ..loop.ports import BoundProgram
+
+if TYPE_CHECKING:
+    from ..ir.program import Program
+    from ..passes.base import Context
+
+Array = np.ndarray
+
+HELD_OUT = 64
+"""Samples of the reported quality; never used to choose anything."""
+
+
+@dataclass(frozen=True, eq=False)
+class Quality:
+    """Figures and the samples behind them.
+
+    Attributes:
+        entry: as the manifest keeps it.
+        samples: [B, *latent] of the compiled program.
+        reference: [B, *latent] of the full loop.
+    """
+
+    entry: QualityEntry
+    samples: Array
+    reference: Array
+
+    def pictures(self, count: int) -> dict[str, Array]:
+        """The first samples of both, for a report."""
+        return {"reference": self.reference[:count], "compiled": self.samples[:count]}
+
+
+def measure(program: Program, bound: BoundProgram, context: Context) -> Quality | None:
+    """PSNR of the compiled program's samples against the full loop on held-out samples; None without a loop."""
+    from ..calibration.trajectories import BATCH, slices, trajectories
+    from ..loop.driver import run_loop
+    from ..loop.table import fold
+
+    if program.loop is None or program.recurrence is None:
+        return None
+    scale = program.loop.guidance.scales[0] if program.loop.guidance else None
+    held_out = trajectories(
+        context.original,
+        context.reference(),
+        SampleSet("held-out", context.seed, HELD_OUT),
+        scale,
+        context.cache,
+        lambda done, total: context.progress("reference trajectories (held-out)", done, total),
+        whole=False,
+    )
+    fitted = program.schedule.fitted if program.schedule else {}
+    table = fitted.get(1.0 if scale is None else scale) or fold(program.recurrence, scale)
+    samples = np.concatenate([run_loop(bound, program.loop, piece, table) for piece in slices(held_out.request, BATCH)])
+    values = psnr(samples, held_out.latents[-1])
+    figures = {"mean": float(values.mean()), "min": float(values.min()), "low": lower_bound(values)}
+    entry = QualityEntry.model_validate({"psnr_db": figures, "samples": HELD_OUT, "set": "held-out"})
+    return Quality(entry, samples, held_out.latents[-1])
+
+
+def check_budget(program: Program, quality: Quality | None, min_psnr: float | None) -> None:
+    """A budget given by the user holds for a recipe without a schedule too.
+
+    Raises:
+        GateError: the held-out quality of a program that was not searched is below the budget.
+        UsageError: a budget for a component, which has no samples.
+    """
+    if min_psnr is None or program.schedule is not None:
+        return
+    if quality is None:
+        raise UsageError("--min-psnr: expected a model with a loop; received a component, which makes no samples.")
+    if quality.entry.psnr_db.low < min_psnr:
+        raise GateError(
+            f"quality: expected {min_psnr:g} dB; the best that was reached is {quality.entry.psnr_db.low:.2f} dB (lower "
+            "95 % bound of the mean). Lower --min-psnr, or use a recipe of higher precision."
+        )

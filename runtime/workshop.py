@@ -1,0 +1,62 @@
+"""Compile stages into a temporary folder and open them on the engine."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..backends.registry import Backend, get
+from ..loop.errors import UsageError
+from ..loop.ports import BoundProgram, BoundStage
+
+if TYPE_CHECKING:
+    from ..ir.program import Program, Stage
+
+
+@dataclass
+class Workshop:
+    """Compiles stages into a folder, each once, and opens them.
+
+    A stage is immutable, so its identity is the key: the bundle takes the artifacts the schedule was fitted on.
+    """
+
+    backend: Backend
+    folder: Path
+    _built: dict[int, tuple[Stage, list[Path]]] = field(default_factory=dict)
+
+    def build(self, stage: Stage) -> list[Path]:
+        """The files of a compiled stage, the engine file first."""
+        if id(stage) not in self._built:
+            target = self.folder / f"{len(self._built)}"
+            target.mkdir()
+            main = self.backend.module("lower").lower(stage, target)
+            others = [path for path in sorted(target.iterdir()) if path != main]
+            self._built[id(stage)] = (stage, [main, *others])
+        return self._built[id(stage)][1]
+
+    def open(self, program: Program) -> BoundProgram:
+        """The program on the engine."""
+        stages = []
+        for stage in program.stages:
+            call = self.backend.open_session(self.build(stage)[0], stage.inputs, stage.outputs)
+            stages.append(BoundStage(stage.name, stage.rate, stage.inputs, stage.outputs, call))
+        return BoundProgram(program.inputs, program.outputs, tuple(stages), program.tables)
+
+
+@contextmanager
+def workshop(backend: str) -> Iterator[Workshop]:
+    """A workshop in a temporary folder.
+
+    Raises:
+        UsageError: the backend is unknown or cannot build here.
+    """
+    engine = get(backend)
+    capability = engine.capability()
+    if not capability.can_build:
+        raise UsageError(f"backend {backend!r} cannot build here: {capability.reason} Install: {capability.install}")
+    with tempfile.TemporaryDirectory(prefix="stepfold-") as folder:
+        yield Workshop(engine, Path(folder))

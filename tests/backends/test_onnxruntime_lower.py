@@ -1,0 +1,257 @@
+"""Every stepfold:: operator in ONNX Runtime equals its reference; what the emitted files are like."""
+
+from __future__ import annotations
+
+import operator as python_operator
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from programs import Modulated, component, denoiser, modulated_example
+from torch import fx
+
+from stepfold.backends.onnx import emit as emission
+from stepfold.backends.onnx.emit import lowered, where
+from stepfold.backends.onnxruntime.lower import LOWERINGS, lower
+from stepfold.backends.onnxruntime.session import open_session
+from stepfold.ir.operators import OPERATORS
+from stepfold.ir.program import Stage, reference
+from stepfold.ir.shapes import port, propagate
+from stepfold.loop.errors import StepfoldError
+from stepfold.loop.ports import Port, Rate
+
+stepfold = torch.ops.stepfold
+M, N, T = 6, 5, 3
+FLOAT = 2e-6  # other kernels, another order of sums
+SETTINGS = settings(max_examples=40, deadline=None)
+FINITE = st.floats(-100, 100, width=32)
+WEIGHT = torch.randint(-127, 128, (M, N), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+WEIGHT_SCALE = torch.linspace(0.001, 0.02, N)
+BIAS = torch.linspace(-1, 1, N)
+
+
+def one_call(operator: Callable, inputs: list[Port], weights: list[torch.Tensor | None], rest: tuple = ()) -> Stage:
+    """A stage of one operator: its inputs, then weights, then plain numbers."""
+    root = torch.nn.Module()
+    graph = fx.Graph()
+    arguments: list = [graph.placeholder(item.name) for item in inputs]
+    for i, value in enumerate(weights):
+        if value is not None:
+            root.register_buffer(f"w{i}", value)
+        arguments.append(None if value is None else graph.get_attr(f"w{i}"))
+    call = graph.call_function(operator, (*arguments, *rest))
+    parts = len(operator._schema.returns)  # type: ignore[attr-defined]
+    results = [graph.call_function(python_operator.getitem, (call, i)) for i in range(parts)] if parts > 1 else [call]
+    graph.output(tuple(results))
+    module = fx.GraphModule(root, graph)
+    propagate(module, inputs)
+    outputs = tuple(port(node, f"y{i}") for i, node in enumerate(results))
+    return Stage("one", Rate.STEP, module, tuple(inputs), outputs)
+
+
+def floats(*shape: int | None, name: str = "x") -> Port:
+    return Port(name, shape, "float32")
+
+
+BYTES = Port("q", (None, T, M), "uint8")
+ZERO = torch.tensor(100, dtype=torch.uint8)
+LINEAR_WEIGHTS = [torch.tensor(0.02), ZERO, WEIGHT, WEIGHT_SCALE]
+QKV = [floats(None, T, 8, name="q"), floats(None, 4, 8, name="k"), floats(None, 4, 8, name="v")]
+STAGES: dict[str, tuple[Callable, Stage]] = {
+    name: (arguments[0], one_call(*arguments))
+    for name, arguments in {
+        "quantize_dynamic": (stepfold.quantize_dynamic.default, [floats(None, T, M)], []),
+        "quantize_dynamic of rows": (stepfold.quantize_dynamic.default, [floats(None, M)], []),
+        "quantize_static": (stepfold.quantize_static.default, [floats(None, T, M)], [torch.tensor(0.3), ZERO]),
+        "qlinear": (stepfold.qlinear.default, [BYTES], [*LINEAR_WEIGHTS, BIAS]),
+        "qlinear without bias": (stepfold.qlinear.default, [BYTES], [*LINEAR_WEIGHTS, None]),
+        "qlinear of rows": (stepfold.qlinear.default, [Port("q", (None, M), "uint8")], [*LINEAR_WEIGHTS, BIAS]),
+        "attention": (stepfold.attention.default, [QKV[0]] * 1 + QKV[1:], [], (2, 0.5)),
+        "fast_gelu": (stepfold.fast_gelu.default, [floats(None, T, M)], []),
+    }.items()
+}
+Run = Callable[[str, dict[str, np.ndarray]], list[tuple[np.ndarray, np.ndarray]]]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Outputs of a stage in ONNX Runtime beside those of its reference."""
+    sessions = {}
+
+    def run(name: str, inputs: dict[str, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        stage = STAGES[name][1]
+        if name not in sessions:
+            file = lower(stage, tmp_path_factory.mktemp("stage"))
+            sessions[name] = open_session(file, stage.inputs, stage.outputs, threads=1)
+        return list(zip(sessions[name](inputs), reference(stage)(inputs), strict=True))
+
+    return run
+
+
+def arrays(item: Port, batch: int, data: st.DataObject) -> np.ndarray:
+    shape = [batch if size is None else size for size in item.shape]
+    if item.dtype == "uint8":
+        return data.draw(hnp.arrays(np.uint8, shape))
+    return data.draw(hnp.arrays(np.float32, shape, elements=FINITE))
+
+
+def assert_same(pairs: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    for received, wanted in pairs:
+        assert received.dtype == wanted.dtype and received.shape == wanted.shape
+        if wanted.dtype == np.uint8:
+            np.testing.assert_array_equal(received, wanted)
+        else:
+            np.testing.assert_allclose(received, wanted, rtol=FLOAT, atol=FLOAT * max(1, np.abs(wanted).max()))
+
+
+def test_every_operator_has_a_lowering_and_is_tested_here() -> None:
+    assert set(LOWERINGS) == set(OPERATORS) == {operator for operator, _ in STAGES.values()}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_equal_to_the_reference(both: Run, name: str) -> None:
+    @SETTINGS
+    @given(st.data(), st.integers(1, 4))
+    def check(data: st.DataObject, batch: int) -> None:
+        assert_same(both(name, {item.name: arrays(item, batch, data) for item in STAGES[name][1].inputs}))
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["quantize_dynamic", "quantize_dynamic of rows"])
+@pytest.mark.parametrize(
+    "value", [0.0, -3.0, 3.0, 1e-38, -1e-38, 1e30], ids=["zero", "negative", "positive", "tiny", "tiny-", "huge"]
+)
+def test_dynamic_quantization_of_constant_tensors(both: Run, name: str, value: float) -> None:
+    shape = [2 if size is None else size for size in STAGES[name][1].inputs[0].shape]
+    assert_same(both(name, {"x": np.full(shape, value, np.float32)}))
+
+
+def test_dynamic_quantization_of_one_sided_tensors(both: Run) -> None:
+    ramp = np.linspace(0.5, 2, 2 * T * M, dtype=np.float32).reshape(2, T, M)
+    for x in (ramp, -ramp):
+        assert_same(both("quantize_dynamic", {"x": x}))
+
+
+def test_static_quantization_saturates(both: Run) -> None:
+    x = np.array([-1e6, 1e6, 0, 46.5, 46.499996, -30], np.float32) * np.ones((2, T, 1), np.float32)
+    assert_same(both("quantize_static", {"x": x}))
+
+
+def test_integer_product_does_not_overflow(both: Run) -> None:
+    """The largest values of both sides: |product| = 6 * 155 * 127."""
+    q = np.full((2, T, M), 255, np.uint8)
+    assert_same(both("qlinear", {"q": q}))
+
+
+# -- the emitted files
+
+
+def test_ports_keep_their_names_and_a_dynamic_batch(tmp_path: Path) -> None:
+    program = denoiser(Modulated(), *modulated_example())
+    model = onnx.load(lower(program.step, tmp_path))
+    names = {item.name: item.type.tensor_type.shape.dim for item in [*model.graph.input, *model.graph.output]}
+    assert list(names) == ["x", "t", "c", "y"]
+    assert all(shape[0].dim_param and not shape[0].dim_value for shape in names.values())
+    assert [dim.dim_value for dim in names["x"][1:]] == [3, 5]
+    assert {(item.domain, item.version) for item in model.opset_import} >= {("", emission.OPSET)}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 20])
+def test_one_file_serves_any_batch(tmp_path: Path, batch: int) -> None:
+    stage = denoiser(Modulated(), *modulated_example()).step
+    session = open_session(lower(stage, tmp_path), stage.inputs, stage.outputs, threads=1)
+    values = {item.name: value.numpy() for item, value in zip(stage.inputs, modulated_example(batch), strict=True)}
+    np.testing.assert_allclose(session(values)[0], reference(stage)(values)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_no_inferred_shapes_are_left(tmp_path: Path) -> None:
+    """Stale ones break the stock quantizer of ONNX Runtime."""
+    model = onnx.load(lower(denoiser(Modulated(), *modulated_example()).step, tmp_path))
+    computed = {name for node in model.graph.node for name in node.output}
+    assert len(computed) > 3
+    assert [item.name for item in model.graph.value_info if item.name in computed] == []
+
+
+def test_weights_are_in_the_file_and_the_stage_is_as_it_was(tmp_path: Path) -> None:
+    stage = STAGES["qlinear"][1]
+    before = str(stage.graph.graph)
+    file = lower(stage, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["one.onnx"] and file == tmp_path / "one.onnx"
+    assert str(stage.graph.graph) == before and "stepfold" in before
+
+
+def test_large_weights_go_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emission, "EXTERNAL_DATA_BYTES", 64)
+    stage = component(torch.nn.Linear(16, 16), torch.randn(2, 16)).step
+    file = lower(stage, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["forward.onnx", "forward.onnx.data"]
+    assert (tmp_path / "forward.onnx.data").stat().st_size >= 16 * 16 * 4
+    x = np.ones((3, 16), np.float32)
+    session = open_session(file, stage.inputs, stage.outputs, threads=1)
+    np.testing.assert_allclose(session({"input": x})[0], reference(stage)({"input": x})[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_same_stage_gives_the_same_bytes(tmp_path: Path) -> None:
+    stage = denoiser(Modulated(), *modulated_example()).step
+    first, second = ((tmp_path / name) for name in "ab")
+    for folder in (first, second):
+        folder.mkdir()
+    assert lower(stage, first).read_bytes() == lower(stage, second).read_bytes()
+
+
+# -- what has no form
+
+
+def test_an_operator_without_a_lowering_is_named() -> None:
+    with pytest.raises(StepfoldError, match=r"stage one: node \w+ \(top level; no source line\): stepfold.fast_gelu"):
+        lowered(STAGES["fast_gelu"][1], {})
+
+
+def test_lowered_replaces_every_operator() -> None:
+    graph = lowered(STAGES["qlinear"][1], LOWERINGS)
+    assert not [node for node in graph.graph.nodes if "stepfold" in str(node.target)]
+
+
+def test_an_operator_that_onnx_lacks_is_named_with_its_place(tmp_path: Path) -> None:
+    class Block(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.special.i1e(x)  # the line of the report
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.block(x) + 1
+
+    stage = component(Model(), torch.randn(2, 3)).step
+    with pytest.raises(StepfoldError) as caught:
+        lower(stage, tmp_path)
+    text = str(caught.value)
+    assert text.startswith("stage forward: node bessel_i1e (block; return torch.special.i1e(x)  # the line of the report)")
+    assert "has no ONNX form: No ONNX function found for" in text and len(text.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_that_the_exporter_fixes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = component(lambda x: x.relu(), torch.randn(2, 3)).step
+    export = torch.export.export
+    monkeypatch.setattr(torch.export, "export", lambda *a, dynamic_shapes, **more: export(*a, **more))
+    with pytest.raises(StepfoldError, match=r"stage forward: expected a dynamic batch; .* 'x' with batch 2 only"):
+        lower(stage, tmp_path)
+
+
+def test_where_names_module_and_line() -> None:
+    program = denoiser(Modulated(), *modulated_example())
+    node = next(node for node in program.step.graph.graph.nodes if node.target is torch.ops.aten.sin.default)
+    assert where(node).startswith("node sin (top level; ") and "torch.sin" in where(node)
+    linear = next(n for n in program.step.graph.graph.nodes if n.target is torch.ops.aten.linear.default)
+    assert "(time; " in where(linear)
