@@ -160,9 +160,9 @@ def _ceiling(rows: Sequence[Row]) -> float:
 
 
 def _ticks(rows: Sequence[Row], ceiling: float) -> dict[str, Any]:
-    """Ticks every 5 or 10 dB below the line of the rows that equal the reference, which has its name."""
+    """Ticks every 2, 5 or 10 dB below the line of the rows that equal the reference, which has its name."""
     lowest = min(min(_psnr(row), ceiling) for row in rows)
-    distance = 5 if ceiling - lowest <= 40 else 10
+    distance = next(d for d in (2, 5, 10) if ceiling - lowest <= 5 * d or d == 10)
     values = [float(v) for v in range(int(lowest // distance) * distance, int(ceiling - 1), distance)]
     names = [f"{value:.0f}" for value in values]
     return {"tickmode": "array", "tickvals": [*values, ceiling], "ticktext": [*names, "equal"]}

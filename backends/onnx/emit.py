@@ -33,8 +33,8 @@ def emit(stage: Stage, path: Path, lowerings: Lowerings) -> None:
     Args:
         stage: the graph; the batch dimension of its ports stays dynamic.
         path: the `.onnx` file.
-        lowerings: for each `stepfold::` operator a function of the same arguments that calls ATen operators or
-            `torch.onnx.ops.symbolic`.
+        lowerings: for each `stepfold::` operator, and for ATen operators whose usual translation does not serve this
+            engine, a function of the same arguments that calls ATen operators or `torch.onnx.ops.symbolic`.
 
     Raises:
         StepfoldError: an operator has no ONNX form; the message names node, module and source line.
@@ -54,14 +54,13 @@ def emit(stage: Stage, path: Path, lowerings: Lowerings) -> None:
 
 
 def lowered(stage: Stage, lowerings: Lowerings) -> fx.GraphModule:
-    """The stage's graph with every `stepfold::` operator replaced; weights are shared, not copied."""
+    """The stage's graph with every operator that has a lowering replaced; weights are shared, not copied."""
     graph = fx.GraphModule(stage.graph, copy.deepcopy(stage.graph.graph))
     for node in graph.graph.nodes:
-        if node.op != "call_function" or getattr(node.target, "namespace", None) != "stepfold":
-            continue
-        if node.target not in lowerings:
+        if node.op == "call_function" and node.target in lowerings:
+            node.target = lowerings[node.target]
+        elif getattr(node.target, "namespace", None) == "stepfold":
             raise StepfoldError(f"stage {stage.name}: {where(node)}: {node.target} has no lowering for this engine.")
-        node.target = lowerings[node.target]
     graph.recompile()
     return graph
 

@@ -12,6 +12,8 @@ from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
 from ...ir.program import Stage
 from ..onnx.emit import emit
 
+aten = torch.ops.aten
+
 
 def _quantize_dynamic(x: torch.Tensor) -> Any:
     return torch.onnx.ops.symbolic_multi_out(
@@ -58,6 +60,28 @@ def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, head
     )
 
 
+def _scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Plain products where there is a mask: the engine's Attention takes no mask that broadcasts over queries."""
+    if attn_mask is None or enable_gqa:
+        return aten.scaled_dot_product_attention.default(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    logits = (query * (scale if scale is not None else query.shape[-1] ** -0.5)) @ key.transpose(-1, -2)
+    if attn_mask.dtype is torch.bool:
+        attn_mask = torch.where(attn_mask, 0.0, torch.finfo(query.dtype).min)
+    return torch.softmax(logits + attn_mask, dim=-1) @ value
+
+
 def _fast_gelu(x: torch.Tensor) -> torch.Tensor:
     return torch.onnx.ops.symbolic("com.microsoft::FastGelu", (x,), dtype=x.dtype, shape=x.shape, version=1)
 
@@ -68,6 +92,7 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.stepfold.qlinear.default: _qlinear,
     torch.ops.stepfold.attention.default: _attention,
     torch.ops.stepfold.fast_gelu.default: _fast_gelu,
+    aten.scaled_dot_product_attention.default: _scaled_dot_product_attention,
 }
 
 

@@ -195,9 +195,10 @@ def test_a_binary_recipe(stepfold, tiny_checkpoint: Path, out: Path, tmp_path: P
 def test_a_folder_of_a_recipes_name_is_not_the_recipe(
     stepfold, tiny_checkpoint: Path, out: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    (tmp_path / "hoist").mkdir()
+    (tmp_path / "fp32").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert stepfold("optimize", tiny_checkpoint, "--out", out, "--recipe", HOIST).code == 0
+    words = ("--recipe", "fp32", "--set", "schedule.evaluations=2", *SEARCH)
+    assert stepfold("optimize", tiny_checkpoint, "--out", out, *words).code == 0
 
 
 def test_a_pass_that_changes_nothing_fails(stepfold, tiny_checkpoint: Path, out: Path, tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from zoo import ZooModel
 
 from stepfold.frontend.capture import capture
+from stepfold.frontend.load import load_checkpoint
 from stepfold.ir.program import Program
 
 
@@ -22,3 +24,9 @@ def captured() -> Callable[[ZooModel], Program]:
         return programs[model.name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def reference_program() -> Program:
+    """The program of the reference checkpoint."""
+    return load_checkpoint(Path(__file__).parents[2] / "examples" / "mnist_dit").capture()

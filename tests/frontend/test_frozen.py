@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from zoo import ZOO, ZooModel
 
 from stepfold.frontend.capture import capture
 from stepfold.frontend.frozen import BY_CONSTANT, BY_EXAMPLE
-from stepfold.frontend.load import load_checkpoint
 from stepfold.ir.program import Program
 
 Captured = Callable[[ZooModel], Program]
@@ -95,6 +93,5 @@ def test_a_model_that_does_not_trace_is_reported_so() -> None:
     assert program.frozen[0].source == "the example (the model does not run on symbolic sizes: RuntimeError)"
 
 
-def test_loaded_reference_checkpoint() -> None:
-    program = load_checkpoint(Path(__file__).parents[2] / "examples" / "mnist_dit").capture()
-    assert {i.dimension for i in program.frozen if i.input == "hidden_states"} == {1, 2, 3}
+def test_reference_checkpoint(reference_program: Program) -> None:
+    assert {i.dimension for i in reference_program.frozen if i.input == "hidden_states"} == {1, 2, 3}

@@ -188,9 +188,8 @@ def test_stable_diffusion_with_a_tokenizer(folders: Callable[[str], Path]) -> No
     assert (loop.state, loop.guidance.scale, loop.sampler.scheduler) == ("sample", 7.5, "PNDMScheduler")
 
 
-@pytest.mark.parametrize("name", ["dit", "flux"])
-def test_a_pipeline_captures_and_its_loop_is_that_of_the_pipeline(name: str, folders: Callable[[str], Path]) -> None:
-    checkpoint = load_checkpoint(folders(name))
+def test_a_pipeline_captures(folders: Callable[[str], Path]) -> None:
+    checkpoint = load_checkpoint(folders("dit"))
     program = checkpoint.capture()
     with torch.no_grad():
         wanted = checkpoint.model(**checkpoint.kwargs)[0][:, : program.step.outputs[0].shape[1]]

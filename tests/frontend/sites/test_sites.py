@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ import zoo
 from graphs import traced
 from zoo import ZooModel
 
-from stepfold.frontend.load import load_checkpoint
 from stepfold.frontend.sites import Sites, find_sites
 from stepfold.frontend.sites.attention import find_attention
 from stepfold.frontend.sites.feed_forward import find_feed_forward
@@ -19,7 +17,6 @@ from stepfold.frontend.sites.modulate import find_modulate
 from stepfold.frontend.sites.walk import LAYOUT, cone
 from stepfold.ir.program import Program
 
-REFERENCE = Path(__file__).parents[3] / "examples" / "mnist_dit"
 Captured = Callable[[ZooModel], Program]
 
 # linear, attention, feed_forward, modulate, block
@@ -44,8 +41,8 @@ def test_counts(name: str, captured: Captured) -> None:
 
 
 @pytest.fixture(scope="module")
-def reference() -> Sites:
-    return find_sites(load_checkpoint(REFERENCE).capture())
+def reference(reference_program: Program) -> Sites:
+    return find_sites(reference_program)
 
 
 def test_reference_checkpoint(reference: Sites) -> None:
