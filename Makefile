@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/installed
 PYTEST := $(BIN)/python -m pytest
 DEMO := out/demo
 REFERENCE := examples/mnist_dit
-BASELINES := eager,compile,onnxruntime,onnxruntime-int8,onnxruntime@13:ab2
+BASELINES := eager,onnxruntime,onnxruntime-int8,onnxruntime@13:ab2
 
 .PHONY: help venv demo test test-slow test-all lint format clean
 
@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## compile the reference checkpoint, draw digits, measure: out/demo
 	$(BIN)/stepfold optimize $(REFERENCE) --out $(DEMO)/bundle --min-psnr 40 --overwrite
 	$(BIN)/stepfold generate $(DEMO)/bundle --out $(DEMO)/digits.png --count 20 --seed 7
-	$(BIN)/stepfold bench $(DEMO)/bundle --reference $(REFERENCE) --count 10 --seed 12345 --baselines $(BASELINES) --out $(DEMO)/report
+	$(BIN)/stepfold bench $(DEMO)/bundle --reference $(REFERENCE) --count 10 --seed 12345 --baselines $(BASELINES) --repeats 3 --quality-count 20 --out $(DEMO)/report
 
 test: $(INSTALLED)  ## the tests of a few minutes
 	$(PYTEST) -m 'not slow'

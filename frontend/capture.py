@@ -8,7 +8,9 @@ the frozen-dimension report, and the rewrites of `stepfold.frontend.repairs` men
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -134,7 +136,7 @@ def export(calling: Calling, example: Mapping[str, torch.Tensor], name: str) -> 
         {0: torch.export.Dim.AUTO} if value.ndim and value.shape[0] == size else None for value in example.values()
     )
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _quiet():
             exported = torch.export.export(calling, tuple(example.values()), dynamic_shapes=(dynamic,), strict=False)
             return exported.run_decompositions(decomp_table={})
     except Exception as error:
@@ -142,6 +144,20 @@ def export(calling: Calling, example: Mapping[str, torch.Tensor], name: str) -> 
             f"{name}: torch.export could not capture this model: {_first_line(error)} "
             "Check that the example inputs are those its forward gets."
         ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without PyTorch's own account of a failure, a traceback, and its warnings about itself."""
+    fake = logging.getLogger("torch._subclasses.fake_tensor")
+    level = fake.level
+    fake.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        fake.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:
@@ -159,7 +175,8 @@ def _stage(
     inputs = input_ports(graph, example)
     _require_batch(inputs, example)
     try:
-        propagate(graph, inputs)
+        with _quiet():
+            propagate(graph, inputs)
     except RuntimeError as error:
         raise StepfoldError(
             f"the model fixes its batch: the captured graph runs at the batch of the example only: {_first_line(error)}"

@@ -16,7 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..loop.errors import UsageError
-from ..loop.spec import GuidanceSpec, InputSpec, LatentSpec, LoopSpec, SamplerSpec
+from ..loop.spec import GuidanceSpec, InputSpec, LatentSpec, LoopSpec, Role, SamplerSpec
 from .calling import dotted, flatten, prediction
 from .recorder import Call, Recording, Step
 from .sampler import probe, refuse_partial_grid
@@ -184,7 +184,7 @@ def _inputs(first: Branch, second: Branch, state: str, timestep: str, batch: int
             )
         per_sample = value.ndim > 0 and len(value) == batch
         shape = tuple(value.shape[1:]) if per_sample else tuple(value.shape)
-        role = "condition" if per_sample else "constant"
+        role: Role = "condition" if per_sample else "constant"
         inputs[name] = InputSpec(role=role, shape=shape, dtype=str(value.dtype).removeprefix("torch."))
     return inputs
 

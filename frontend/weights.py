@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -145,7 +147,8 @@ def read_model(folder: Path, class_name: str, library: str, files: WeightFiles) 
     else:
         options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
     try:
-        model, report = cls.from_pretrained(str(folder), **options)
+        with _without_progress_bars(library):
+            model, report = cls.from_pretrained(str(folder), **options)
     except LOADING_ERRORS as error:
         _compare(folder, cls, library, files)
         raise UsageError(
@@ -157,13 +160,26 @@ def read_model(folder: Path, class_name: str, library: str, files: WeightFiles) 
     return model.eval().requires_grad_(False)
 
 
+@contextmanager
+def _without_progress_bars(library: str) -> Iterator[None]:
+    """The command line draws its own."""
+    switches = import_module(f"{library}.utils.logging")
+    was_on = switches.is_progress_bar_enabled()
+    switches.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            switches.enable_progress_bar()
+
+
 def model_class(name: str, library: str) -> Any:
     """The class of this name in diffusers or transformers.
 
     Raises:
         UsageError: there is none that loads weights.
     """
-    module = __import__(library)
+    module = import_module(library)
     found = getattr(module, name, None) if name.isidentifier() else None
     if not hasattr(found, "from_pretrained") or not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
         known = [entry for entry in dir(module) if entry.endswith(("Model", "Model2D", "Model3D", "KL", "Projection"))]

@@ -57,6 +57,8 @@ def workshop(backend: str) -> Iterator[Workshop]:
     engine = get(backend)
     capability = engine.capability()
     if not capability.can_build:
-        raise UsageError(f"backend {backend!r} cannot build here: {capability.reason} Install: {capability.install}")
+        raise UsageError(
+            f"backend {backend!r} cannot build here: {capability.reason}. Install it: {capability.install}"
+        )
     with tempfile.TemporaryDirectory(prefix="stepfold-") as folder:
         yield Workshop(engine, Path(folder))

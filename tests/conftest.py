@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from stepfold.bundle import Manifest, Probe, Tables, write_manifest, write_probe, write_schedule, write_tables, writing
 from stepfold.loop.recurrence import Recurrence
 from stepfold.loop.table import fold
+
+if TYPE_CHECKING:
+    from stepfold.ir.program import Program
+
+settings.register_profile("stepfold", deadline=None)  # tests assert no absolute times
+settings.load_profile("stepfold")
 
 LATENT = (1, 2, 2)
 EMBEDDING = np.array([[0.1], [0.2], [0.3], [0.4], [-0.5]], np.float32)  # the last row is the unconditional one
@@ -232,7 +239,7 @@ def compiled_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
-def tiny_program(tiny_checkpoint: Path):  # noqa: ANN201  (the IR needs torch, which some tests of this folder do without)
+def tiny_program(tiny_checkpoint: Path) -> Program:
     """The captured tiny DiT, before any pass."""
     from stepfold.frontend.load import load_checkpoint
 

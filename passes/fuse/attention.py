@@ -11,6 +11,7 @@ from torch import fx
 from .rules import NearMiss, Rule
 
 aten = torch.ops.aten
+SDPA = aten.scaled_dot_product_attention.default
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
@@ -36,6 +37,8 @@ class FuseAttention(Rule[HeadedAttention]):
 
     def match(self, node: fx.Node) -> HeadedAttention | NearMiss | None:
         """A reshape to [B, T, D] of a transposed attention."""
+        if node.target is SDPA and not _is_merged(node):
+            return NearMiss("its output is not a plain head merge")
         attention = _merged_attention(node)
         if attention is None:
             return None
@@ -67,11 +70,20 @@ def _merged_attention(node: fx.Node) -> fx.Node | None:
     if node.target not in RESHAPES or len(node.meta["shape"]) != 3:
         return None
     attention = _swapped(_skip_copies(node.args[0]))
-    if attention is None or attention.target is not aten.scaled_dot_product_attention.default:
+    if attention is None or attention.target is not SDPA:
         return None
     T, D = node.meta["shape"][1:]
     _, H, queries, K = attention.meta["shape"]
     return attention if (T, D) == (queries, H * K) else None
+
+
+def _is_merged(attention: fx.Node) -> bool:
+    """Whether a reader of an attention, through copies and one swap, merges its heads."""
+    readers = list(attention.users)
+    for reader in readers:
+        if reader.target is aten.clone.default or _swapped(reader) is attention:
+            readers.extend(reader.users)
+    return any(_merged_attention(reader) is attention for reader in readers)
 
 
 def _before_split(node: object) -> fx.Node | None:

@@ -29,7 +29,7 @@ from stepfold.loop.ports import Port, Rate
 stepfold = torch.ops.stepfold
 M, N, T = 6, 5, 3
 FLOAT = 2e-6  # other kernels, another order of sums
-SETTINGS = settings(max_examples=40, deadline=None)
+SETTINGS = settings(max_examples=40)
 FINITE = st.floats(-100, 100, width=32)
 WEIGHT = torch.randint(-127, 128, (M, N), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
 WEIGHT_SCALE = torch.linspace(0.001, 0.02, N)

@@ -196,3 +196,9 @@ class FixedBatch(torch.nn.Module):
 def test_a_fixed_batch_is_refused() -> None:
     with pytest.raises(StepfoldError, match="the model fixes its batch"):
         capture(FixedBatch(), {"x": X})
+
+
+def test_a_fixed_batch_leaves_no_traceback_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(StepfoldError):
+        capture(FixedBatch(), {"x": X})
+    assert not [record for record in caplog.records if record.name == "torch._subclasses.fake_tensor"]

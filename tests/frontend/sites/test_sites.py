@@ -167,6 +167,18 @@ def test_attention_near_misses(name: str) -> None:
     assert not found.sites and missing in found.near_misses[0].missing
 
 
+def test_a_rotary_embedding_written_in_place_is_passed() -> None:
+    """CogView4 turns its image tokens only."""
+
+    def function(m: Parts, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        query = m.a(x)
+        query[:, 1:] = query[:, 1:] * 2
+        return sdpa(query, m.b(x), m.c(x))
+
+    found = find_attention(traced(Parts(function), X, Z).graph.graph)
+    assert len(found.sites) == 1 and not found.near_misses
+
+
 def test_modulate_parts() -> None:
     before = traced(Parts(lambda m, x, z: m.norm(x) * (1 + m.a(z))[:, None] + m.b(z)[:, None]), X, Z)
     site = find_modulate(before.graph.graph).sites[0]

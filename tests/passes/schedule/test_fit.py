@@ -76,7 +76,7 @@ def test_a_multistep_method_is_found_with_two_outputs(tmp_path: Path) -> None:
 # -- quality
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(2, STEPS - 1), st.floats(0.6, 1.8), st.floats(0.5, 1.5), st.integers(1, 4), st.integers(0, 2))
 def test_a_fit_is_better_on_its_own_samples_than_the_unfitted_fold(
     data: Trajectories, evaluations: int, a: float, b: float, outputs: int, directions: int

@@ -1,0 +1,448 @@
+"""From a model to a bundle and back to samples, in Python."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import QUICK
+from programs import Modulated, loop_around, modulated_example, samples_of
+
+import stepfold
+from stepfold.backends.registry import Backend
+from stepfold.bundle.verify import verify
+from stepfold.frontend.load import load_checkpoint
+from stepfold.ir.program import Program
+from stepfold.loop.errors import GateError, StepfoldError, UsageError
+from stepfold.loop.metrics import drift
+from stepfold.loop.noise import noise
+from stepfold.passes.base import silent
+from stepfold.runtime import packing
+from stepfold.runtime.compiler import Job, cache_folder, optimize
+from stepfold.runtime.engine import open_stage
+from stepfold.runtime.workshop import workshop
+
+EVALUATION = 1e-4  # relative, of one evaluation in ONNX Runtime against eager PyTorch
+FP32 = {"passes": ["hoist", {"fuse": {}, "optional": True}]}
+SCHEDULE = {"schedule": {**QUICK, "evaluations": 3}}
+FITTED = {"passes": ["hoist", {"quantize": {}}, {"fuse": {}}, SCHEDULE]}
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where temporary folders of this test are made."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def build(checkpoint: Path, out: Path, recipe: Any = None, **more: Any) -> dict[str, Any]:
+    return optimize(Job(checkpoint, out, recipe=recipe or FITTED, **more), silent)
+
+
+def hashes(folder: Path, *names: str) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and (not names or path.relative_to(folder).as_posix().startswith(names))
+    }
+
+
+# -- capture, apply, lower, load
+
+
+@pytest.fixture(scope="module")
+def model() -> Modulated:
+    return Modulated()
+
+
+@pytest.fixture(scope="module")
+def captured(model: Modulated) -> Program:
+    x, t, c = modulated_example()
+    return stepfold.capture(model, {"x": x, "t": t, "c": c}, loop_around(["x", "t", "c"], (3, 5)))
+
+
+def eager_loop(model: Modulated, latents: np.ndarray, labels: np.ndarray, scale: float) -> np.ndarray:
+    """Four Euler steps of a quarter, guided by class 3, without any of our code."""
+    x = torch.from_numpy(latents)
+    with torch.no_grad():
+        for timestep in (1000.0, 750.0, 500.0, 250.0):
+            t = torch.full((len(x),), timestep)
+            conditional, unconditional = (model(x, t, torch.from_numpy(c)) for c in (labels, np.full_like(labels, 3)))
+            x = x - (unconditional + scale * (conditional - unconditional)) / 4
+    return x.numpy()
+
+
+@pytest.mark.parametrize("recipe", [None, FP32], ids=["captured", "hoisted"])
+@pytest.mark.parametrize("scale", [None, 3.5])
+def test_samples_of_a_model_are_those_of_an_eager_loop(
+    captured: Program, model: Modulated, tmp_path: Path, recipe: Any, scale: float | None
+) -> None:
+    program = captured if recipe is None else stepfold.apply(captured, recipe)[0]
+    engine = stepfold.load(stepfold.lower(program, out=tmp_path / "bundle"))
+    latents, labels = noise(7, (5, 3, 5)), np.array([0, 1, 2, 1, 0])
+    received = engine.sample(noise=latents, guidance=scale, c=labels)
+    assert received.shape == (5, 3, 5) and received.dtype == np.float32
+    assert drift(received, eager_loop(model, latents, labels, scale or 2.0)) < EVALUATION
+
+
+def test_one_evaluation_takes_the_arguments_of_the_model(captured: Program, model: Modulated, tmp_path: Path) -> None:
+    """Tensors or arrays, of any batch; after hoisting the timestep is one of the grid."""
+    program, _ = stepfold.apply(captured, FP32)
+    for name, built in {"captured": captured, "hoisted": program}.items():
+        engine = stepfold.load(stepfold.lower(built, "onnxruntime", out=tmp_path / name))
+        x, _, c = modulated_example(3)
+        t = torch.full((3,), 750.0)
+        with torch.no_grad():
+            wanted = model(x, t, c).numpy()
+        for kwargs in ({"x": x, "t": t, "c": c}, {"x": x.numpy(), "t": t.numpy(), "c": c.numpy()}):
+            (received,) = engine.run(**kwargs)
+            assert drift(received, wanted) < EVALUATION
+
+
+def test_a_component(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
+    program = stepfold.capture(model, {"input": torch.randn(2, 4)})
+    program, records = stepfold.apply(program, {"passes": ["hoist", "schedule", {"quantize": {}, "optional": True}]})
+    assert [record.outcome for record in records][:2] == ["not_applicable", "not_applicable"]
+    engine = stepfold.load(stepfold.lower(program, out=tmp_path / "bundle"))
+    x = torch.randn(5, 4)
+    assert drift(engine.run(input=x)[0], model(x).detach().numpy()) < 0.05
+    assert engine.manifest.loop is None and engine.manifest.schedule is None and engine.manifest.seeds == {}
+
+
+def test_apply_returns_its_own_records(captured: Program) -> None:
+    first, records = stepfold.apply(captured, {"passes": ["hoist"]})
+    assert [record.name for record in records] == ["hoist"] and captured.records == ()
+    second, more = stepfold.apply(first, {"passes": [{"fuse": {}, "optional": True}]})
+    assert [record.name for record in more] == ["fuse"] and len(second.records) == 2
+
+
+def test_a_schedule_fitted_in_python_is_the_one_that_is_shipped(captured: Program, tmp_path: Path) -> None:
+    program, _ = stepfold.apply(captured, {"passes": ["hoist", {"schedule": {**QUICK, "evaluations": 2}}]}, seed=4)
+    engine = stepfold.load(stepfold.lower(program, out=tmp_path / "bundle"))
+    assert program.schedule is not None and engine.manifest.schedule is not None
+    assert (engine.manifest.schedule.evaluations, engine.manifest.schedule.grid_steps) == (2, 4)
+    for name, value in program.schedule.fitted[2.0].arrays().items():
+        np.testing.assert_array_equal(engine.table().arrays()[name], value)
+    assert engine.manifest.seeds == {}  # they were apply's; lower does not know them
+
+
+def test_batch_invariance_in_the_manifest(captured: Program, tmp_path: Path) -> None:
+    for activations, invariant in {"dynamic": False, "static": True}.items():
+        program, _ = stepfold.apply(
+            captured,
+            {"passes": ["hoist", {"quantize": {"activations": activations, "include": ["body"]}, "optional": True}]},
+        )
+        engine = stepfold.load(stepfold.lower(program, out=tmp_path / activations))
+        assert engine.manifest.batch_invariant is (invariant or program.records[-1].changed == 0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p, out: stepfold.apply(p, "defalt"), "did you mean 'default'"),
+        (
+            lambda p, out: stepfold.apply(p, FP32, calibration="store"),
+            "apply: expected no calibration store; received store",
+        ),
+        (lambda p, out: stepfold.apply(p, FP32, backend="onnxrt"), "did you mean 'onnxruntime'"),
+        (lambda p, out: stepfold.lower(p, "onnxrt", out=out / "new"), "did you mean 'onnxruntime'"),
+        (lambda p, out: stepfold.lower(p, out=out), "already exists"),
+    ],
+)
+def test_wrong_use(captured: Program, tmp_path: Path, call: Callable, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        call(captured, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lower_replaces_a_bundle_when_asked(captured: Program, tmp_path: Path) -> None:
+    out = stepfold.lower(captured, out=str(tmp_path / "bundle"))
+    before = hashes(out)
+    hoisted, _ = stepfold.apply(captured, FP32)
+    assert stepfold.lower(hoisted, out=out, overwrite=True) == out
+    assert hashes(out) != before and "once" in {stage.name for stage in stepfold.load(out).manifest.stages}
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_backend_that_cannot_build_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stepfold.backends.capability import Capability
+
+    lacking = Capability("onnxruntime", False, True, "1", "building needs torch", "pip install 'stepfold[compile]'")
+    monkeypatch.setattr(Backend, "capability", lambda self: lacking)
+    with pytest.raises(UsageError) as caught, workshop("onnxruntime"):
+        pass
+    assert str(caught.value) == (
+        "backend 'onnxruntime' cannot build here: building needs torch. Install it: pip install 'stepfold[compile]'"
+    )
+
+
+# -- optimize
+
+
+@pytest.fixture(scope="module")
+def optimized(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("optimized") / "bundle"
+    return out, build(tiny_checkpoint, out)
+
+
+def test_the_summary_is_what_was_built(optimized: tuple[Path, dict[str, Any]], tiny_program: Program) -> None:
+    out, document = optimized
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+    assert [entry["name"] for entry in document["passes"]] == ["hoist", "quantize", "fuse", "schedule"]
+    assert [entry["outcome"] for entry in document["passes"]] == ["changed"] * 4
+    assert [(stage["name"], stage["rate"]) for stage in document["stages"]] == [
+        ("once", "once"), ("once_timestep", "once×timestep"), ("step", "step"),
+    ]  # fmt: skip
+    for stage in document["stages"]:
+        assert stage["bytes"] == sum(path.stat().st_size for path in (out / "stages").glob(f"{stage['name']}.*"))
+    assert document["schedule"] == {"grid_steps": 8, "evaluations": 3, "guided_evaluations": 3, "fitted_on": "engine"}
+    assert document["passes"][0]["parameters_before"] == tiny_program.parameters()
+    assert document["seconds"] > document["fit_seconds"] > 0
+    assert document["bundle"] == str(out)
+
+
+def test_the_manifest_records_the_run(optimized: tuple[Path, dict[str, Any]], tiny_program: Program) -> None:
+    manifest = stepfold.load(optimized[0]).manifest
+    assert manifest.seeds == {"seed": 0, "calibration": [0, 1], "validation": [0, 2], "held-out": [0, 3]}
+    assert manifest.model.weights_sha256 == tiny_program.model.weights_sha256
+    assert manifest.batch_invariant is False
+    assert [next(iter(entry)) for entry in manifest.recipe["passes"]] == ["hoist", "quantize", "fuse", "schedule"]  # type: ignore[index]
+    assert manifest.passes[-1].details["2.0"]["chosen"]["evaluations"] == 3  # type: ignore[index]
+
+
+def test_the_reported_quality_is_that_of_held_out_samples(
+    optimized: tuple[Path, dict[str, Any]], tiny_program: Program
+) -> None:
+    """Worked out again from the bundle: 64 samples of the third set, classes in turn."""
+    from stepfold.loop.metrics import lower_bound, psnr
+
+    engine, quality = stepfold.load(optimized[0]), optimized[1]["quality"]
+    latents, labels = noise([0, 3], (64, 1, 8, 8)), np.arange(64) % 4
+    reference = stepfold.load(optimized[0]).sample  # the same engine at another scale would be the unfitted loop
+    samples = reference(noise=latents, class_labels=labels)
+    from stepfold.runtime.unoptimized import Unoptimized
+
+    assert tiny_program.loop is not None and tiny_program.recurrence is not None
+    eager = Unoptimized(tiny_program.loop, tiny_program.recurrence, tiny_program.bind())
+    values = psnr(samples, eager.sample(latents, conditions={"class_labels": labels}))
+    assert quality["set"] == "held-out" and quality["samples"] == 64
+    assert quality["psnr_db"]["mean"] == pytest.approx(values.mean(), abs=0.05)
+    assert quality["psnr_db"]["min"] == pytest.approx(values.min(), abs=0.5)
+    assert quality["psnr_db"]["low"] == pytest.approx(lower_bound(values), abs=0.05)
+    assert engine.manifest.quality is not None
+
+
+def test_the_bundle_verifies(optimized: tuple[Path, dict[str, Any]]) -> None:
+    assert verify(optimized[0], open_stage) == ([], [])
+
+
+def test_generated_samples_are_those_of_the_reference_at_another_scale(
+    optimized: tuple[Path, dict[str, Any]], tiny_checkpoint: Path
+) -> None:
+    """A scale without a fitted table runs every call, so only the 8 bits differ."""
+    engine = stepfold.load(optimized[0])
+    program = load_checkpoint(tiny_checkpoint).capture()
+    from stepfold.runtime.unoptimized import Unoptimized
+
+    assert program.loop is not None and program.recurrence is not None
+    eager = Unoptimized(program.loop, program.recurrence, program.bind())
+    latents, labels = noise(3, (4, 1, 8, 8)), np.arange(4)
+    received = engine.sample(latents, guidance=1.5, class_labels=labels)
+    assert drift(received, eager.sample(latents, guidance=1.5, conditions={"class_labels": labels})) < 0.05
+
+
+def test_the_same_seed_gives_the_same_bytes(
+    optimized: tuple[Path, dict[str, Any]], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Stages, tables, schedule and probe; the manifest has the seconds it took."""
+    build(tiny_checkpoint, tmp_path / "again")
+    before, after = hashes(optimized[0]), hashes(tmp_path / "again")
+    assert before.keys() == after.keys()
+    assert {name for name in before if before[name] != after[name]} <= {"manifest.json"}
+
+
+def test_another_seed_gives_other_tables(
+    optimized: tuple[Path, dict[str, Any]], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    build(tiny_checkpoint, tmp_path / "other", seed=1)
+    first, second = (stepfold.load(path).table() for path in (optimized[0], tmp_path / "other"))
+    assert (first.conditional != second.conditional).any()
+    assert stepfold.load(tmp_path / "other").manifest.seeds["seed"] == 1
+
+
+def test_the_shipped_stages_are_those_that_were_fitted(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each stage is compiled once, whoever asks for it."""
+    from stepfold.backends.onnxruntime import lower as module
+
+    names: list[str] = []
+    real = module.lower
+    monkeypatch.setattr(module, "lower", lambda stage, folder: names.append(stage.name) or real(stage, folder))
+    build(tiny_checkpoint, tmp_path / "bundle")
+    assert names == ["once", "once_timestep", "step"]
+
+
+def test_options_of_the_command_line(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    settings = [("schedule", "evaluations", 2), ("quantize", "skip", ["*.ff.*"])]
+    document = build(tiny_checkpoint, tmp_path / "bundle", settings=settings)
+    assert document["schedule"]["evaluations"] == 2 and document["passes"][1]["changed"] == 4
+    recipe = stepfold.load(tmp_path / "bundle").manifest.recipe
+    assert recipe["passes"][1]["quantize"]["skip"] == ["*.ff.*"]  # type: ignore[index]
+
+
+def test_progress_of_every_part(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPFOLD_CACHE", str(tmp_path / "cache"))
+    told: list[tuple[str, int, int]] = []
+    optimize(Job(tiny_checkpoint, tmp_path / "bundle", recipe=FITTED), lambda *report: told.append(report))
+    tasks = list(dict.fromkeys(task for task, _, _ in told))
+    assert tasks[:2] == ["loading", "capturing"] and tasks.index("compiling") < len(tasks) - 1
+    for name in ("calibration", "validation", "held-out"):
+        assert f"reference trajectories ({name})" in tasks
+    assert all(0 <= done <= max(total, 1) for _, done, total in told)
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+# -- what goes wrong leaves nothing
+
+
+def test_a_budget_that_cannot_be_met_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path, temporary: Path) -> None:
+    recipe = {"passes": ["hoist", {"quantize": {}}, {"schedule": QUICK}]}
+    with pytest.raises(GateError, match=r"no schedule reaches 120 dB; the best was [\d.]+ dB") as caught:
+        build(tiny_checkpoint, tmp_path / "bundle", recipe, min_psnr=120.0)
+    assert caught.value.exit_code == 3
+    assert not (tmp_path / "bundle").exists() and list(temporary.iterdir()) == []
+
+
+def test_a_budget_without_a_schedule_is_checked_too(tiny_checkpoint: Path, tmp_path: Path, temporary: Path) -> None:
+    recipe = {"passes": ["hoist", {"quantize": {}}]}
+    with pytest.raises(GateError, match=r"quality: expected 120 dB; the best that was reached is [\d.]+ dB"):
+        build(tiny_checkpoint, tmp_path / "bundle", recipe, min_psnr=120.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["temporary"] and list(temporary.iterdir()) == []
+
+
+def full_disk(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+PLACES = ["shutil.copy2", "write_tables", "write_schedule", "write_probe", "write_manifest"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("what", "error"), [(full_disk, StepfoldError), (interrupt, KeyboardInterrupt)])
+def test_trouble_while_packing_leaves_nothing(
+    captured: Program,
+    tmp_path: Path,
+    temporary: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    what: Any,
+    error: Any,
+) -> None:
+    fitted = fitted_program(captured)
+    monkeypatch.setattr(shutil if place.startswith("shutil") else packing, place.removeprefix("shutil."), what)
+    with pytest.raises(error) as caught:
+        stepfold.lower(fitted, out=tmp_path / "deep" / "bundle")
+    if error is StepfoldError:
+        assert "the disk is full" in str(caught.value) and caught.value.exit_code == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["temporary"]
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", [full_disk, interrupt])
+def test_trouble_while_replacing_leaves_the_old_bundle(
+    captured: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: Any
+) -> None:
+    out = stepfold.lower(captured, out=tmp_path / "bundle")
+    before = hashes(out)
+    monkeypatch.setattr(packing, "write_probe", what)
+    with pytest.raises((StepfoldError, KeyboardInterrupt)):
+        stepfold.lower(fitted_program(captured), out=out, overwrite=True)
+    assert hashes(out) == before and [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    stepfold.load(out)
+
+
+def fitted_program(captured: Program) -> Program:
+    if "fitted" not in _PROGRAMS:
+        _PROGRAMS["fitted"], _ = stepfold.apply(
+            captured, {"passes": ["hoist", {"schedule": {**QUICK, "evaluations": 2}}]}
+        )
+    return _PROGRAMS["fitted"]
+
+
+_PROGRAMS: dict[str, Program] = {}
+
+
+def test_trouble_in_the_report_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path, temporary: Path) -> None:
+    """The bundle is finished before it takes its place."""
+    seen: list[Path] = []
+
+    def finish(folder: Path, *_: Any) -> None:
+        seen.append(folder)
+        assert (folder / "manifest.json").is_file() and not (tmp_path / "bundle").exists()
+        raise KeyboardInterrupt
+
+    job = Job(tiny_checkpoint, tmp_path / "bundle", recipe={"passes": ["hoist"]})
+    with pytest.raises(KeyboardInterrupt):
+        optimize(job, silent, finish)
+    assert seen and sorted(path.name for path in tmp_path.iterdir()) == ["temporary"]
+    assert list(temporary.iterdir()) == []
+
+
+def test_nothing_is_started_when_out_exists(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    with pytest.raises(UsageError, match="already exists"):
+        optimize(Job(tiny_checkpoint, tmp_path), lambda task, done, total: told.append(task))
+    assert told == []
+
+
+# -- parts
+
+
+def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("STEPFOLD_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("STEPFOLD_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "stepfold"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "stepfold"
+
+
+def test_plain_values() -> None:
+    value = {
+        1: np.float32(0.5),
+        "nan": float("nan"),
+        "list": (np.int64(3), [np.inf]),
+        "text": "a",
+        "none": None,
+        "yes": True,
+    }
+    assert packing.plain(value) == {"1": 0.5, "nan": None, "list": [3, [None]], "text": "a", "none": None, "yes": True}
+    assert type(packing.plain(np.int64(3))) is int and type(packing.plain(np.float32(1))) is float
+
+
+def test_the_engine_is_the_reference(captured: Program) -> None:
+    """What the schedule is fitted on computes what verification ran."""
+    with workshop("onnxruntime") as shop:
+        assert drift(samples_of(captured, shop.open(captured)), samples_of(captured)) < EVALUATION
+        folder = shop.folder
+        assert folder.is_dir()
+    assert not folder.exists()
