@@ -39,7 +39,8 @@ Roles = frozenset[Role]
 
 def input_roles(program: Program) -> dict[str, Roles]:
     """The roles every named value of the program depends on: inputs, tables and stage outputs."""
-    roles: dict[str, Roles] = {i.name: frozenset[Role]({i.role} - {"constant"}) for i in program.inputs}
+    constant: Roles = frozenset({"constant"})
+    roles = {i.name: Roles({i.role}) - constant for i in program.inputs}
     roles |= {name: frozenset({"timestep"}) for name in program.tables}
     for stage in program.stages:
         by_node = node_roles(stage, roles)

@@ -17,11 +17,11 @@ def psnr(samples: Array, reference: Array) -> Array:
         reference: [B, ...].
 
     Returns:
-        [B] `10 log10(4 / mse)` with mse at least 1e-12.
+        [B] `10 log10(4 / mse)` with mse at least 1e-12; 0 for a sample that is not a number.
     """
     difference = np.clip(samples, *DATA_RANGE).astype(np.float64) - np.clip(reference, *DATA_RANGE)
     mse = np.maximum((difference**2).reshape(len(samples), -1).mean(axis=1), SMALLEST_MSE)
-    return 10.0 * np.log10(4.0 / mse)
+    return 10.0 * np.log10(4.0 / np.nan_to_num(mse, nan=4.0))
 
 
 def drift(values: Array, reference: Array) -> float:

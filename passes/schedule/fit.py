@@ -102,11 +102,13 @@ class Fitter:
             start += run.batch
             gram += np.asarray([[a @ b for b in columns] for a in columns])
             right += np.asarray([a @ goal for a in columns])
+        start_weights = _prior_weights(basis, prior, k, self.scale)
+        if not (np.isfinite(gram).all() and np.isfinite(right).all()):
+            return start_weights  # the trajectory has left the range of numbers; nothing can be learned from it
         scale = np.sqrt(np.maximum(np.diag(gram), 1e-30))
         normalized = gram / np.outer(scale, scale)
-        start_weights = _prior_weights(basis, prior, k, self.scale) * scale
-        residual = right / scale - normalized @ start_weights
-        return (start_weights + np.linalg.solve(normalized + RIDGE * np.eye(m), residual)) / scale
+        residual = right / scale - normalized @ (start_weights * scale)
+        return start_weights + np.linalg.solve(normalized + RIDGE * np.eye(m), residual) / scale
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class ScheduleOptions(Options):
     validation: int = Field(default=MINIMUM_VALIDATION, ge=MINIMUM_VALIDATION)
     outputs: int = Field(default=3, ge=1, le=8)
     directions: int = Field(default=2, ge=0, le=8)
-    moves: int = Field(default=96, ge=0, le=10_000)
+    moves: int = Field(default=64, ge=0, le=10_000)
 
 
 @dataclass(frozen=True, eq=False)

@@ -236,7 +236,9 @@ def test_an_operator_that_onnx_lacks_is_named_with_its_place(tmp_path: Path) -> 
     with pytest.raises(StepfoldError) as caught:
         lower(stage, tmp_path)
     text = str(caught.value)
-    assert text.startswith("stage forward: node bessel_i1e (block; return torch.special.i1e(x)  # the line of the report)")
+    assert text.startswith(
+        "stage forward: node bessel_i1e (block; return torch.special.i1e(x)  # the line of the report)"
+    )
     assert "has no ONNX form: No ONNX function found for" in text and len(text.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
