@@ -106,9 +106,10 @@ def optimize(job: Job, progress: Progress, finish: Finish | None = None) -> dict
         progress("compiling", 0, len(program.stages))
         bound = shop.open(program)
         quality = measure(program, bound, context)
-        check_budget(program, quality, job.min_psnr)
+        entry = quality.entry if quality else None
+        check_budget(program, entry, job.min_psnr)
         with writing(job.out, job.overwrite) as folder:
-            manifest = pack(folder, program, bound, shop, recipe, quality.entry if quality else None, job.seed)
+            manifest = pack(folder, program, bound, shop, recipe, entry, job.seed)
             document = summary(job.out, manifest, program, time.perf_counter() - start)
             if finish is not None:
                 pictures = quality.pictures(PICTURES) if quality else {}

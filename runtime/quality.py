@@ -69,7 +69,7 @@ def measure(program: Program, bound: BoundProgram, context: Context) -> Quality 
     return Quality(entry, samples, held_out.latents[-1])
 
 
-def check_budget(program: Program, quality: Quality | None, min_psnr: float | None) -> None:
+def check_budget(program: Program, quality: QualityEntry | None, min_psnr: float | None) -> None:
     """A budget given by the user holds for a recipe without a schedule too.
 
     Raises:
@@ -80,8 +80,8 @@ def check_budget(program: Program, quality: Quality | None, min_psnr: float | No
         return
     if quality is None:
         raise UsageError("--min-psnr: expected a model with a loop; received a component, which makes no samples.")
-    if quality.entry.psnr_db.low < min_psnr:
+    if quality.psnr_db.low < min_psnr:
         raise GateError(
-            f"quality: expected {min_psnr:g} dB; the best that was reached is {quality.entry.psnr_db.low:.2f} dB (lower "
+            f"quality: expected {min_psnr:g} dB; the best that was reached is {quality.psnr_db.low:.2f} dB (lower "
             "95 % bound of the mean). Lower --min-psnr, or use a recipe of higher precision."
         )

@@ -9,11 +9,12 @@ import pytest
 import torch
 from programs import Modulated, component, denoiser, modulated_example
 
-from stepfold.frontend.rates import input_roles, node_rates, node_roles, parameters_by_rate
-from stepfold.ir.edit import output_nodes
+from stepfold.frontend.rates import input_roles, node_rates, node_roles, parameters_by_rate, read_values
+from stepfold.ir.edit import copy_graph, finish, output_nodes
 from stepfold.ir.program import Program
 from stepfold.loop.ports import Rate
 
+aten = torch.ops.aten
 X, T, C = torch.randn(2, 3), torch.full((2,), 5.0), torch.arange(2)
 
 
@@ -57,6 +58,29 @@ SHAPE_ONLY = {
 @pytest.mark.parametrize("name", SHAPE_ONLY)
 def test_shape_and_dtype_do_not_taint(name: str) -> None:
     assert rate_of(SHAPE_ONLY[name]) is Rate.TIMESTEP
+
+
+READ = {
+    aten.type_as.default: "a",
+    aten.expand_as.default: "a",
+    aten.view_as.default: "a",
+    aten.zeros_like.default: "",
+    aten.empty_like.default: "",
+    aten.new_empty.default: "",
+    aten.new_zeros.default: "",
+    aten.sym_numel.default: "",
+    aten.add.Tensor: "ab",
+    aten.mul.Tensor: "ab",
+}
+
+
+@pytest.mark.parametrize("operator", READ, ids=str)
+def test_which_arguments_are_read(operator) -> None:
+    """Also of operators that captures write otherwise."""
+    graph = torch.fx.Graph()
+    a, b = graph.placeholder("a"), graph.placeholder("b")
+    arguments = (a, b) if len(operator._schema.arguments) > 1 and READ[operator] else (a,)
+    assert "".join(node.name for node in read_values(graph.call_function(operator, arguments))) == READ[operator]
 
 
 def test_a_value_of_shapes_alone_is_constant() -> None:
@@ -125,6 +149,19 @@ def test_a_shared_weight_counts_once_at_its_highest_rate() -> None:
 
     counts = parameters_by_rate(denoiser(Shared(), X, T))
     assert counts[Rate.STEP] == 12 and sum(counts.values()) == 12
+
+
+def test_a_weight_that_two_nodes_hold_counts_once_at_its_highest_rate() -> None:
+    """First the step reads it, then the timestep, each through a node of its own."""
+    program = denoiser(lambda x, t: x * 2 + (t * 3)[:, None], X, T)
+    graph = copy_graph(program.step)
+    graph.register_buffer("scale", torch.ones(1))
+    for node in [node for node in graph.graph.nodes if node.target is aten.mul.Tensor]:
+        with graph.graph.inserting_before(node):
+            node.update_arg(1, graph.graph.get_attr("scale"))
+    program = program.with_stage(finish(program.step, graph))
+    counts = parameters_by_rate(program)
+    assert counts[Rate.STEP] == 1 and sum(counts.values()) == 1
 
 
 def test_a_weight_behind_a_constant_expression_counts_where_that_is_read() -> None:

@@ -128,13 +128,15 @@ def test_finish_drops_dead_code_unused_inputs_and_weights() -> None:
     assert len(program.step.inputs) == 2 and len(operators(program.step)) == 4  # the argument is as it was
 
 
-def test_finish_keeps_no_input_for_its_batch_alone() -> None:
-    """reshape(y, [size(x, 0), 4]) reads x only for its size, which y has too."""
+@pytest.mark.parametrize("first", ["x", "y"])
+def test_finish_keeps_no_input_for_its_batch_alone(first: str) -> None:
+    """reshape(y, [B, 4]): the captured graph reads B from one of its inputs, and y has it too."""
 
-    def f(x, y):
+    def reads_x(x, y):
         return y.reshape(x.shape[0], 4).relu() + 0 * x
 
-    program = component(f, torch.randn(2, 4), torch.randn(2, 2, 2))
+    x, y = torch.randn(2, 4), torch.randn(2, 2, 2)
+    program = component(reads_x, x, y) if first == "x" else component(lambda y, x: reads_x(x, y), y, x)
     graph = copy_graph(program.step)
     add = next(node for node in graph.graph.nodes if node.target is aten.add.Tensor)
     add.replace_all_uses_with(add.args[0])  # type: ignore[arg-type]

@@ -195,6 +195,11 @@ def rotated(x: torch.Tensor) -> torch.Tensor:
     return merge(F.scaled_dot_product_attention(split(x) * 2 + 1, split(x), split(x)))
 
 
+def windows(x: torch.Tensor) -> torch.Tensor:
+    """[B, T, D] -> [5 B, H, T / 5, K]."""
+    return x.reshape(5 * x.shape[0], T // 5, H, K).transpose(1, 2)
+
+
 NEAR = {
     "mask": (lambda x: attend(x, attn_mask=torch.ones(T, T).tril().bool()), "it has a mask"),
     "causal": (lambda x: attend(x, is_causal=True), "it is causal or has dropout"),
@@ -211,6 +216,10 @@ NEAR = {
                 *(y.reshape(y.shape[0], T, D).unflatten(1, (T, 1)).reshape(y.shape[0], H, T, K) for y in (x, x, x))
             )
         ),
+        "query, key or value is not a plain head split",
+    ),
+    "windows": (  # half of the tokens at a time, in the batch dimension
+        lambda x: merge(F.scaled_dot_product_attention(*(windows(y) for y in (x, x * 2, x * 3)))),
         "query, key or value is not a plain head split",
     ),
     "never merged": (lambda x: F.scaled_dot_product_attention(split(x), split(x * 2), split(x * 3)) * 2, "its output is not a plain head merge"),

@@ -63,13 +63,14 @@ def quality(table: FoldedTable, cache: Path, name: str = "validation", engine: C
 # -- a budget
 
 
-@pytest.mark.parametrize("budget", [30.0, 40.0])
+@pytest.mark.parametrize("budget", [float(budget) for budget in range(22, 54, 2)])
 def test_the_budget_is_met_by_the_lower_bound(cache: Path, budget: float) -> None:
+    """Some of these lie between the bound and the mean of a candidate."""
     result = search(cache, min_psnr=budget)
     (table,) = tables(result).values()
     values = quality(table, cache)
     assert lower_bound(values) >= budget
-    assert quality(table, cache, "held-out").mean() > budget - 1
+    assert quality(table, cache, "held-out").mean() > budget - 3
     chosen = result.details["2.0"]["chosen"]
     assert chosen["validation_low_db"] == pytest.approx(lower_bound(values), abs=1e-3)
     assert chosen["validation_psnr_db"] == pytest.approx(values.mean(), abs=1e-3)
@@ -224,6 +225,20 @@ def test_deterministic_for_a_seed(cache: Path, tmp_path: Path) -> None:
     for name, value in first.arrays().items():
         np.testing.assert_array_equal(value, second.arrays()[name], err_msg=name)
     assert repr(results[0].details) == repr(results[1].details)  # NaN is not equal to itself
+
+
+def test_the_moves_are_those_of_the_seed(cache: Path) -> None:
+    """The same candidates in the same order."""
+
+    def scored(seed: int) -> list[tuple[int, ...]]:
+        program = program_of()
+        context = analytic_context(program, cache, seed=seed)
+        options = ScheduleOptions.model_validate(QUICK | {"evaluations": 6})
+        one = ScheduleSearch(options, program, Counter().bound(), context, 2.0)
+        one.run()
+        return list(one.scores)
+
+    assert scored(0) == scored(0) != scored(1)
 
 
 def test_another_seed_has_other_samples(cache: Path) -> None:
