@@ -128,10 +128,10 @@ class Quantize(Pass[QuantizeOptions]):
 
 
 def _ranges_by_site(program: Program, sites: list[LinearSite], context: Context) -> dict[str, Range]:
-    """The range of what each site reads, over the real loop."""
+    """The range of what each site reads over the real loop, by node name, which copies of a graph keep."""
     watched = {site.source for site in sites}
     ranges = observe_ranges(program, program.step, watched, context.seed, context.progress)
-    return {site.name: ranges[site.source] for site in sites}
+    return {site.node.name: ranges[site.source] for site in sites}
 
 
 def _smoothed(
@@ -142,11 +142,11 @@ def _smoothed(
     for site in sites:
         groups.setdefault(site.source, []).append(site)
     layers = {source: [site.node for site in members] for source, members in groups.items()}
-    largest = {source: ranges[members[0].name].largest() for source, members in groups.items()}
+    largest = {source: ranges[members[0].node.name].largest() for source, members in groups.items()}
     program, scales, refused = smooth(program, layers, largest, alpha)
     names = {site.node.name: site.name for site in sites}
     divided = {
-        site.name: ranges[site.name].divided(scales[source]) if source in scales else ranges[site.name]
+        site.node.name: ranges[site.node.name].divided(scales[source]) if source in scales else ranges[site.node.name]
         for source, members in groups.items()
         for site in members
     }
@@ -185,7 +185,7 @@ def _rewrite(stage: Stage, sites: list[LinearSite], ranges: dict[str, Range]) ->
     for site in sites:
         node, source = twins[site.node], twins[site.source]
         if source not in quantized:
-            quantized[source] = _quantize_activation(graph, node, source, ranges.get(site.name), site.name)
+            quantized[source] = _quantize_activation(graph, node, source, ranges.get(site.node.name), site.name)
         _replace_linear(graph, node, quantized[source], site.name)
     return finish(stage, graph)
 

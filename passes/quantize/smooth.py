@@ -8,6 +8,7 @@ exact and free where x = norm(.) * scale + shift: scale and shift are divided in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -114,13 +115,17 @@ def _multiply_weight(graph: fx.GraphModule, layer: fx.Node, scale: torch.Tensor)
 
 
 def _divide_at_source(program: Program, divided: Mapping[str, torch.Tensor]) -> Program:
-    """Divide hoisted values in the stages that compute them: exact, and free at every step."""
+    """Divide hoisted values in the stages that compute them: in their stage or their table; exact, and free at every step."""
     placeholders = [node.name for node in program.step.graph.graph.nodes if node.op == "placeholder"]
     by_port = {
         port.name: divided[name]
         for name, port in zip(placeholders, program.step.inputs, strict=True)
         if name in divided
     }
+    tables = {
+        name: value / by_port[name].numpy() if name in by_port else value for name, value in program.tables.items()
+    }
+    program = replace(program, tables=tables)
     for stage in program.stages:
         targets = {port.name: by_port[port.name] for port in stage.outputs if port.name in by_port}
         if targets:

@@ -70,7 +70,7 @@ class Fitter:
             target = self.data.latents[table.landings[k]]
             basis = _basis(k, table.guided, terms)
             weights = self._solve(runs, basis, target, prior, k)
-            state[k], conditional[k], unconditional[k] = _expand(basis, weights, N, self.scale)
+            state[k], conditional[k], unconditional[k] = _expand(basis, weights, table.guided, self.scale)
             for run in runs:
                 run.update(state[k], conditional[k], unconditional[k])
                 run.forget(k - max(terms.outputs, terms.directions))
@@ -138,9 +138,9 @@ def _value(run: LoopRun, term: Term, scale: float | None) -> Array:
     return c if u is None or scale is None else u + np.float32(scale) * (c - u)
 
 
-def _expand(basis: list[Term], weights: Array, N: int, scale: float | None) -> tuple[float, Array, Array]:
+def _expand(basis: list[Term], weights: Array, guided: Array, scale: float | None) -> tuple[float, Array, Array]:
     """Weights of terms -> state, conditional [N] and unconditional [N] weights of one table row."""
-    state, conditional, unconditional = 0.0, np.zeros(N), np.zeros(N)
+    state, conditional, unconditional = 0.0, np.zeros(len(guided)), np.zeros(len(guided))
     for term, weight in zip(basis, weights, strict=True):
         if term.kind == "latent":
             state = float(weight)
@@ -148,7 +148,7 @@ def _expand(basis: list[Term], weights: Array, N: int, scale: float | None) -> t
             conditional[term.evaluation] += weight
             unconditional[term.evaluation] -= weight
         else:
-            factor = 1.0 if scale is None else scale
+            factor = scale if scale is not None and guided[term.evaluation] else 1.0
             conditional[term.evaluation] += factor * weight
             unconditional[term.evaluation] += (1.0 - factor) * weight
     return state, conditional, unconditional

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from programs import Modulated, component, denoiser, modulated_example
+from programs import Modulated, component, denoiser, modulated_example, operators
 from torch import fx
 
 from stepfold.backends.onnx import emit as emission
@@ -27,10 +27,13 @@ from stepfold.loop.errors import StepfoldError
 from stepfold.loop.ports import Port, Rate
 
 stepfold = torch.ops.stepfold
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
 M, N, T = 6, 5, 3
 FLOAT = 2e-6  # other kernels, another order of sums
 SETTINGS = settings(max_examples=40)
-FINITE = st.floats(-100, 100, width=32)
+FINITE = st.one_of(
+    st.just(0.0), st.floats(2**-20, 100, width=32), st.floats(-100, -(2**-20), width=32)
+)  # no subnormals
 WEIGHT = torch.randint(-127, 128, (M, N), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
 WEIGHT_SCALE = torch.linspace(0.001, 0.02, N)
 BIAS = torch.linspace(-1, 1, N)
@@ -111,7 +114,8 @@ def assert_same(pairs: list[tuple[np.ndarray, np.ndarray]]) -> None:
 
 
 def test_every_operator_has_a_lowering_and_is_tested_here() -> None:
-    assert set(LOWERINGS) == set(OPERATORS) == {operator for operator, _ in STAGES.values()}
+    assert set(OPERATORS) == {operator for operator, _ in STAGES.values()}
+    assert set(LOWERINGS) == {*OPERATORS, SDPA}
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -148,6 +152,27 @@ def test_integer_product_does_not_overflow(both: Run) -> None:
     """The largest values of both sides: |product| = 6 * 155 * 127."""
     q = np.full((2, T, M), 255, np.uint8)
     assert_same(both("qlinear", {"q": q}))
+
+
+MASKS = {
+    "of keys": torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)[:, None, None],
+    "of queries and keys": torch.ones(T, 4, dtype=torch.bool).tril().expand(2, 1, T, 4).clone(),
+    "of heads": torch.ones(2, 2, T, 4, dtype=torch.bool).triu(diagonal=-1),
+    "added": torch.linspace(-3, 3, 2 * T * 4).reshape(2, 1, T, 4),
+}
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("name", MASKS)
+def test_attention_with_a_mask(tmp_path: Path, name: str, scale: float | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, size, 4, generator=generator) for size in (T, 4, 4))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    stage = component(lambda q, k, v, m: attend(q, k, v, m, scale=scale), q, k, v, MASKS[name]).step
+    assert operators(stage) == ["scaled_dot_product_attention.default"]
+    values = {item.name: value.numpy() for item, value in zip(stage.inputs, (q, k, v, MASKS[name]), strict=True)}
+    session = open_session(lower(stage, tmp_path), stage.inputs, stage.outputs, threads=1)
+    assert_same(list(zip(session(values), reference(stage)(values), strict=True)))
 
 
 # -- the emitted files

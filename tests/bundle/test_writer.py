@@ -205,7 +205,7 @@ def test_ctrl_c_in_the_middle(tmp_path: Path) -> None:
     assert process.stdout is not None and process.stdout.readline() == "writing\n"
     assert len(entries(tmp_path)) == 1
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode != 0 and "KeyboardInterrupt" in errors
     assert entries(tmp_path) == []
 

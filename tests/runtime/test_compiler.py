@@ -105,6 +105,16 @@ def captured(model: Modulated) -> Program:
     return stepfold.capture(model, {"x": x, "t": t, "c": c}, loop_around(["x", "t", "c"], (3, 5)))
 
 
+@pytest.fixture(scope="module")
+def hoisted(captured: Program) -> Program:
+    return stepfold.apply(captured, FP32)[0]
+
+
+@pytest.fixture(scope="module")
+def fitted(captured: Program) -> Program:
+    return stepfold.apply(captured, {"passes": ["hoist", {"schedule": {**QUICK, "evaluations": 2}}]}, seed=4)[0]
+
+
 def eager_loop(model: Modulated, latents: np.ndarray, labels: np.ndarray, scale: float) -> np.ndarray:
     """Four Euler steps of a quarter, guided by class 3, without any of our code."""
     x = torch.from_numpy(latents)
@@ -116,12 +126,12 @@ def eager_loop(model: Modulated, latents: np.ndarray, labels: np.ndarray, scale:
     return x.numpy()
 
 
-@pytest.mark.parametrize("recipe", [None, FP32], ids=["captured", "hoisted"])
+@pytest.mark.parametrize("passes", [False, True], ids=["captured", "hoisted"])
 @pytest.mark.parametrize("scale", [None, 3.5])
 def test_samples_of_a_model_are_those_of_an_eager_loop(
-    captured: Program, model: Modulated, tmp_path: Path, recipe: Any, scale: float | None
+    captured: Program, hoisted: Program, model: Modulated, tmp_path: Path, passes: bool, scale: float | None
 ) -> None:
-    program = captured if recipe is None else stepfold.apply(captured, recipe)[0]
+    program = hoisted if passes else captured
     engine = stepfold.load(stepfold.lower(program, out=tmp_path / "bundle"))
     latents, labels = noise(7, (5, 3, 5)), np.array([0, 1, 2, 1, 0])
     received = engine.sample(noise=latents, guidance=scale, c=labels)
@@ -129,10 +139,11 @@ def test_samples_of_a_model_are_those_of_an_eager_loop(
     assert drift(received, eager_loop(model, latents, labels, scale or 2.0)) < EVALUATION
 
 
-def test_one_evaluation_takes_the_arguments_of_the_model(captured: Program, model: Modulated, tmp_path: Path) -> None:
+def test_one_evaluation_takes_the_arguments_of_the_model(
+    captured: Program, hoisted: Program, model: Modulated, tmp_path: Path
+) -> None:
     """Tensors or arrays, of any batch; after hoisting the timestep is one of the grid."""
-    program, _ = stepfold.apply(captured, FP32)
-    for name, built in {"captured": captured, "hoisted": program}.items():
+    for name, built in {"captured": captured, "hoisted": hoisted}.items():
         engine = stepfold.load(stepfold.lower(built, "onnxruntime", out=tmp_path / name))
         x, _, c = modulated_example(3)
         t = torch.full((3,), 750.0)
@@ -162,12 +173,11 @@ def test_apply_returns_its_own_records(captured: Program) -> None:
     assert [record.name for record in more] == ["fuse"] and len(second.records) == 2
 
 
-def test_a_schedule_fitted_in_python_is_the_one_that_is_shipped(captured: Program, tmp_path: Path) -> None:
-    program, _ = stepfold.apply(captured, {"passes": ["hoist", {"schedule": {**QUICK, "evaluations": 2}}]}, seed=4)
-    engine = stepfold.load(stepfold.lower(program, out=tmp_path / "bundle"))
-    assert program.schedule is not None and engine.manifest.schedule is not None
+def test_a_schedule_fitted_in_python_is_the_one_that_is_shipped(fitted: Program, tmp_path: Path) -> None:
+    engine = stepfold.load(stepfold.lower(fitted, out=tmp_path / "bundle"))
+    assert fitted.schedule is not None and engine.manifest.schedule is not None
     assert (engine.manifest.schedule.evaluations, engine.manifest.schedule.grid_steps) == (2, 4)
-    for name, value in program.schedule.fitted[2.0].arrays().items():
+    for name, value in fitted.schedule.fitted[2.0].arrays().items():
         np.testing.assert_array_equal(engine.table().arrays()[name], value)
     assert engine.manifest.seeds == {}  # they were apply's; lower does not know them
 
@@ -198,10 +208,9 @@ def test_wrong_use(captured: Program, tmp_path: Path, call: Callable, message: s
     assert list(tmp_path.iterdir()) == []
 
 
-def test_lower_replaces_a_bundle_when_asked(captured: Program, tmp_path: Path) -> None:
+def test_lower_replaces_a_bundle_when_asked(captured: Program, hoisted: Program, tmp_path: Path) -> None:
     out = stepfold.lower(captured, out=str(tmp_path / "bundle"))
     before = hashes(out)
-    hoisted, _ = stepfold.apply(captured, FP32)
     assert stepfold.lower(hoisted, out=out, overwrite=True) == out
     assert hashes(out) != before and "once" in {stage.name for stage in stepfold.load(out).manifest.stages}
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
@@ -304,9 +313,9 @@ def test_the_same_seed_gives_the_same_bytes(
     assert names == ["once", "once_timestep", "step"]
 
 
-def test_another_seed_gives_other_tables(captured: Program) -> None:
-    recipe = {"passes": ["hoist", {"schedule": {**QUICK, "evaluations": 2}}]}
-    schedules = [stepfold.apply(captured, recipe, seed=seed)[0].schedule for seed in (0, 1)]
+def test_another_seed_gives_other_tables(hoisted: Program) -> None:
+    recipe = {"passes": [{"schedule": {**QUICK, "evaluations": 2}}]}
+    schedules = [stepfold.apply(hoisted, recipe, seed=seed)[0].schedule for seed in (0, 1)]
     first, other = (schedule.fitted[2.0].conditional for schedule in schedules if schedule is not None)
     assert (first != other).any()
 
@@ -366,7 +375,7 @@ TROUBLE = [
 
 @pytest.mark.parametrize(("what", "error", "place"), [(w, e, place) for w, e, places in TROUBLE for place in places])
 def test_trouble_while_packing_leaves_nothing(
-    captured: Program,
+    fitted: Program,
     tmp_path: Path,
     temporary: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -374,7 +383,6 @@ def test_trouble_while_packing_leaves_nothing(
     what: Any,
     error: Any,
 ) -> None:
-    fitted = fitted_program(captured)
     monkeypatch.setattr(shutil if place == "copy2" else packing, place, what)
     with pytest.raises(error) as caught:
         stepfold.lower(fitted, out=tmp_path / "deep" / "bundle")
@@ -386,26 +394,15 @@ def test_trouble_while_packing_leaves_nothing(
 
 @pytest.mark.parametrize("what", [full_disk, interrupt])
 def test_trouble_while_replacing_leaves_the_old_bundle(
-    captured: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: Any
+    captured: Program, fitted: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: Any
 ) -> None:
     out = stepfold.lower(captured, out=tmp_path / "bundle")
     before = hashes(out)
     monkeypatch.setattr(packing, "write_probe", what)
     with pytest.raises((StepfoldError, KeyboardInterrupt)):
-        stepfold.lower(fitted_program(captured), out=out, overwrite=True)
+        stepfold.lower(fitted, out=out, overwrite=True)
     assert hashes(out) == before and [path.name for path in tmp_path.iterdir()] == ["bundle"]
     stepfold.load(out)
-
-
-def fitted_program(captured: Program) -> Program:
-    if "fitted" not in _PROGRAMS:
-        _PROGRAMS["fitted"], _ = stepfold.apply(
-            captured, {"passes": ["hoist", {"schedule": {**QUICK, "evaluations": 2}}]}
-        )
-    return _PROGRAMS["fitted"]
-
-
-_PROGRAMS: dict[str, Program] = {}
 
 
 @pytest.mark.usefixtures("already_captured")

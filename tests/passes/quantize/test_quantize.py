@@ -302,7 +302,6 @@ def test_the_reference_of_a_quantized_stage_runs_at_any_batch(dynamic: PassResul
 # -- known defects
 
 
-@pytest.mark.xfail(strict=True, reason="a modulation that is a table is not divided, and its weights are multiplied")
 def test_smoothing_divides_tables(tmp_path: Path) -> None:
     """A modulation of the timestep alone becomes a table when it is hoisted."""
 
@@ -323,7 +322,6 @@ def test_smoothing_divides_tables(tmp_path: Path) -> None:
     assert record.drift < 0.03
 
 
-@pytest.mark.xfail(strict=True, reason="ranges are kept by module name, which a layer that is called twice has twice")
 def test_a_layer_called_twice_has_two_ranges(tmp_path: Path) -> None:
     class Twice(torch.nn.Module):
         def __init__(self) -> None:

@@ -156,7 +156,6 @@ def test_samples_of_other_noise(data: Trajectories) -> None:
     np.testing.assert_allclose(one.samples(table, data)[:8], one.samples(table), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="an unguided output is weighed as a guided one")
 def test_an_unguided_evaluation_runs_one_branch(data: Trajectories) -> None:
     """Its output is the conditional one; the guidance direction comes from an earlier evaluation."""
     counter = Counter()
