@@ -25,5 +25,7 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def activation_range(low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale [] float32 and zero point [] uint8 that cover [low, high] and zero."""
     low, high = min(low, 0.0), max(high, 0.0)
-    scale = (high - low) / 255 or 1.0
+    scale = (high - low) / 255
+    if scale < torch.finfo(torch.float32).tiny:  # nothing to tell apart: zero is all there is
+        scale = 1.0
     return torch.tensor(scale, dtype=torch.float32), torch.tensor(round(-low / scale), dtype=torch.uint8)

@@ -58,6 +58,7 @@ def smooth(
     graph, refused, scales = copy_graph(stage), list[Refusal](), dict[fx.Node, torch.Tensor]()
     twins = dict(zip(stage.graph.graph.nodes, graph.graph.nodes, strict=True))
     divided: dict[str, torch.Tensor] = {}
+    given = _program_inputs(program)
     for value, layers in groups.items():
         name = str(layers[0].name)
         operands = _modulation(value)
@@ -70,7 +71,7 @@ def smooth(
         weights = torch.cat([attribute(graph, str(layer.args[1].target)).detach() for layer in layers])  # type: ignore[union-attr]
         scale = scales[value] = smoothing_scale(largest[value], weights, alpha)
         for operand, reader in operands:
-            _divide(graph, twins[operand], twins[reader], scale, divided)
+            _divide(graph, twins[operand], twins[reader], scale, None if operand.name in given else divided)
         for layer in layers:
             _multiply_weight(graph, twins[layer], scale)
     return _divide_at_source(program.with_stage(finish(stage, graph)), divided), scales, refused
@@ -95,16 +96,27 @@ def _is_vector(node: object) -> bool:
 
 
 def _divide(
-    graph: fx.GraphModule, operand: fx.Node, reader: fx.Node, scale: torch.Tensor, divided: dict[str, torch.Tensor]
+    graph: fx.GraphModule,
+    operand: fx.Node,
+    reader: fx.Node,
+    scale: torch.Tensor,
+    divided: dict[str, torch.Tensor] | None,
 ) -> None:
     """Divide a vector by the scale: where it is computed when it is a stage input read once, else here."""
-    if operand.op == "placeholder" and len(operand.users) == 1:
+    if divided is not None and operand.op == "placeholder" and len(operand.users) == 1:
         divided[operand.name] = scale
         return
     with graph.graph.inserting_before(reader):
         buffer = graph.graph.get_attr(add_buffer(graph, f"{operand.name}.smooth", 1 / scale))
         quotient = graph.graph.call_function(aten.mul.Tensor, (operand, buffer))
     reader.replace_input_with(operand, quotient)
+
+
+def _program_inputs(program: Program) -> set[str]:
+    """Names of the nodes of the step stage that the caller supplies: nothing computes them, so nothing can divide."""
+    names = {i.name for i in program.inputs}
+    placeholders = [node for node in program.step.graph.graph.nodes if node.op == "placeholder"]
+    return {node.name for node, port in zip(placeholders, program.step.inputs, strict=True) if port.name in names}
 
 
 def _multiply_weight(graph: fx.GraphModule, layer: fx.Node, scale: torch.Tensor) -> None:

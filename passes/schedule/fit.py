@@ -73,7 +73,8 @@ class Fitter:
             state[k], conditional[k], unconditional[k] = _expand(basis, weights, table.guided, self.scale)
             for run in runs:
                 run.update(state[k], conditional[k], unconditional[k])
-                run.forget(k - max(terms.outputs, terms.directions))
+                if not plan.unguided:  # with them a direction of any age may still be needed
+                    run.forget(k - max(terms.outputs, terms.directions))
         fitted = FoldedTable(
             table.positions,
             table.timesteps,

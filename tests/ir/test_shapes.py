@@ -6,6 +6,7 @@ from graphs import traced
 from programs import component
 from torch import fx
 
+from stepfold.ir.edit import output_nodes
 from stepfold.ir.shapes import PROBE_BATCHES, example, flat_examples, follows_batch, port, propagate
 from stepfold.loop.ports import Port
 
@@ -63,8 +64,8 @@ def test_propagate_replaces_what_an_edit_left() -> None:
 
 
 def test_port_and_example() -> None:
-    graph = traced(lambda x: x.to(torch.float64), torch.randn(2, 4)).graph
-    (output,) = graph.graph.output_node().args[0]  # type: ignore[misc]
+    stage = component(lambda x: x.to(torch.float64), torch.randn(2, 4)).step
+    (output,) = output_nodes(stage)
     made = port(output, "y")
     assert made == Port("y", (None, 4), "float64")
     assert example(made).shape == (BATCH, 4) and example(made).dtype == torch.float64

@@ -194,7 +194,7 @@ def test_batch_invariance_in_the_manifest(captured: Program, tmp_path: Path) -> 
     [
         (lambda p, out: stepfold.apply(p, "defalt"), "did you mean 'default'"),
         (
-            lambda p, out: stepfold.apply(p, FP32, calibration="store"),
+            lambda p, out: stepfold.apply(p, FP32, calibration=Path("store")),
             "apply: expected no calibration store; received store",
         ),
         (lambda p, out: stepfold.apply(p, FP32, backend="onnxrt"), "did you mean 'onnxruntime'"),

@@ -219,7 +219,7 @@ NEAR = {
         "query, key or value is not a plain head split",
     ),
     "windows": (  # half of the tokens at a time, in the batch dimension
-        lambda x: merge(F.scaled_dot_product_attention(*(windows(y) for y in (x, x * 2, x * 3)))),
+        lambda x: merge(F.scaled_dot_product_attention(windows(x), windows(x * 2), windows(x * 3))),
         "query, key or value is not a plain head split",
     ),
     "never merged": (lambda x: F.scaled_dot_product_attention(split(x), split(x * 2), split(x * 3)) * 2, "its output is not a plain head merge"),

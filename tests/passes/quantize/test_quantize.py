@@ -299,7 +299,7 @@ def test_the_reference_of_a_quantized_stage_runs_at_any_batch(dynamic: PassResul
         assert reference(stage)(values)[0].shape == (count, 1, 8, 8)
 
 
-# -- known defects
+# -- models of other kinds
 
 
 def test_smoothing_divides_tables(tmp_path: Path) -> None:
@@ -319,6 +319,25 @@ def test_smoothing_divides_tables(tmp_path: Path) -> None:
     program = denoiser(Model(), torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0)), torch.full((2,), 5.0))
     steps = [Step(Hoist(HoistOptions())), Step(Quantize(QuantizeOptions(smooth=0.5)))]
     *_, record = run_passes(program, steps, context_of(program, tmp_path)).records
+    assert record.drift < 0.03
+
+
+def test_smoothing_leaves_inputs_of_the_program(tmp_path: Path) -> None:
+    """Nothing computes them, so they can only be divided where they are read."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.body = torch.nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(self.body(torch.nn.functional.layer_norm(x, (8,)) * scale + shift))
+
+    torch.manual_seed(0)
+    program = component(Model(), torch.randn(2, 4, 8), 3 * torch.rand(2, 1, 8), torch.randn(2, 1, 8))
+    steps = [Step(Quantize(QuantizeOptions(smooth=0.5)))]
+    (record,) = run_passes(program, steps, context_of(program, tmp_path)).records
     assert record.drift < 0.03
 
 

@@ -156,6 +156,14 @@ def test_samples_of_other_noise(data: Trajectories) -> None:
     np.testing.assert_allclose(one.samples(table, data)[:8], one.samples(table), rtol=1e-5, atol=1e-6)
 
 
+def test_a_direction_is_kept_over_several_unguided_evaluations(data: Trajectories) -> None:
+    plan = Plan((0, 3, 6, 9), unguided=frozenset({3, 6, 9}))
+    one = fitter(data)
+    fit = one.fit(plan, Terms(outputs=2, directions=1))
+    assert fit.table.guided.tolist() == [True, False, False, False]
+    np.testing.assert_array_equal(one.samples(fit.table), fit.samples)
+
+
 def test_an_unguided_evaluation_runs_one_branch(data: Trajectories) -> None:
     """Its output is the conditional one; the guidance direction comes from an earlier evaluation."""
     counter = Counter()
