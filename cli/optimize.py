@@ -85,9 +85,12 @@ def parse_setting(text: str) -> tuple[str, str, Any]:
 
 def print_summary(document: Mapping[str, Any]) -> None:
     """Print what `optimize` did: passes, stages, schedule, quality and where the bundle is."""
+    from ..report.prose import pass_costs
+
     screen = console()
-    numbers = ("changed", "refused", "drift", "total drift", "parameters", "seconds")
-    screen.print(table("Passes", ("pass", "outcome", *numbers), [_pass_row(p) for p in document["passes"]], numbers))
+    numbers = ("changed", "refused", "drift", "total drift", "PSNR", "cost", "parameters", "seconds")
+    rows = [_pass_row(*entry) for entry in zip(document["passes"], pass_costs(document["passes"]), strict=True)]
+    screen.print(table("Passes", ("pass", "outcome", *numbers), rows, numbers))
     for line in refusals(document["passes"]):
         screen.print(escape(line))
     stages = [(s["name"], s["rate"], f"{s['bytes']:,}", f"{s['flops']:,}") for s in document["stages"]]
@@ -97,7 +100,9 @@ def print_summary(document: Mapping[str, Any]) -> None:
     screen.print(f"Bundle: {document['bundle']} ({document['seconds']:.0f} s)", markup=False, soft_wrap=True)
 
 
-def _pass_row(entry: Mapping[str, Any]) -> tuple[str, ...]:
+def _pass_row(entry: Mapping[str, Any], cost: float | None) -> tuple[str, ...]:
+    from ..report.prose import decibels
+
     before, after = entry["parameters_before"], entry["parameters_after"]
     return (
         entry["name"],
@@ -106,6 +111,8 @@ def _pass_row(entry: Mapping[str, Any]) -> tuple[str, ...]:
         str(len(entry["refused"])),
         _drift(entry["drift"]),
         _drift(entry["total_drift"]),
+        "-" if entry["psnr_db"] is None else decibels(entry["psnr_db"]),
+        "-" if cost is None else f"{cost:.1f} dB",
         f"{after:,}" if before == after else f"{before:,} -> {after:,}",
         f"{entry['seconds']:.1f}",
     )

@@ -40,6 +40,7 @@ class Context:
         seed: of the three sets of samples.
         cache: where reference trajectories and statistics are kept between runs.
         min_psnr: a quality budget given by the user, which wins over the recipe's.
+        quality: mean PSNR in dB of a program's samples, for the record of a lossy pass; None measures nothing.
         progress: called with (task, done, total) during long work.
     """
 
@@ -50,6 +51,7 @@ class Context:
     seed: int
     cache: Path
     min_psnr: float | None = None
+    quality: Callable[[Program], float] | None = None
     progress: Progress = silent
 
 

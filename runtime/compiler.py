@@ -9,14 +9,14 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bundle.manifest import Manifest
 from ..bundle.writer import check_out, writing
 from ..loop.errors import UsageError
-from .quality import check_budget, measure
+from .quality import check_budget, measure, quality_of_pass
 from .workshop import Workshop, workshop
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def make_context(original: Program, shop: Workshop, seed: int, min_psnr: float |
     """What passes work with."""
     from ..passes.base import Context
 
-    return Context(
+    context = Context(
         original=original,
         engine=shop.open,
         reference=original.bind,
@@ -147,6 +147,7 @@ def make_context(original: Program, shop: Workshop, seed: int, min_psnr: float |
         min_psnr=min_psnr,
         progress=progress,
     )
+    return replace(context, quality=lambda program: quality_of_pass(program, shop.open(program), context))
 
 
 def apply(
