@@ -166,9 +166,10 @@ class ScheduleSearch:
         """
         self._prepare()
         unguided = frozenset() if self.scale in (None, 1.0) else frozenset(table.positions[~table.guided].tolist())
-        fit = self.full.fit(Plan(tuple(table.positions.tolist()), unguided), self.terms)
-        better = polish(self.full, fit, self.terms, lambda done, total: self.context.progress("polishing", done, total))
-        self._measure(better.table, "fitted", self._calibration(better))
+        positions = tuple(table.positions.tolist())
+        self._fitted(positions, unguided)
+        self._polished(positions)
+        self._unfitted(positions)
         self._measure(table, "as it was", float("nan"))
         best = max(self.tried, key=lambda candidate: candidate.mean)
         budget = None if self.options.evaluations != "auto" else self.context.min_psnr or self.options.min_psnr
@@ -257,24 +258,28 @@ class ScheduleSearch:
         beside them. With a budget, the polish is left out where it is met without or is too far away.
         """
         coarse = self._best_warp(evaluations)
+        even = warped(self.recurrence.calls, evaluations, 1.0, 1.0)
         more = self.refined.get(evaluations + 1, ())
-        start = max([coarse, *without_one(more)], key=self._score)
+        start = max([coarse, even, *without_one(more)], key=self._score)
         self.refined[evaluations] = self._refine(start)
         candidates = list(dict.fromkeys((self.refined[evaluations], coarse)))
         lows = [self._fitted(positions).low for positions in candidates]
         if budget is None or 0 < budget - max(lows) < POLISH_REACH:
             for positions in candidates:
                 self._polished(positions)
-        even = warped(self.recurrence.calls, evaluations, 1.0, 1.0)
-        for origin, order in (("fewer steps", 0), ("forecast", 1)):
-            self._measure(fold(self.recurrence, self.scale, even, order), origin, float("nan"))
+        self._unfitted(even)
         same = [candidate for candidate in self.tried if candidate.table.evaluations == evaluations]
         return max(same, key=lambda candidate: candidate.mean)
 
-    def _fitted(self, positions: Positions) -> Candidate:
+    def _unfitted(self, positions: Positions) -> None:
+        """The sampler's own updates between these positions."""
+        for origin, order in (("fewer steps", 0), ("forecast", 1)):
+            self._measure(fold(self.recurrence, self.scale, positions, order), origin, float("nan"))
+
+    def _fitted(self, positions: Positions, unguided: frozenset[int] = frozenset()) -> Candidate:
         """The sequential fit of these positions; each is fitted once."""
         if positions not in self.fits:
-            fit = self.full.fit(Plan(positions), self.terms)
+            fit = self.full.fit(Plan(positions, unguided), self.terms)
             self.fits[positions] = fit, self._measure(fit.table, "fitted", self._calibration(fit))
         return self.fits[positions][1]
 

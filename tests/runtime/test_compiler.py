@@ -269,15 +269,15 @@ def test_the_manifest_records_the_run(optimized: tuple[Path, dict[str, Any]], ti
 def test_the_reported_quality_is_that_of_held_out_samples(
     optimized: tuple[Path, dict[str, Any]], tiny_program: Program
 ) -> None:
-    """Worked out again from the bundle: 64 samples of the third set, classes in turn."""
+    """Worked out again from the bundle: 64 samples of the third set, classes in turn; in another batch, which is felt."""
     engine, quality = stepfold.load(optimized[0]), optimized[1]["quality"]
     latents, labels = noise([0, 3], (64, 1, 8, 8)), np.arange(64) % 4
     reference = unoptimized(tiny_program).sample(latents, conditions={"class_labels": labels})
     values = psnr(engine.sample(noise=latents, class_labels=labels), reference)
     assert quality["set"] == "held-out" and quality["samples"] == 64
-    assert quality["psnr_db"]["mean"] == pytest.approx(values.mean(), abs=0.05)
+    assert quality["psnr_db"]["mean"] == pytest.approx(values.mean(), abs=0.3)
     assert quality["psnr_db"]["min"] == pytest.approx(values.min(), abs=0.5)
-    assert quality["psnr_db"]["low"] == pytest.approx(lower_bound(values), abs=0.05)
+    assert quality["psnr_db"]["low"] == pytest.approx(lower_bound(values), abs=0.3)
     assert engine.manifest.quality is not None and engine.manifest.quality.psnr_db.mean == quality["psnr_db"]["mean"]
 
 
@@ -304,7 +304,8 @@ def test_a_scale_without_a_fitted_table_runs_every_call(
 def test_the_same_seed_gives_the_same_bytes(
     optimized: tuple[Path, dict[str, Any]], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stages, tables, schedule and probe; the manifest has the seconds it took. Each stage is compiled once."""
+    """Stages, tables, schedule and probe; the manifest has the seconds it took. Each stage is compiled once: the step
+    stage as quantize left it, whose samples are measured, and as fuse left it."""
     from stepfold.backends.onnxruntime import lower as module
 
     names: list[str] = []
@@ -314,7 +315,7 @@ def test_the_same_seed_gives_the_same_bytes(
     before, after = hashes(optimized[0]), hashes(tmp_path / "again")
     assert before.keys() == after.keys()
     assert {name for name in before if before[name] != after[name]} <= {"manifest.json"}
-    assert names == ["once", "once_timestep", "step"]
+    assert names == ["once", "once_timestep", "step", "step"]
 
 
 def test_another_seed_gives_other_tables(hoisted: Program) -> None:
@@ -336,7 +337,7 @@ def test_options_progress_and_cache(tiny_checkpoint: Path, tmp_path: Path, monke
     assert manifest.recipe["passes"][1]["quantize"]["skip"] == ["*.ff.*"]  # type: ignore[index]
     assert manifest.seeds["seed"] == 1 and manifest.seeds["held-out"] == [1, 3]
     tasks = list(dict.fromkeys(task for task, _, _ in told))
-    assert tasks[:2] == ["loading", "capturing"] and tasks.index("compiling") < len(tasks) - 1
+    assert tasks[:2] == ["loading", "capturing"] and tasks[-1] == "compiling"
     for name in ("calibration", "validation", "held-out"):
         assert f"reference trajectories ({name})" in tasks
     assert all(0 <= done <= max(total, 1) for _, done, total in told)
