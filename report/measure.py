@@ -20,7 +20,12 @@ from .records import Latency, Psnr, Row, Skipped
 Array = np.ndarray
 Progress = Callable[[str, int, int], None]
 
-WARMUP = 1  # untimed calls of the timed shape, after the samples for quality have warmed the engine
+WARMUP = 1
+"""Untimed calls before the timed one of every turn.
+
+While the other rows have their turns the processor's caches, and on some systems the memory of a stopped process, go to
+them. A fast row would pay for that with half of its time, a slow one would not notice.
+"""
 REFERENCE_BATCH = 16  # smallest batch of the reference: in fp32 samples do not depend on their batch mates
 SHOWN = 10  # samples of each row that are kept for the page
 
@@ -178,19 +183,18 @@ class Measurement:
         return {"do": "sample", "request": str(self._request), "start": start, "stop": stop, "out": target}
 
     def _time_all(self) -> None:
-        """Warm up, then one timed call of each row in turn, so that slow drifts of the machine reach all of them."""
-        rounds = WARMUP + self._settings.repeats
-        for turn in range(rounds):
-            self._progress("timing", turn, rounds)
+        """One timed call of each row in turn, so that slow drifts of the machine reach all of them."""
+        repeats, message = self._settings.repeats, self._sample_message(0, self._settings.count, None)
+        for turn in range(repeats):
+            self._progress("timing", turn, repeats)
             for live in list(self._live):
                 try:
-                    seconds = live.worker.request(self._sample_message(0, self._settings.count, None))["seconds"]
+                    for _ in range(WARMUP):
+                        live.worker.request(message)
+                    live.milliseconds.append(1000 * live.worker.request(message)["seconds"])
                 except WorkerError as error:
                     self._drop(live, str(error))
-                    continue
-                if turn >= WARMUP:
-                    live.milliseconds.append(1000 * seconds)
-        self._progress("timing", rounds, rounds)
+        self._progress("timing", repeats, repeats)
 
     def _finished(self, live: _Live, is_loop: bool) -> Row | None:
         try:

@@ -81,8 +81,8 @@ class Protocol(Record):
     """How it was measured.
 
     Attributes:
-        warmup: untimed calls of each row before the first timed one.
-        repeats: timed calls of each row.
+        warmup: untimed calls of a row before the timed one of each of its turns.
+        repeats: turns, and so timed calls, of each row.
         interleaved: whether the rows took turns.
         threads: of every row.
         count: samples of one timed call.

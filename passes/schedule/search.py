@@ -36,6 +36,9 @@ POLISHED = 20
 POLISH_REACH = 4.0
 """A fitted table that misses the budget by more dB than this is not polished; the step gains 1 to 2."""
 
+RIVAL_DB = 0.5
+"""Of two sets of positions, the one whose fit is worse by more is not polished: it hardly ever ends in front."""
+
 LADDER = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 15, 17, 20, 25, 30, 40, 50, 65, 80, 100)
 """Numbers of evaluations the search tries first."""
 
@@ -57,11 +60,11 @@ class ScheduleOptions(Options):
     evaluations: int | Literal["auto"] = "auto"
     min_psnr: float | None = Field(default=40.0, gt=0)
     samples: int = Field(default=40, ge=4)
-    search_samples: int = Field(default=16, ge=2)
+    search_samples: int = Field(default=12, ge=2)
     validation: int = Field(default=MINIMUM_VALIDATION, ge=MINIMUM_VALIDATION)
     outputs: int = Field(default=3, ge=1, le=8)
     directions: int = Field(default=2, ge=0, le=8)
-    moves: int = Field(default=64, ge=0, le=10_000)
+    moves: int = Field(default=48, ge=0, le=10_000)
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,10 +266,12 @@ class ScheduleSearch:
         start = max([coarse, even, *without_one(more)], key=self._score)
         self.refined[evaluations] = self._refine(start)
         candidates = list(dict.fromkeys((self.refined[evaluations], coarse)))
-        lows = [self._fitted(positions).low for positions in candidates]
-        if budget is None or 0 < budget - max(lows) < POLISH_REACH:
-            for positions in candidates:
-                self._polished(positions)
+        fits = {positions: self._fitted(positions) for positions in candidates}
+        best = max(fits.values(), key=lambda candidate: candidate.mean)
+        if budget is None or 0 < budget - best.low < POLISH_REACH:
+            for positions, fit in fits.items():
+                if fit.mean > best.mean - RIVAL_DB:
+                    self._polished(positions)
         self._unfitted(even)
         same = [candidate for candidate in self.tried if candidate.table.evaluations == evaluations]
         return max(same, key=lambda candidate: candidate.mean)

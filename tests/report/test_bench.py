@@ -64,7 +64,7 @@ def test_rows_take_turns(fakes: Fakes) -> None:
     report = fakes.bench("a", "b")
     assert [r.name for r in report.rows] == ["a", "b"]
     timed = [entry["name"] for entry in fakes.entries("sample") if entry["out"] is None]
-    assert timed == ["a", "b"] * 3  # one warm-up and two timed rounds
+    assert timed == ["a", "a", "b", "b"] * 2  # an untimed call and a timed one in each of two turns
     assert len(fakes.pids()) == 2
     assert (report.protocol.warmup, report.protocol.repeats, report.protocol.interleaved) == (1, 2, True)
 
@@ -72,7 +72,7 @@ def test_rows_take_turns(fakes: Fakes) -> None:
 def test_idle_workers_are_stopped_while_another_works(fakes: Fakes) -> None:
     fakes.bench("a", "b", "c", repeats=3)
     observed = [state for entry in fakes.entries("sample") for state in entry["others"].values()]
-    assert len(observed) == 2 * 3 * (1 + 1 + 3)  # each sample call sees both others: page, warm-up, three timed
+    assert len(observed) == 2 * 3 * (1 + 3 * 2)  # each sample call sees both others: page, three turns of two calls
     assert set(observed) == {"T"}
 
 
@@ -188,7 +188,7 @@ def test_progress_names_the_work(fakes: Fakes) -> None:
     seen: list[tuple[str, int, int]] = []
     fakes.bench("a", progress=lambda *step: seen.append(step))
     assert dict.fromkeys(task for task, _, _ in seen) == dict.fromkeys(["opening engines", "sampling a", "timing"])
-    assert seen[-1] == ("timing", 3, 3)
+    assert seen[-1] == ("timing", 2, 2)
 
 
 @pytest.mark.parametrize(
