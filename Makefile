@@ -6,7 +6,8 @@ TORCH := torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
-PYTEST := $(BIN)/python -m pytest
+# A file stays in one process, so that what its tests share is made once; each process holds about 1 GB.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 DEMO := out/demo
 REFERENCE := examples/mnist_dit
 BASELINES := eager,onnxruntime,onnxruntime-int8,onnxruntime@13:ab2

@@ -101,7 +101,7 @@ class RefusalEntry(Strict):
 
 
 class PassEntry(Strict):
-    """What one pass did; drifts are relative L2 errors, null where nothing was run."""
+    """What one pass did; drifts are relative L2 errors, PSNR that of whole samples, null where nothing was run."""
 
     name: str
     outcome: Literal["changed", "identity", "not_applicable"]
@@ -109,6 +109,7 @@ class PassEntry(Strict):
     refused: tuple[RefusalEntry, ...] = ()
     drift: float | None
     total_drift: float | None
+    psnr_db: float | None = None
     parameters_before: Count
     parameters_after: Count
     flops_before: Count

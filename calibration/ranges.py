@@ -92,8 +92,6 @@ def observe_ranges(
     run = LoopRun(bound, program.loop, sample_request(program, SampleSet("calibration", seed, SAMPLES)), table)
     for k in range(table.evaluations):
         run.evaluate(k)
-        run.update(float(table.state[k]), table.conditional[k], table.unconditional[k])
-        for j in [j for j in run.history if table.last_reader(j) <= k]:
-            run.forget(j)
+        run.advance(k, table)
         progress("calibrating ranges", k + 1, table.evaluations)
     return observer.ranges

@@ -113,9 +113,7 @@ def _run(
         latents = [run.latent]
         for k in range(table.evaluations):
             run.evaluate(k)
-            run.update(float(table.state[k]), table.conditional[k], table.unconditional[k])
-            for j in [j for j in run.history if table.last_reader(j) <= k]:
-                run.forget(j)
+            run.advance(k, table)
             latents = [*latents, run.latent] if whole else [run.latent]
             done += 1
             progress(done, total)

@@ -39,6 +39,10 @@ def optimize(
     inputs: Annotated[
         Path | None, typer.Option("--inputs", metavar="FILE.safetensors", help="Example inputs by name.")
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", metavar="STORE", help="Statistics for the passes; see `stepfold calibrate`."),
+    ] = None,
     min_psnr: MinPsnr = None,
     seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of the three sets of samples.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")] = False,
@@ -56,7 +60,7 @@ def optimize(
     from ..runtime.compiler import Job
     from ..runtime.compiler import optimize as run
 
-    job = Job(checkpoint, out, recipe, chosen, backend, loop, inputs, min_psnr, seed, overwrite)
+    job = Job(checkpoint, out, recipe, chosen, backend, loop, inputs, min_psnr, seed, overwrite, calibration)
     with working() as progress:
         document = run(job, progress, write_bundle_report)
     if as_json:
@@ -85,9 +89,12 @@ def parse_setting(text: str) -> tuple[str, str, Any]:
 
 def print_summary(document: Mapping[str, Any]) -> None:
     """Print what `optimize` did: passes, stages, schedule, quality and where the bundle is."""
+    from ..report.prose import pass_costs
+
     screen = console()
-    numbers = ("changed", "refused", "drift", "total drift", "parameters", "seconds")
-    screen.print(table("Passes", ("pass", "outcome", *numbers), [_pass_row(p) for p in document["passes"]], numbers))
+    numbers = ("changed", "refused", "drift", "total drift", "PSNR", "cost", "parameters", "seconds")
+    rows = [_pass_row(*entry) for entry in zip(document["passes"], pass_costs(document["passes"]), strict=True)]
+    screen.print(table("Passes", ("pass", "outcome", *numbers), rows, numbers))
     for line in refusals(document["passes"]):
         screen.print(escape(line))
     stages = [(s["name"], s["rate"], f"{s['bytes']:,}", f"{s['flops']:,}") for s in document["stages"]]
@@ -97,7 +104,9 @@ def print_summary(document: Mapping[str, Any]) -> None:
     screen.print(f"Bundle: {document['bundle']} ({document['seconds']:.0f} s)", markup=False, soft_wrap=True)
 
 
-def _pass_row(entry: Mapping[str, Any]) -> tuple[str, ...]:
+def _pass_row(entry: Mapping[str, Any], cost: float | None) -> tuple[str, ...]:
+    from ..report.prose import decibels
+
     before, after = entry["parameters_before"], entry["parameters_after"]
     return (
         entry["name"],
@@ -106,6 +115,8 @@ def _pass_row(entry: Mapping[str, Any]) -> tuple[str, ...]:
         str(len(entry["refused"])),
         _drift(entry["drift"]),
         _drift(entry["total_drift"]),
+        "-" if entry["psnr_db"] is None else decibels(entry["psnr_db"]),
+        "-" if cost is None else f"{cost:.1f} dB",
         f"{after:,}" if before == after else f"{before:,} -> {after:,}",
         f"{entry['seconds']:.1f}",
     )

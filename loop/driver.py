@@ -7,6 +7,7 @@ search and deployment share this loop. All state belongs to one `LoopRun`, so no
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,6 +98,19 @@ class LoopRun:
         """Drop the outputs of evaluation j from the ring."""
         self.history.pop(j, None)
 
+    def advance(self, k: int, table: FoldedTable) -> None:
+        """Apply row k of a table and drop the outputs that no later row reads."""
+        self.update(float(table.state[k]), table.conditional[k], table.unconditional[k])
+        for j in list(self.history):
+            if table.last_reader(j) <= k:
+                self.forget(j)
+
+    def fork(self) -> LoopRun:
+        """A run that stands where this one does and goes on by itself."""
+        twin = copy(self)
+        twin.history = dict(self.history)  # arrays are replaced, never written, so they may be shared
+        return twin
+
     def _step_values(self, k: int, rows: int) -> dict[str, Array]:
         select = self._inverse[:rows]
         scaled = self.latent * np.float32(self._plan.input_scale[k])
@@ -149,10 +163,7 @@ def run_loop(
     run = LoopRun(program, loop, request, table)
     for k in range(table.evaluations):
         run.evaluate(k)
-        run.update(float(table.state[k]), table.conditional[k], table.unconditional[k])
-        for j in list(run.history):
-            if table.last_reader(j) <= k:
-                run.forget(j)
+        run.advance(k, table)
         if on_step is not None:
             on_step(k + 1, table.evaluations)
     return run.latent

@@ -51,11 +51,13 @@ def _run_one(
     operation, start = step.operation, time.perf_counter()
     with _named(operation):
         result, outcome = _run(program, step, context)
-    outputs = current
+    outputs, quality = current, None
     if outcome == "changed":
         with _named(operation, "left a broken program: "):
             verify(result.program)
             outputs = probe_outputs(result.program)
+        if context.quality is not None and result.program.loop is not None and not operation.exact:
+            quality = context.quality(result.program)
     record = PassRecord(
         name=operation.name,
         outcome=outcome,
@@ -69,6 +71,8 @@ def _run_one(
         flops_after=program_flops(result.program),
         seconds=time.perf_counter() - start,
         details=result.details,
+        psnr_db=quality,
+        keeps_activations=operation.keeps_activations,
     )
     _check_drift(operation, record)
     return replace(result.program, records=(*result.program.records, record)), outputs

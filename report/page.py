@@ -164,7 +164,7 @@ def _bundle(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": manifest.get("name", manifest["model"]["class"]),
         "manifest": manifest,
-        "passes": [_pass(entry) for entry in manifest.get("passes", [])],
+        "passes": _passes(manifest.get("passes", [])),
         "stages": _stages(manifest),
         "schedules": _schedules(manifest),
         "tried": _tried(manifest),
@@ -173,9 +173,13 @@ def _bundle(manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _pass(entry: Mapping[str, Any]) -> dict[str, Any]:
-    refused = list(entry.get("refused", []))
-    return {**entry, "refused": refused[:SHOWN_REFUSALS], "more": max(0, len(refused) - SHOWN_REFUSALS)}
+def _passes(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    found = []
+    for entry, cost in zip(entries, prose.pass_costs(entries), strict=True):
+        refused = list(entry.get("refused", []))
+        more = max(0, len(refused) - SHOWN_REFUSALS)
+        found.append({"psnr_db": None, **entry, "cost_db": cost, "refused": refused[:SHOWN_REFUSALS], "more": more})
+    return found
 
 
 def _stages(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:

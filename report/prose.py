@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from .records import Report, Row
 
@@ -44,6 +45,20 @@ def quantity(value: float) -> str:
 def decibels(value: float) -> str:
     """`40.2 dB`, or `equal` where only rounding differs."""
     return "equal" if value >= EXACT_DB else f"{value:.1f} dB"
+
+
+def pass_costs(passes: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    """What each pass cost in dB: the PSNR before it less the PSNR after it; None where nothing was measured.
+
+    The first lossy pass has the captured model before it, whose samples are the reference: its PSNR says all.
+    """
+    costs: list[float | None] = []
+    before = None
+    for entry in passes:
+        after = entry.get("psnr_db")
+        costs.append(None if before is None or after is None else before - after)
+        before = before if after is None else after
+    return costs
 
 
 def drift(value: float) -> str:

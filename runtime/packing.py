@@ -119,7 +119,8 @@ def summary(path: Path, manifest: Manifest, program: Program, seconds: float) ->
 
 def pass_entry(record: PassRecord) -> PassEntry:
     """A pass record as the manifest keeps it."""
-    return PassEntry.model_validate({**asdict(record), "details": plain(record.details)})
+    values = {name: value for name, value in asdict(record).items() if name in PassEntry.model_fields}
+    return PassEntry.model_validate({**values, "details": plain(record.details)})
 
 
 def _copy_stage(folder: Path, shop: Workshop, stage: Stage) -> StageEntry:

@@ -14,6 +14,7 @@ from ..loop.noise import SampleSet
 from ..loop.ports import BoundProgram
 
 if TYPE_CHECKING:
+    from ..calibration.trajectories import Trajectories
     from ..ir.program import Program
     from ..passes.base import Context
 
@@ -42,31 +43,61 @@ class Quality:
         return {"reference": self.reference[:count], "compiled": self.samples[:count]}
 
 
+SAMPLES_OF_A_PASS = 16
+"""Held-out samples behind the PSNR in the record of a pass."""
+
+
 def measure(program: Program, bound: BoundProgram, context: Context) -> Quality | None:
     """PSNR of the compiled program's samples against the full loop on held-out samples; None without a loop."""
-    from ..calibration.trajectories import BATCH, slices, trajectories
-    from ..loop.driver import run_loop
-    from ..loop.table import fold
-
-    if program.loop is None or program.recurrence is None:
+    if program.loop is None:
         return None
-    scale = program.loop.guidance.scales[0] if program.loop.guidance else None
-    held_out = trajectories(
-        context.original,
-        context.reference(),
-        SampleSet("held-out", context.seed, HELD_OUT),
-        scale,
-        context.cache,
-        lambda done, total: context.progress("reference trajectories (held-out)", done, total),
-        whole=False,
-    )
-    fitted = program.schedule.fitted if program.schedule else {}
-    table = fitted.get(1.0 if scale is None else scale) or fold(program.recurrence, scale)
-    samples = np.concatenate([run_loop(bound, program.loop, piece, table) for piece in slices(held_out.request, BATCH)])
+    held_out = _held_out(program, context)
+    samples = _samples(program, bound, held_out)
     values = psnr(samples, held_out.latents[-1])
     figures = {"mean": float(values.mean()), "min": float(values.min()), "low": lower_bound(values)}
     entry = QualityEntry.model_validate({"psnr_db": figures, "samples": HELD_OUT, "set": "held-out"})
     return Quality(entry, samples, held_out.latents[-1])
+
+
+def quality_of_pass(program: Program, bound: BoundProgram, context: Context) -> float:
+    """Mean PSNR in dB of a few held-out samples of a loop program as a pass leaves it."""
+    from ..calibration.trajectories import first
+
+    held_out = first(_held_out(program, context), SAMPLES_OF_A_PASS)
+    return float(psnr(_samples(program, bound, held_out), held_out.latents[-1]).mean())
+
+
+def _held_out(program: Program, context: Context) -> Trajectories:
+    """Noise, conditions and samples of the full loop."""
+    from ..calibration.trajectories import trajectories
+
+    return trajectories(
+        context.original,
+        context.reference(),
+        SampleSet("held-out", context.seed, HELD_OUT),
+        _scale(program),
+        context.cache,
+        lambda done, total: context.progress("reference trajectories (held-out)", done, total),
+        whole=False,
+    )
+
+
+def _samples(program: Program, bound: BoundProgram, data: Trajectories) -> Array:
+    """The samples of a program from the noise of `data`: with its schedule, or every call evaluated."""
+    from ..calibration.trajectories import BATCH, slices
+    from ..loop.driver import run_loop
+    from ..loop.table import fold
+
+    assert program.loop is not None and program.recurrence is not None
+    scale = _scale(program)
+    fitted = program.schedule.fitted if program.schedule else {}
+    table = fitted.get(1.0 if scale is None else scale) or fold(program.recurrence, scale)
+    return np.concatenate([run_loop(bound, program.loop, piece, table) for piece in slices(data.request, BATCH)])
+
+
+def _scale(program: Program) -> float | None:
+    assert program.loop is not None
+    return program.loop.guidance.scales[0] if program.loop.guidance else None
 
 
 def check_budget(program: Program, quality: QualityEntry | None, min_psnr: float | None) -> None:

@@ -29,10 +29,16 @@ def distinct(positions: np.ndarray, calls: int) -> Positions:
 
 
 def moved(positions: Positions, calls: int, generator: np.random.Generator) -> Positions:
-    """Positions with one of them, or one and all behind it, moved by one or two calls at random."""
+    """Positions with one of them, or one and all behind it, moved by up to half the gap behind it at random."""
     i = int(generator.integers(1, len(positions)))
-    step = int(generator.choice([-2, -1, 1, 2]))
+    gap = (*positions, calls)[i + 1] - positions[i]
+    step = int(generator.integers(1, max(2, gap // 2) + 1) * generator.choice([-1, 1]))
     stop = i + 1 if generator.random() < 0.5 else len(positions)
     shifted = np.asarray(positions)
     shifted[i:stop] += step
     return distinct(shifted, calls)
+
+
+def without_one(positions: Positions) -> list[Positions]:
+    """The positions with each one but the first left out in turn."""
+    return [positions[:i] + positions[i + 1 :] for i in range(1, len(positions))]

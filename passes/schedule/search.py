@@ -17,8 +17,10 @@ from ...loop.noise import SampleSet
 from ...loop.ports import BoundProgram
 from ...loop.table import FoldedTable, fold
 from ..base import Context, Options, Pass, PassResult
-from .fit import Fitter, Plan, Terms
-from .positions import WARPS, Positions, moved, warped
+from .fit import Fit, Fitter, Plan
+from .polish import polish
+from .positions import WARPS, Positions, moved, warped, without_one
+from .terms import Terms
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,12 @@ MINIMUM_VALIDATION = 64
 
 KEPT_WARPS = 4
 """How many warps the first comparison of all of them leaves for other numbers of evaluations."""
+
+POLISHED = 20
+"""A longer table is not polished: the work grows with the square of the evaluations, and the gain shrinks."""
+
+POLISH_REACH = 4.0
+"""A fitted table that misses the budget by more dB than this is not polished; the step gains 1 to 2."""
 
 LADDER = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 15, 17, 20, 25, 30, 40, 50, 65, 80, 100)
 """Numbers of evaluations the search tries first."""
@@ -82,7 +90,7 @@ class SearchSchedule(Pass[ScheduleOptions]):
     """Choose which grid calls are evaluated and fit one linear update after each, in the closed loop.
 
     Positions are warped grids refined by moving single positions, scored on a few calibration samples; updates are
-    fitted on all of them; the budget is checked on validation samples. The unfitted fold of the same positions and
+    fitted on all of them one after the other, then polished together; the budget is checked on validation samples. The unfitted fold of the same positions and
     of evenly spaced ones (fewer steps of the sampler) stand beside every fit, and win when they are better.
     """
 
@@ -159,8 +167,9 @@ class ScheduleSearch:
         self._prepare()
         unguided = frozenset() if self.scale in (None, 1.0) else frozenset(table.positions[~table.guided].tolist())
         fit = self.full.fit(Plan(tuple(table.positions.tolist()), unguided), self.terms)
-        calibration = float(psnr(fit.samples, self.data.latents[-1]).mean())
-        self.tried += [self._measure(fit.table, "fitted", calibration), self._measure(table, "as it was", float("nan"))]
+        better = polish(self.full, fit, self.terms, lambda done, total: self.context.progress("polishing", done, total))
+        self._measure(better.table, "fitted", self._calibration(better))
+        self._measure(table, "as it was", float("nan"))
         best = max(self.tried, key=lambda candidate: candidate.mean)
         budget = None if self.options.evaluations != "auto" else self.context.min_psnr or self.options.min_psnr
         if budget is None or best.low >= budget:
@@ -186,6 +195,9 @@ class ScheduleSearch:
         self.full = Fitter(self.bound, loop, self.recurrence, self.scale, self.data)
         self.terms = Terms(options.outputs, options.directions if self.scale else 0)
         self.scores: dict[Positions, float] = {}
+        self.fits: dict[Positions, tuple[Fit, Candidate]] = {}
+        self.polished: set[Positions] = set()
+        self.refined: dict[int, Positions] = {}
         self.warps = WARPS
         context.progress("searching schedules", 0, 1)
 
@@ -219,12 +231,12 @@ class ScheduleSearch:
             best = self._best(self.recurrence.calls)
             if best.low < budget:
                 raise self._missed(budget)
-        while best.table.evaluations > 2:
-            candidate = self._best(best.table.evaluations - 1)
+        while best.table.evaluations > 1:
+            candidate = self._best(best.table.evaluations - 1, budget)
             if candidate.low < budget:
-                return best
+                break
             best = candidate
-        return best
+        return self._best(best.table.evaluations)
 
     def _missed(self, budget: float) -> GateError:
         reached = max(self.tried, key=lambda candidate: candidate.low)
@@ -238,24 +250,47 @@ class ScheduleSearch:
         """The best warped grid, fitted."""
         return self._fitted(self._best_warp(evaluations))
 
-    def _best(self, evaluations: int) -> Candidate:
-        """The best table with so many evaluations: refined and fitted, or an unfitted one when that is better."""
-        fitted = self._fitted(self._refine(self._best_warp(evaluations)))
+    def _best(self, evaluations: int, budget: float | None = None) -> Candidate:
+        """The best table with so many evaluations on the validation samples.
+
+        Refined positions are fitted and polished; what was tried with so many before, and the unfitted folds, stand
+        beside them. With a budget, the polish is left out where it is met without or is too far away.
+        """
+        coarse = self._best_warp(evaluations)
+        more = self.refined.get(evaluations + 1, ())
+        start = max([coarse, *without_one(more)], key=self._score)
+        self.refined[evaluations] = self._refine(start)
+        candidates = list(dict.fromkeys((self.refined[evaluations], coarse)))
+        lows = [self._fitted(positions).low for positions in candidates]
+        if budget is None or 0 < budget - max(lows) < POLISH_REACH:
+            for positions in candidates:
+                self._polished(positions)
         even = warped(self.recurrence.calls, evaluations, 1.0, 1.0)
-        unfitted = [
+        for origin, order in (("fewer steps", 0), ("forecast", 1)):
             self._measure(fold(self.recurrence, self.scale, even, order), origin, float("nan"))
-            for origin, order in (("fewer steps", 0), ("forecast", 1))
-        ]
-        self.tried += unfitted
-        return max([fitted, *unfitted], key=lambda candidate: candidate.mean)
+        same = [candidate for candidate in self.tried if candidate.table.evaluations == evaluations]
+        return max(same, key=lambda candidate: candidate.mean)
 
     def _fitted(self, positions: Positions) -> Candidate:
-        fit = self.full.fit(Plan(positions), self.terms)
-        calibration = float(psnr(fit.samples, self.data.latents[-1]).mean())
-        candidate = self._measure(fit.table, "fitted", calibration)
-        self.tried.append(candidate)
-        logger.info("%d evaluations: %.2f dB on validation", len(positions), candidate.mean)
-        return candidate
+        """The sequential fit of these positions; each is fitted once."""
+        if positions not in self.fits:
+            fit = self.full.fit(Plan(positions), self.terms)
+            self.fits[positions] = fit, self._measure(fit.table, "fitted", self._calibration(fit))
+        return self.fits[positions][1]
+
+    def _polished(self, positions: Positions) -> None:
+        """Polish a fit, once."""
+        if len(positions) > POLISHED or positions in self.polished:
+            return
+        self.polished.add(positions)
+        fit, _ = self.fits[positions]
+        task = f"polishing {len(positions)} evaluations"
+        better = polish(self.full, fit, self.terms, lambda done, total: self.context.progress(task, done, total))
+        if better is not fit:
+            self._measure(better.table, "polished", self._calibration(better))
+
+    def _calibration(self, fit: Fit) -> float:
+        return float(psnr(fit.samples, self.data.latents[-1]).mean())
 
     def _best_warp(self, evaluations: int) -> Positions:
         """The best warped grid; once all warps were compared, only the ones that were good then are tried."""
@@ -287,5 +322,12 @@ class ScheduleSearch:
         return self.scores[positions]
 
     def _measure(self, table: FoldedTable, origin: str, calibration: float) -> Candidate:
+        """Quality on the validation samples, for the record; a table that was measured before is not run again."""
+        for known in self.tried:
+            if known.origin == origin and np.array_equal(known.table.positions, table.positions):
+                return known
         values = psnr(self.full.samples(table, self.validation), self.validation.latents[-1])
-        return Candidate(table, origin, float(values.mean()), lower_bound(values), calibration)
+        candidate = Candidate(table, origin, float(values.mean()), lower_bound(values), calibration)
+        self.tried.append(candidate)
+        logger.info("%d evaluations, %s: %.2f dB on validation", table.evaluations, origin, candidate.mean)
+        return candidate

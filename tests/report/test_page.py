@@ -113,6 +113,13 @@ def test_page_shows_every_section() -> None:
     assert len(pictures_at) == 2
 
 
+def test_page_says_what_each_pass_cost() -> None:
+    quantize = manifest()["passes"][0]
+    schedule = {**quantize, "name": "schedule", "refused": [], "psnr_db": 41.5}
+    text = Reader(build_page("A bench", full(), [manifest(passes=[{**quantize, "psnr_db": 47.25}, schedule])])).text
+    assert "47.2 dB" in text and "41.5 dB" in text and "cost 5.8 dB" in text
+
+
 def test_page_loads_nothing_from_anywhere() -> None:
     html = build_page("A bench", full(), [manifest()], {"tiny": np.zeros((1, 1, 8, 8))})
     assert all(address.startswith("data:") for address in Reader(html).addresses)

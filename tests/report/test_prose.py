@@ -75,3 +75,10 @@ def test_headline_without_a_reference_says_only_the_time() -> None:
 def test_headline_of_a_component() -> None:
     (found,) = sentences(row("text", 3.0, evaluations=None, drift=0.02))
     assert found == "text answers one call in 3 ms; its output differs by 2 % from that of the checkpoint."
+
+
+def test_what_each_pass_cost() -> None:
+    """The first measured pass has the model itself before it; exact passes are not measured and cost nothing."""
+    passes = [{"psnr_db": value} for value in (None, 48.0, None, 46.5, 41.0)]
+    assert prose.pass_costs(passes) == [None, None, None, 1.5, 5.5]
+    assert prose.pass_costs([{}]) == [None] and prose.pass_costs([]) == []

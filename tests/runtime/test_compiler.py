@@ -194,8 +194,8 @@ def test_batch_invariance_in_the_manifest(captured: Program, tmp_path: Path) -> 
     [
         (lambda p, out: stepfold.apply(p, "defalt"), "did you mean 'default'"),
         (
-            lambda p, out: stepfold.apply(p, FP32, calibration=Path("store")),
-            "apply: expected no calibration store; received store",
+            lambda p, out: stepfold.apply(p, FP32, calibration="none"),
+            "none: expected a calibration store; there is no store.json",
         ),
         (lambda p, out: stepfold.apply(p, FP32, backend="onnxrt"), "did you mean 'onnxruntime'"),
         (lambda p, out: stepfold.lower(p, "onnxrt", out=out / "new"), "did you mean 'onnxruntime'"),
@@ -249,6 +249,10 @@ def test_the_summary_is_what_was_built(optimized: tuple[Path, dict[str, Any]], t
         assert stage["bytes"] == sum(path.stat().st_size for path in (out / "stages").glob(f"{stage['name']}.*"))
     assert document["schedule"] == {"grid_steps": 8, "evaluations": 3, "guided_evaluations": 3, "fitted_on": "engine"}
     assert document["passes"][0]["parameters_before"] == tiny_program.parameters()
+    psnr = {entry["name"]: entry["psnr_db"] for entry in document["passes"]}
+    assert psnr["hoist"] is psnr["fuse"] is None  # exact
+    assert 100 > psnr["quantize"] > psnr["schedule"] + 3
+    assert psnr["schedule"] == pytest.approx(document["quality"]["psnr_db"]["mean"], abs=6)  # fewer samples
     assert document["seconds"] > document["fit_seconds"] > 0
     assert document["bundle"] == str(out)
 

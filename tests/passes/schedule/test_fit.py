@@ -14,8 +14,9 @@ from stepfold.calibration.trajectories import Trajectories, first, trajectories
 from stepfold.loop.noise import SampleSet
 from stepfold.loop.recurrence import Recurrence
 from stepfold.loop.table import fold
-from stepfold.passes.schedule.fit import Fitter, Plan, Terms
+from stepfold.passes.schedule.fit import Fitter, Plan
 from stepfold.passes.schedule.positions import warped
+from stepfold.passes.schedule.terms import Terms
 
 STEPS, COUNT = 12, 20  # more samples than one batch of the driver
 COEFFICIENT = 1e-4

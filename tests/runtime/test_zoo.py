@@ -1,0 +1,75 @@
+"""`stepfold optimize` on a saved folder of every class the frontend captures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from zoo import ZOO, ZooModel
+
+from stepfold.cli import main
+from stepfold.runtime.engine import load
+
+pytestmark = pytest.mark.slow
+
+EXACT_DB = 85.0
+"""PSNR of a bundle whose passes are exact; what is left is float32 rounding, magnified by guidance."""
+
+EVALUATIONS = 6
+SEARCH = {"evaluations": EVALUATIONS, "moves": 2, "samples": 8, "search_samples": 4}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory):
+    """The recipes of one model share its reference trajectories."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEPFOLD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def optimize(model: ZooModel, folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    """The object `optimize --json` prints for a saved folder of the model."""
+    checkpoint, bundle = model.save(folder / "checkpoint"), folder / "bundle"
+    code = main(["optimize", str(checkpoint), "--out", str(bundle), "--json", *arguments])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return json.loads(captured.out)
+
+
+def recipe(folder: Path, **passes: dict) -> str:
+    """A recipe file of these passes."""
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps({"name": "test", "passes": [{name: options} for name, options in passes.items()]}))
+    return str(path)
+
+
+@pytest.mark.parametrize("model", ZOO, ids=str)
+def test_exact_passes_give_the_samples_of_the_model(
+    model: ZooModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = optimize(model, tmp_path, capsys, "--recipe", recipe(tmp_path, hoist={}))
+    (entry,) = found["passes"]
+    assert entry["outcome"] == ("changed" if model.is_loop else "not_applicable")
+    if model.is_loop:
+        assert found["quality"]["psnr_db"]["min"] > EXACT_DB
+        assert found["schedule"] is None
+
+
+@pytest.mark.parametrize("model", ZOO, ids=str)
+@pytest.mark.parametrize("name", ["fp32", "int8"])
+def test_a_shipped_recipe(model: ZooModel, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Quality of random weights says nothing; that every sample is a number, and how many evaluations, does."""
+    options = [f"--set=schedule.{option}={value}" for option, value in SEARCH.items()]
+    found = optimize(model, tmp_path, capsys, "--recipe", name, *options)
+    outcomes = {entry["name"]: entry["outcome"] for entry in found["passes"]}
+    assert outcomes["schedule"] == ("changed" if model.is_loop else "not_applicable")
+    if name == "int8":
+        assert outcomes["quantize"] == "changed"
+    if model.is_loop:
+        assert found["schedule"]["evaluations"] == EVALUATIONS
+        assert np.isfinite(found["quality"]["psnr_db"]["mean"]) and found["quality"]["psnr_db"]["mean"] > 10
+    else:
+        outputs = load(tmp_path / "bundle").run(**{k: v.numpy() for k, v in model.kwargs(3).items()})
+        assert np.isfinite(outputs[0]).all() and len(outputs[0]) == 3
