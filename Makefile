@@ -6,6 +6,7 @@ TORCH := torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+DISTRIBUTED := $(VENV)/distributed
 # A file stays in one process, so that what its tests share is made once; each process holds about 1 GB.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 DEMO := out/demo
@@ -26,6 +27,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[compile,report,openvino,dev]'
 	touch $@
 
+$(DISTRIBUTED): $(INSTALLED)  # Ray, which only some of the slow tests need
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[distributed]'
+	touch $@
+
 demo: $(INSTALLED)  ## compile the reference checkpoint, draw digits, measure: out/demo
 	$(BIN)/stepfold optimize $(REFERENCE) --out $(DEMO)/bundle --min-psnr 40 --overwrite
 	$(BIN)/stepfold generate $(DEMO)/bundle --out $(DEMO)/digits.png --count 20 --seed 7
@@ -34,10 +39,10 @@ demo: $(INSTALLED)  ## compile the reference checkpoint, draw digits, measure: o
 test: $(INSTALLED)  ## the tests of a few minutes
 	$(PYTEST) -m 'not slow'
 
-test-slow: $(INSTALLED)  ## the tests marked slow
+test-slow: $(DISTRIBUTED)  ## the tests marked slow
 	$(PYTEST) -m slow
 
-test-all: $(INSTALLED)  ## all tests
+test-all: $(DISTRIBUTED)  ## all tests
 	$(PYTEST)
 
 lint: $(INSTALLED)  ## ruff and pyright

@@ -14,6 +14,7 @@ import typer
 
 from .backends import backends
 from .bench import bench
+from .calibrate import calibrate
 from .compare import compare
 from .console import errors_console, quiet_libraries
 from .failures import failure
@@ -28,7 +29,7 @@ from .verify import verify
 USAGE = 2  # exit code of wrong use
 DEBUG = "--debug"
 
-VERBS = (optimize, generate, bench, compare, refit, inspect, verify, passes, recipes, backends)
+VERBS = (optimize, calibrate, generate, bench, compare, refit, inspect, verify, passes, recipes, backends)
 
 app = typer.Typer(name="stepfold", add_completion=False, rich_markup_mode="rich")
 

@@ -16,6 +16,7 @@ EXTRAS = {
     "compile": ("torch", "diffusers", "transformers", "accelerate", "onnx", "onnx_ir", "onnxscript", "scipy"),
     "report": ("plotly", "jinja2"),
     "openvino": ("openvino", "nncf"),
+    "distributed": ("ray",),
 }
 """Optional packages by the extra that installs them."""
 

@@ -1,4 +1,4 @@
-"""`stepfold inspect`: what a checkpoint or a bundle consists of."""
+"""`stepfold inspect`: what a checkpoint, a bundle or a calibration store consists of."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from rich.markup import escape
 
 from ..loop.ports import Port
 from .console import console, print_json, table, working
+from .inspect_store import print_store
 from .optimize import quality_line, schedule_line
-from .options import BUNDLE_OR_CHECKPOINT, Json, is_bundle
+from .options import ANY_FOLDER, Json, is_bundle, is_store
 
 
 def inspect(
-    model: Annotated[Path, typer.Argument(metavar=BUNDLE_OR_CHECKPOINT, help="Folder to look into.")],
+    model: Annotated[Path, typer.Argument(metavar=ANY_FOLDER, help="Folder to look into.")],
     as_json: Json = False,
 ) -> None:
-    """Show what a checkpoint consists of, rate by rate and site by site, or what a bundle holds.
+    """Show what a checkpoint consists of, rate by rate and site by site, or what a bundle or calibration store holds.
 
     $ stepfold inspect examples/mnist_dit
     """
@@ -28,6 +29,11 @@ def inspect(
 
         document = read_manifest(model).model_dump(mode="json", by_alias=True)
         show = print_bundle
+    elif is_store(model):
+        from ..calibration.summary import store_summary
+
+        document = store_summary(model)
+        show = print_store
     else:
         document = _checkpoint(model)
         show = print_checkpoint

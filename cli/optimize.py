@@ -39,6 +39,10 @@ def optimize(
     inputs: Annotated[
         Path | None, typer.Option("--inputs", metavar="FILE.safetensors", help="Example inputs by name.")
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", metavar="STORE", help="Statistics for the passes; see `stepfold calibrate`."),
+    ] = None,
     min_psnr: MinPsnr = None,
     seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of the three sets of samples.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")] = False,
@@ -56,7 +60,7 @@ def optimize(
     from ..runtime.compiler import Job
     from ..runtime.compiler import optimize as run
 
-    job = Job(checkpoint, out, recipe, chosen, backend, loop, inputs, min_psnr, seed, overwrite)
+    job = Job(checkpoint, out, recipe, chosen, backend, loop, inputs, min_psnr, seed, overwrite, calibration)
     with working() as progress:
         document = run(job, progress, write_bundle_report)
     if as_json:

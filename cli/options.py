@@ -11,6 +11,7 @@ import typer
 from ..loop.errors import UsageError
 
 BUNDLE_OR_CHECKPOINT = "BUNDLE|CHECKPOINT"
+ANY_FOLDER = "CHECKPOINT|BUNDLE|STORE"
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of the noise.")]
@@ -42,3 +43,8 @@ def is_bundle(path: Path) -> bool:
     if not path.is_dir():
         raise UsageError(f"{path}: expected the folder of a bundle or a checkpoint; there is none.")
     return (path / "manifest.json").is_file()
+
+
+def is_store(path: Path) -> bool:
+    """Whether a folder is a calibration store."""
+    return (path / "store.json").is_file()

@@ -47,7 +47,9 @@ class PassRecord:
     """What one pass did, as reported by `optimize --json`.
 
     `drift` is the relative L2 change of the program's outputs on the probe against the program before this pass,
-    `total_drift` against the captured program. `psnr_db` is the mean PSNR of whole samples after a lossy pass on a loop. FLOPs are of one evaluation of the step stage for one sample.
+    `total_drift` against the captured program. `psnr_db` is the mean PSNR of whole samples after a lossy pass on a
+    loop. FLOPs are of one evaluation of the step stage for one sample. Where `keeps_activations` is set, linear layers
+    read what they read before, and statistics of them stay valid.
     """
 
     name: str
@@ -63,6 +65,7 @@ class PassRecord:
     seconds: float
     details: Mapping[str, Any] = field(default_factory=dict)
     psnr_db: float | None = None
+    keeps_activations: bool = False
 
 
 @dataclass(frozen=True)

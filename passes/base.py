@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from ..calibration.read import Calibration
 from ..ir.program import Program, Refusal
 from ..loop.ports import BoundProgram
 
@@ -40,6 +41,7 @@ class Context:
         seed: of the three sets of samples.
         cache: where reference trajectories and statistics are kept between runs.
         min_psnr: a quality budget given by the user, which wins over the recipe's.
+        calibration: statistics of a store that the user gave; a pass asks it whether they are those of its program.
         quality: mean PSNR in dB of a program's samples, for the record of a lossy pass; None measures nothing.
         progress: called with (task, done, total) during long work.
     """
@@ -51,6 +53,7 @@ class Context:
     seed: int
     cache: Path
     min_psnr: float | None = None
+    calibration: Calibration | None = None
     quality: Callable[[Program], float] | None = None
     progress: Progress = silent
 
@@ -78,13 +81,15 @@ class Pass(ABC, Generic[OptionsT]):
     """A rewrite of a program: pattern, check, rewrite.
 
     Class attributes name it in recipes and tables. `exact` passes must keep the outputs within the tolerance of the
-    dtype; the manager checks it.
+    dtype; the manager checks it. Those that `keeps_activations` names also keep what every linear layer reads, so that
+    a calibration store made before them may be used behind them.
     """
 
     name: ClassVar[str]
     family: ClassVar[str]
     source: ClassVar[str]
     exact: ClassVar[bool] = False
+    keeps_activations: ClassVar[bool] = False
     idempotent: ClassVar[bool] = True
     options_type: ClassVar[type[Options]]
 

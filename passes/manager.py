@@ -72,6 +72,7 @@ def _run_one(
         seconds=time.perf_counter() - start,
         details=result.details,
         psnr_db=quality,
+        keeps_activations=operation.keeps_activations,
     )
     _check_drift(operation, record)
     return replace(result.program, records=(*result.program.records, record)), outputs

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..bundle.manifest import Manifest
 from ..bundle.writer import check_out, writing
-from ..loop.errors import UsageError
 from .quality import check_budget, measure, quality_of_pass
 from .workshop import Workshop, workshop
 
 if TYPE_CHECKING:
+    from ..calibration.read import Calibration
     from ..ir.program import Program
     from ..passes.base import Context
     from ..passes.recipe import Recipe
@@ -57,6 +57,7 @@ class Job:
         min_psnr: quality budget in dB.
         seed: of the three sample sets.
         overwrite: replace a bundle that is there.
+        calibration: a store of `stepfold calibrate` for the passes to take statistics from.
     """
 
     checkpoint: Path
@@ -69,6 +70,7 @@ class Job:
     min_psnr: float | None = None
     seed: int = 0
     overwrite: bool = False
+    calibration: Path | None = None
 
 
 def optimize(job: Job, progress: Progress, finish: Finish | None = None) -> dict[str, Any]:
@@ -87,6 +89,7 @@ def optimize(job: Job, progress: Progress, finish: Finish | None = None) -> dict
         GateError: the quality budget cannot be met; nothing is left behind.
         StepfoldError: the work failed.
     """
+    from ..calibration.read import open_finished
     from ..frontend.inspect import inspect_program
     from ..frontend.load import load_checkpoint
     from ..passes.manager import run_passes
@@ -96,12 +99,15 @@ def optimize(job: Job, progress: Progress, finish: Finish | None = None) -> dict
     check_out(job.out, job.overwrite)
     recipe = _recipe(job)
     steps = recipe.steps()
+    statistics = open_finished(job.calibration) if job.calibration is not None else None
     with workshop(job.backend or recipe.backend or "onnxruntime") as shop:
         progress("loading", 0, 1)
         checkpoint = load_checkpoint(job.checkpoint, loop=job.loop, inputs=job.inputs)
         progress("capturing", 0, 1)
         original = checkpoint.capture()
-        context = make_context(original, shop, job.seed, job.min_psnr, progress)
+        if statistics is not None:
+            statistics.require(original)
+        context = make_context(original, shop, job.seed, job.min_psnr, progress, statistics)
         program = run_passes(original, steps, context)
         progress("compiling", 0, len(program.stages))
         bound = shop.open(program)
@@ -133,7 +139,14 @@ def _recipe(job: Job) -> Recipe:
     return override(loaded, settings)
 
 
-def make_context(original: Program, shop: Workshop, seed: int, min_psnr: float | None, progress: Progress) -> Context:
+def make_context(
+    original: Program,
+    shop: Workshop,
+    seed: int,
+    min_psnr: float | None,
+    progress: Progress,
+    calibration: Calibration | None = None,
+) -> Context:
     """What passes work with."""
     from ..passes.base import Context
 
@@ -145,6 +158,7 @@ def make_context(original: Program, shop: Workshop, seed: int, min_psnr: float |
         seed=seed,
         cache=cache_folder(),
         min_psnr=min_psnr,
+        calibration=calibration,
         progress=progress,
     )
     return replace(context, quality=lambda program: quality_of_pass(program, shop.open(program), context))
@@ -154,7 +168,7 @@ def apply(
     program: Program,
     recipe: str | Path | Mapping[str, Any],
     *,
-    calibration: Path | None = None,
+    calibration: Path | str | None = None,
     seed: int = 0,
     backend: str | None = None,
 ) -> tuple[Program, tuple[Any, ...]]:
@@ -163,7 +177,7 @@ def apply(
     Args:
         program: a captured program.
         recipe: name, file or content.
-        calibration: a store of statistics; None, because passes calibrate by themselves so far.
+        calibration: a store of `stepfold calibrate`; without one, passes that need statistics calibrate by themselves.
         seed: of the sample sets.
         backend: engine the schedule is fitted on.
 
@@ -171,22 +185,19 @@ def apply(
         The new program and one record for each pass.
 
     Raises:
-        UsageError: an unknown recipe, pass, option or value, or a calibration store.
+        UsageError: an unknown recipe, pass, option or value, or a calibration store of another program.
         GateError: the quality budget cannot be met.
         StepfoldError: a pass broke its contract.
     """
+    from ..calibration.read import open_store
     from ..passes.base import silent
     from ..passes.manager import run_passes
     from ..passes.recipe import load_recipe
 
-    if calibration is not None:
-        raise UsageError(
-            f"apply: expected no calibration store; received {calibration}. Passes of this version calibrate by "
-            "themselves: leave it out."
-        )
     loaded = load_recipe(recipe)
+    statistics = open_store(Path(calibration), program) if calibration is not None else None
     with workshop(backend or loaded.backend or "onnxruntime") as shop:
-        result = run_passes(program, loaded.steps(), make_context(program, shop, seed, None, silent))
+        result = run_passes(program, loaded.steps(), make_context(program, shop, seed, None, silent, statistics))
     return result, result.records[len(program.records) :]
 
 

@@ -14,6 +14,7 @@ from torch import fx
 from ...calibration.ranges import Range, observe_ranges
 from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
 from ...ir.edit import add_buffer, copy_graph, finish
+from ...ir.names import module_path
 from ...ir.program import Program, Refusal, Stage, attribute
 from ...loop.ports import Rate
 from ..base import Context, Options, Pass, PassResult
@@ -151,12 +152,6 @@ def _smoothed(
         for site in members
     }
     return program, divided, [Refusal(names.get(refusal.site, refusal.site), refusal.reason) for refusal in refused]
-
-
-def module_path(node: fx.Node) -> str:
-    """The module a node belongs to, or its own name."""
-    modules = list((node.meta.get("nn_module_stack") or {}).values())
-    return modules[-1][0] if modules and modules[-1][0] else node.name
 
 
 def _is_quantized(node: fx.Node) -> bool:

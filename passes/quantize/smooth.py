@@ -15,10 +15,10 @@ from torch import fx
 
 from ...ir.edit import add_buffer, copy_graph, finish
 from ...ir.program import Program, Refusal, Stage, attribute
+from .algebra.smoothing import exponent_scale
 
 aten = torch.ops.aten
 LINEAR = aten.linear.default
-LARGEST_RATIO = 1e4
 
 
 def smoothing_scale(activation: torch.Tensor, weight: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -32,12 +32,7 @@ def smoothing_scale(activation: torch.Tensor, weight: torch.Tensor, alpha: float
     Returns:
         [M], with geometric mean 1; 1 where a channel is never used.
     """
-    largest = weight.abs().amax(dim=0)
-    used = (activation > 0) & (largest > 0)
-    ratio = activation.clamp(min=1e-12) ** alpha / largest.clamp(min=1e-12) ** (1 - alpha)
-    ratio = torch.where(used, ratio, torch.ones_like(ratio))
-    centred = ratio / ratio[used].log().mean().exp() if used.any() else ratio
-    return torch.where(used, centred.clamp(1 / LARGEST_RATIO, LARGEST_RATIO), torch.ones_like(ratio))
+    return exponent_scale(activation, weight, alpha, 1 - alpha)
 
 
 def smooth(

@@ -40,6 +40,7 @@ class Hoist(Pass[HoistOptions]):
     family = "schedule"
     source = "stepfold; exact caches of text keys and modulation are hand-written in diffusers (TextKVCache)"
     exact = True
+    keeps_activations = True
     options_type = HoistOptions
 
     def not_applicable(self, program: Program) -> str | None:

@@ -60,11 +60,11 @@ class ScheduleOptions(Options):
     evaluations: int | Literal["auto"] = "auto"
     min_psnr: float | None = Field(default=40.0, gt=0)
     samples: int = Field(default=40, ge=4)
-    search_samples: int = Field(default=12, ge=2)
+    search_samples: int = Field(default=16, ge=2)
     validation: int = Field(default=MINIMUM_VALIDATION, ge=MINIMUM_VALIDATION)
     outputs: int = Field(default=3, ge=1, le=8)
     directions: int = Field(default=2, ge=0, le=8)
-    moves: int = Field(default=48, ge=0, le=10_000)
+    moves: int = Field(default=64, ge=0, le=10_000)
 
 
 @dataclass(frozen=True, eq=False)

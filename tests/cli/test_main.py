@@ -13,9 +13,21 @@ import typer
 from stepfold.cli import app
 from stepfold.loop.errors import GateError, StepfoldError, UsageError
 
-VERBS = ["optimize", "generate", "bench", "compare", "refit", "inspect", "verify", "passes", "recipes", "backends"]
+VERBS = [
+    "optimize",
+    "calibrate",
+    "generate",
+    "bench",
+    "compare",
+    "refit",
+    "inspect",
+    "verify",
+    "passes",
+    "recipes",
+    "backends",
+]
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-LATER = {"--single-file", "--prompt", "--negative-prompt", "--calibration", "--reduce"}
+LATER = {"--single-file", "--prompt", "--negative-prompt", "--reduce"}
 WORK = "stepfold.runtime.compiler.optimize"
 OPTIMIZE = ("optimize", "checkpoint", "--out", "bundle")
 
@@ -75,7 +87,7 @@ def test_version(stepfold) -> None:
         (("optimize", "x"), "Missing option '--out'."),
         (("generate", "x", "--seed", "-1"), "Invalid value for '--seed'"),
         (("bench", "x", "--count", "many"), "Invalid value for '--count'"),
-        (("calibrate",), "No such command 'calibrate'."),
+        (("calibrate", "x"), "Missing option '--out'."),
     ],
 )
 def test_wrong_words(stepfold, words: tuple[str, ...], message: str) -> None:
@@ -193,6 +205,7 @@ print(json.dumps({
     "recipes": run("recipes"),
     "passes": run("passes"),
     "inspect a checkpoint": run("inspect", folder),
+    "calibrate": run("calibrate", folder, "--out", folder + "/store"),
 }))
 """
 
@@ -205,7 +218,7 @@ def test_a_core_install_runs_bundles_and_says_what_else_needs(read_only_bundle: 
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     codes = {name: code for name, (code, _) in results.items()}
-    needs_torch = ("optimize", "recipes", "passes", "inspect a checkpoint")
+    needs_torch = ("optimize", "recipes", "passes", "inspect a checkpoint", "calibrate")
     assert codes == {name: 2 if name in needs_torch else 0 for name in codes}
     assert json.loads(results["verify"][1])["ok"]
     assert (tmp_path / "a.png").is_file() and (tmp_path / "a.npy").is_file()

@@ -16,6 +16,7 @@ from programs import calls, component, context_of, denoiser, operators, samples_
 from torch import fx
 
 from stepfold.backends.onnxruntime.lower import lower
+from stepfold.ir.names import module_path
 from stepfold.ir.program import Program, Refusal, Stage, reference
 from stepfold.loop.errors import StepfoldError
 from stepfold.loop.metrics import drift
@@ -23,7 +24,7 @@ from stepfold.loop.ports import BoundProgram
 from stepfold.passes.base import PassResult
 from stepfold.passes.manager import Step, run_passes
 from stepfold.passes.quantize.int8 import quantize_weight
-from stepfold.passes.quantize.quantize import Quantize, QuantizeOptions, module_path
+from stepfold.passes.quantize.quantize import Quantize, QuantizeOptions
 from stepfold.passes.schedule.hoist import Hoist, HoistOptions
 from stepfold.runtime.packing import batch_invariant
 from stepfold.runtime.workshop import workshop

@@ -1,0 +1,100 @@
+"""One activation scale for all timesteps, one for each bucket of them, or scales taken at run time.
+
+What a layer reads grows and shrinks over the timesteps. One static range wastes bits where values are small; the rule
+and its figures are measured on ranges that drift (Q-Diffusion and PTQ4DiT report the drift, arXiv 2302.04304 and
+2405.16005).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ....loop.errors import GateError, UsageError
+
+STEADY = 1.5
+"""Largest range over the median range up to which one scale serves all buckets."""
+
+WORST_BUCKET = 2.0
+"""How many times the mean error the error of one bucket may be."""
+
+
+@dataclass(frozen=True)
+class ActivationPlan:
+    """How the activations of a site get their scale.
+
+    Attributes:
+        kind: `static`, `bucketed` or `dynamic`.
+        spread: largest range over the median range.
+        ranges: (low, high): one pair if static, one for each bucket if bucketed, none if dynamic.
+    """
+
+    kind: Literal["static", "bucketed", "dynamic"]
+    spread: float
+    ranges: tuple[tuple[float, float], ...]
+
+
+def plan_activations(low: torch.Tensor, high: torch.Tensor, dynamic: bool) -> ActivationPlan:
+    """Choose by how far the ranges of the buckets differ.
+
+    Args:
+        low: [buckets] smallest value seen in each bucket of timesteps, over both guidance branches.
+        high: [buckets] largest value.
+        dynamic: whether the engine takes scales at run time.
+
+    Raises:
+        UsageError: ranges are missing, not finite, or the wrong way round.
+    """
+    _expect_ranges(low, high)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    ranges = torch.maximum(-low, high)
+    middle = float(ranges.quantile(0.5))
+    spread = float(ranges.amax()) / middle if middle else (1.0 if not ranges.any() else float("inf"))
+    if spread <= STEADY:
+        return ActivationPlan("static", spread, ((float(low.amin()), float(high.amax())),))
+    if dynamic:
+        return ActivationPlan("dynamic", spread, ())
+    return ActivationPlan("bucketed", spread, tuple(zip(low.tolist(), high.tolist(), strict=True)))
+
+
+def _expect_ranges(low: torch.Tensor, high: torch.Tensor) -> None:
+    if low.ndim != 1 or low.shape != high.shape or not low.numel():
+        received = f"{tuple(low.shape)} and {tuple(high.shape)}"
+        raise UsageError(f"ranges: expected one low and one high for each bucket; received shapes {received}.")
+    if not (torch.isfinite(low).all() and torch.isfinite(high).all() and (low <= high).all()):
+        raise UsageError("ranges: expected finite low <= high in each bucket; received others. Calibrate again.")
+
+
+def bucket_of(call: int, calls: int, buckets: int) -> int:
+    """The bucket of a call of the loop: runs of calls, as equal in length as they can be.
+
+    Raises:
+        UsageError: the call is not one of the loop, or there are more buckets than calls.
+    """
+    if not 1 <= buckets <= calls:
+        raise UsageError(f"buckets: expected 1 to {calls}, the calls of the loop; received {buckets}.")
+    if not 0 <= call < calls:
+        raise UsageError(f"call: expected 0 to {calls - 1}; received {call}.")
+    return call * buckets // calls
+
+
+def expect_even_errors(site: str, errors: torch.Tensor) -> None:
+    """Refuse scales under which one bucket pays for the others.
+
+    Args:
+        site: named in the error.
+        errors: [buckets] relative output error of the layer in each bucket.
+
+    Raises:
+        GateError: an error is not finite, or above `WORST_BUCKET` times the mean.
+    """
+    if not torch.isfinite(errors).all():
+        raise GateError(f"{site}: expected finite errors in every bucket; received {errors.tolist()}. Calibrate again.")
+    worst, mean = int(errors.argmax()), float(errors.mean())
+    if errors[worst] > WORST_BUCKET * mean:
+        raise GateError(
+            f"{site}: expected the error of each bucket of timesteps to be at most {WORST_BUCKET:g} times the mean "
+            f"{mean:.3g}; received {float(errors[worst]):.3g} in bucket {worst}. Use bucketed or dynamic scales."
+        )

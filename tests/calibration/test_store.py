@@ -1,0 +1,330 @@
+"""The store: what survives, what is refused, what is made again."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from calibrated import calibrated, content, standard
+from safetensors.numpy import load_file
+
+from stepfold.calibration import durable
+from stepfold.calibration.document import FORMAT_VERSION, STATISTICS, STORE, is_finished, read_document
+from stepfold.calibration.plan import Settings
+from stepfold.calibration.read import open_finished
+from stepfold.calibration.run import calibrate, prepare
+from stepfold.calibration.shards import open_shard, shard_name
+from stepfold.calibration.statistics import merge
+from stepfold.calibration.store import missing_shards
+from stepfold.ir.program import ModelIdentity
+from stepfold.loop.errors import StepfoldError, UsageError
+
+SHARDS = 3  # of 20 samples
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished store; for tests that do not change it."""
+    folder = tmp_path_factory.mktemp("stores") / "whole"
+    calibrated(standard(), folder)
+    return folder
+
+
+@pytest.fixture
+def store(whole: Path, tmp_path: Path) -> Path:
+    """A finished store to damage."""
+    return Path(shutil.copytree(whole, tmp_path / "store"))
+
+
+def unfinished(store: Path, *missing: int) -> Path:
+    """Take a store back to where these shards were not collected."""
+    for index in missing:
+        (store / shard_name(index)).unlink()
+    (store / STATISTICS).unlink()
+    document = json.loads((store / STORE).read_text()) | {"finished": False, "files": {}}
+    (store / STORE).write_text(json.dumps(document))
+    return store
+
+
+def rewrite(store: Path, **changes: Any) -> None:
+    (store / STORE).write_text(json.dumps(json.loads((store / STORE).read_text()) | changes))
+
+
+# -- what it holds
+
+
+def test_files(whole: Path) -> None:
+    names = {"lock", STORE, STATISTICS, *(shard_name(i) for i in range(SHARDS))}
+    assert content(whole).keys() == names
+    document = read_document(whole)
+    assert document.finished and set(document.files) == names - {"lock", STORE}
+    assert document.shards == ((0, 8), (8, 16), (16, 20)) and document.format_version == FORMAT_VERSION
+    assert document.plan.planned > 0 and document.parts["samples"] == 20
+
+
+def test_statistics_are_the_sum_of_the_shards_in_their_order(whole: Path) -> None:
+    parts = [load_file(whole / shard_name(i)) for i in range(SHARDS)]
+    tensors = [{name.rpartition(".")[2]: part[name] for name in part if name.startswith("0001.")} for part in parts]
+    expected, received = reduce(merge, tensors), load_file(whole / STATISTICS)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(received[f"0001.{name}"], array)
+    np.testing.assert_array_equal(received["seen"], sum(part["seen"] for part in parts))
+    assert len(received["0001.rows"]) == sum(len(part["0001.rows"]) for part in parts)
+
+
+def test_the_same_run_gives_the_same_bytes(whole: Path, tmp_path: Path) -> None:
+    calibrated(standard(), tmp_path / "again")
+    assert content(tmp_path / "again") == content(whole)
+
+
+# -- resuming
+
+
+def test_a_finished_store_stays_as_it_is(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, stamps = content(store), {p: p.stat().st_mtime_ns for p in store.rglob("*.*")}
+    monkeypatch.setattr("stepfold.calibration.run.collect_shard", None)
+    outcome = calibrated(standard(), store)
+    assert outcome.resumed == SHARDS and outcome.document.finished
+    assert content(store) == before and {p: p.stat().st_mtime_ns for p in stamps} == stamps
+
+
+@pytest.mark.parametrize("missing", [(2,), (0,), (0, 1, 2), ()])
+def test_what_is_missing_is_collected(store: Path, whole: Path, missing: tuple[int, ...]) -> None:
+    outcome = calibrated(standard(), unfinished(store, *missing))
+    assert outcome.resumed == SHARDS - len(missing)
+    assert content(store) == content(whole)
+
+
+def test_what_a_killed_process_was_writing_is_removed(store: Path, whole: Path) -> None:
+    unfinished(store, 2)
+    for name in (".store.json.00aa11bb.partial", "shards/.00002.safetensors.00aa11bb.partial"):
+        (store / name).write_bytes(b"half")
+    calibrated(standard(), store)
+    assert content(store) == content(whole)
+
+
+def test_killed_before_the_first_file(tmp_path: Path, whole: Path) -> None:
+    (tmp_path / "store" / "shards").mkdir(parents=True)
+    (tmp_path / "store" / "lock").touch()
+    (tmp_path / "store" / ".store.json.00aa11bb.partial").write_bytes(b"{")
+    calibrated(standard(), tmp_path / "store")
+    assert content(tmp_path / "store") == content(whole)
+
+
+def test_an_empty_folder_becomes_a_store(tmp_path: Path, whole: Path) -> None:
+    calibrated(standard(), tmp_path)
+    assert content(tmp_path) == content(whole)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def swap(path: Path) -> None:
+    shutil.copy(path.parent / "00000.safetensors", path)
+
+
+@pytest.mark.parametrize("harm", [truncate, swap, Path.unlink])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_damaged_shard_is_collected_again(store: Path, whole: Path, harm: Callable, finished: bool) -> None:
+    if not finished:
+        unfinished(store)
+    harm(store / shard_name(1))
+    assert calibrated(standard(), store).resumed == SHARDS - 1
+    assert content(store) == content(whole)
+
+
+@pytest.mark.parametrize("harm", [truncate, flip, Path.unlink])
+def test_damaged_statistics_are_added_again(store: Path, whole: Path, harm: Callable) -> None:
+    harm(store / STATISTICS)
+    assert not is_finished(store)
+    assert calibrated(standard(), store).resumed == SHARDS
+    assert content(store) == content(whole)
+
+
+# -- what is refused
+
+
+def test_a_store_of_another_run_is_refused_with_what_differs(store: Path) -> None:
+    before = content(store)
+    message = rf"^{store}: .*stale one: seed: 0 in the store, 1 here; samples: 20 in the store, 21 here\. Calibrate"
+    with pytest.raises(UsageError, match=message):
+        calibrated(standard(), store, samples=21, seed=1)
+    assert content(store) == before
+
+
+def test_a_store_of_another_checkpoint(store: Path) -> None:
+    other = replace(standard(), model=ModelIdentity("Network", "f" * 64))
+    known = standard().model.weights_sha256[:12]
+    with pytest.raises(UsageError, match=f"weights: {known} in the store, {'f' * 12} here"):
+        calibrated(other, store)
+
+
+def test_a_folder_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(
+        UsageError, match=r"expected a calibration store or an empty folder; received one with notes\.txt"
+    ):
+        calibrated(standard(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_file(tmp_path: Path) -> None:
+    (tmp_path / "store").touch()
+    with pytest.raises(UsageError, match="expected a folder for the calibration store; received a file"):
+        calibrated(standard(), tmp_path / "store")
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StepfoldError, match="expected a folder that can be made"):
+        calibrated(standard(), tmp_path / "file" / "store")
+
+
+def test_a_second_process_is_refused(store: Path) -> None:
+    with durable.locked(store), pytest.raises(UsageError, match="another process is calibrating into this store"):
+        calibrated(standard(), store)
+
+
+# -- damage, as a reader sees it
+
+
+def test_an_empty_folder_is_no_store(tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=rf"^{tmp_path}: expected a calibration store; there is no store\.json\. Make one"
+    ):
+        open_finished(tmp_path)
+
+
+def test_an_unfinished_store_is_not_read(store: Path) -> None:
+    with pytest.raises(UsageError, match="expected a finished calibration store; received one that was interrupted"):
+        open_finished(unfinished(store, 1))
+
+
+@pytest.mark.parametrize("name", [STATISTICS, shard_name(1)])
+@pytest.mark.parametrize(
+    ("harm", "message"), [(truncate, "expected \\d+ bytes; received \\d+"), (Path.unlink, "it is missing")]
+)
+def test_a_damaged_file_is_named_with_what_to_do(store: Path, name: str, harm: Callable, message: str) -> None:
+    harm(store / name)
+    with pytest.raises(
+        StepfoldError, match=rf"^{store / name}: .*{message}\. Delete it or run `stepfold calibrate` again"
+    ):
+        open_finished(store)
+
+
+def test_changed_statistics_are_noticed(store: Path) -> None:
+    flip(store / STATISTICS)
+    with pytest.raises(StepfoldError, match="expected the content it was written with; it was changed"):
+        open_finished(store)
+
+
+@pytest.mark.parametrize(("harm", "message"), [(truncate, "a damaged one: expected"), (swap, "one of another")])
+def test_a_damaged_shard_of_an_unfinished_store(store: Path, harm: Callable, message: str) -> None:
+    unfinished(store)
+    harm(store / shard_name(1))
+    key = read_document(store).key
+    with pytest.raises(StepfoldError, match=rf"^{store / shard_name(1)}: expected .*{message}.* again"):
+        open_shard(store, key, 1)
+    assert missing_shards(store, read_document(store)) == [1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "damaged: expected JSON"),
+        ('{"format_version"', "damaged: expected JSON"),
+        ("[1]", "damaged: expected a JSON object; received list"),
+        ('{"format_version": 1}', "damaged: key: Field required"),
+    ],
+)
+def test_a_damaged_document(store: Path, whole: Path, text: str, message: str) -> None:
+    (store / STORE).write_text(text)
+    with pytest.raises(StepfoldError, match=rf"^{store / STORE}: {message}.*Delete it and run .* keeps the finished"):
+        read_document(store)
+    (store / STORE).unlink()
+    assert calibrated(standard(), store).resumed == SHARDS  # as the message promises
+    assert content(store) == content(whole)
+
+
+def test_a_huge_document(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepfold.calibration.document.LARGEST_DOCUMENT_BYTES", 10)
+    with pytest.raises(StepfoldError, match="expected at most 10 bytes"):
+        read_document(store)
+
+
+@pytest.mark.parametrize("use", [open_finished, lambda folder: calibrated(standard(), folder)])
+def test_a_newer_format(store: Path, use: Callable) -> None:
+    rewrite(store, format_version=FORMAT_VERSION + 1, unheard_of=True)
+    before = content(store)
+    with pytest.raises(StepfoldError, match=r"expected format version 1; received 2, of a newer stepfold\. Update"):
+        use(store)
+    assert content(store) == before
+
+
+# -- a full disk
+
+
+class FullDisk:
+    """Lets some files through and then refuses in the middle of one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, files: int):
+        self.left, self.write = files, durable.os.fsync
+        monkeypatch.setattr(durable.os, "fsync", self)
+
+    def __call__(self, descriptor: int) -> None:
+        if os.path.isfile(f"/proc/self/fd/{descriptor}"):
+            self.left -= 1
+            if self.left < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.write(descriptor)
+
+
+@pytest.mark.parametrize("files", range(6))
+def test_out_of_disk(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, files: int) -> None:
+    """store.json, three shards, the statistics, store.json again: each may be the one that does not fit."""
+    store = tmp_path / "store"
+    names = [STORE, *(shard_name(i) for i in range(SHARDS)), STATISTICS, STORE]
+    with monkeypatch.context() as patch:
+        FullDisk(patch, files)
+        with pytest.raises(
+            StepfoldError, match=rf"^{store / names[files]}: expected room on the disk; received: No space"
+        ):
+            calibrated(standard(), store)
+    assert not any(name.endswith(".partial") for name in content(store))
+    done = prepare(standard(), Settings(samples=20)).document
+    assert missing_shards(store, done) == list(range(max(0, files - 1), SHARDS))
+    calibrated(standard(), store)
+    assert content(store) == content(whole)
+
+
+def test_a_write_that_fails_halfway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import stepfold.calibration.store as module
+
+    real = module.write_tensors
+
+    def half(stream, shapes, arrays, metadata) -> None:
+        stream.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "write_tensors", half)
+    with pytest.raises(StepfoldError, match=r"shards/00000\.safetensors: expected room on the disk"):
+        calibrated(standard(), tmp_path)
+    assert set(content(tmp_path)) == {STORE, "lock"}
+    monkeypatch.setattr(module, "write_tensors", real)
+    assert calibrate(prepare(standard(), Settings(samples=20)), tmp_path, lambda *_: None).resumed == 0

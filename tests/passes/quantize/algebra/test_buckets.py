@@ -1,0 +1,130 @@
+"""Scales over timesteps: the rule, the drift it is for, and the refusal of uneven errors."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stepfold.ir import operators  # noqa: F401  (registers the stepfold:: operators)
+from stepfold.loop.errors import GateError, UsageError
+from stepfold.passes.quantize.algebra.buckets import ActivationPlan, bucket_of, expect_even_errors, plan_activations
+from stepfold.passes.quantize.algebra.errors import drift
+from stepfold.passes.quantize.int8 import activation_range
+
+BUCKETS = 8
+
+
+def plan(low: list[float], high: list[float], dynamic: bool = False) -> ActivationPlan:
+    return plan_activations(torch.tensor(low), torch.tensor(high), dynamic)
+
+
+# -- the rule
+
+
+def test_steady_ranges_are_static() -> None:
+    received = plan([-1.0, -1.5, -0.5], [0.5, 1.0, 1.0])
+    assert received == ActivationPlan("static", 1.5, ((-1.5, 1.0),))
+
+
+def test_a_spread_above_the_limit() -> None:
+    low, high = [-1.0, -1.0, -1.0], [0.5, 1.0, 1.6]
+    bucketed = plan(low, high)
+    assert bucketed.kind == "bucketed" and bucketed.spread == pytest.approx(1.6)
+    assert bucketed.ranges == tuple(zip(low, torch.tensor(high).tolist(), strict=True))
+    assert plan(low, high, dynamic=True) == ActivationPlan("dynamic", bucketed.spread, ())
+
+
+def test_ranges_include_zero() -> None:
+    assert plan([1.0, 1.2], [2.0, 2.2]).ranges == ((0.0, pytest.approx(2.2)),)
+
+
+def test_nothing_was_seen() -> None:
+    assert plan([0.0, 0.0], [0.0, 0.0]) == ActivationPlan("static", 1.0, ((0.0, 0.0),))
+
+
+def test_a_spike_over_silence() -> None:
+    received = plan([0.0, 0.0, 0.0], [0.0, 0.0, 1.0])
+    assert received.kind == "bucketed" and received.spread == math.inf
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "message"),
+    [
+        ([], [], r"expected one low and one high for each bucket; received shapes \(0,\) and \(0,\)"),
+        ([0.0], [1.0, 2.0], r"received shapes \(1,\) and \(2,\)"),
+        ([float("nan")], [1.0], r"expected finite low <= high in each bucket"),
+        ([2.0], [1.0], r"expected finite low <= high in each bucket"),
+    ],
+)
+def test_ranges_that_are_none(low: list[float], high: list[float], message: str) -> None:
+    with pytest.raises(UsageError, match=f"ranges: .*{message}"):
+        plan(low, high)
+
+
+@given(st.integers(1, 60), st.data())
+def test_buckets_are_runs_of_nearly_equal_length(calls: int, data: st.DataObject) -> None:
+    buckets = data.draw(st.integers(1, calls))
+    received = [bucket_of(call, calls, buckets) for call in range(calls)]
+    lengths = [received.count(bucket) for bucket in range(buckets)]
+    assert received == sorted(received) and max(lengths) - min(lengths) <= 1 and min(lengths) >= 1
+
+
+def test_calls_outside_the_loop() -> None:
+    with pytest.raises(UsageError, match=r"call: expected 0 to 9; received 10"):
+        bucket_of(10, 10, 2)
+    with pytest.raises(UsageError, match=r"buckets: expected 1 to 10, the calls of the loop; received 11"):
+        bucket_of(0, 10, 11)
+
+
+# -- the drift it is for
+
+
+def tokens(bucket: int, seed: int) -> torch.Tensor:
+    """[T, M] inputs whose size goes from 1 to 8 over the buckets."""
+    generator = torch.Generator().manual_seed(100 * seed + bucket)
+    return 8.0 ** (bucket / (BUCKETS - 1)) * torch.randn(512, 64, generator=generator)
+
+
+def errors(ranges: list[tuple[float, float]]) -> torch.Tensor:
+    """[buckets] output error with 8-bit activations under one static range for each bucket."""
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    found = []
+    for bucket, bounds in enumerate(ranges):
+        x, (scale, zero) = tokens(bucket, seed=1), activation_range(*bounds)
+        q = torch.ops.stepfold.quantize_static(x, scale, zero)
+        found.append(drift(((q.float() - zero.float()) * scale) @ weight.T, x @ weight.T))
+    return torch.tensor(found)
+
+
+def bounds(x: torch.Tensor) -> tuple[float, float]:
+    return float(x.amin()), float(x.amax())
+
+
+def test_drifting_ranges() -> None:
+    """The plan finds the drift; its ranges do nearly as well as run-time ones, one range for all does not."""
+    seen = [bounds(tokens(bucket, seed=2)) for bucket in range(BUCKETS)]
+    low, high = (list(side) for side in zip(*seen, strict=True))
+    received = plan(low, high)
+    assert received.kind == "bucketed" and received.spread > 2
+    dynamic = errors([bounds(tokens(bucket, seed=1)) for bucket in range(BUCKETS)])
+    bucketed = errors(list(received.ranges))
+    static = errors([(min(low), max(high))] * BUCKETS)
+    assert bucketed.mean() <= 1.2 * dynamic.mean()
+    assert static.mean() >= 2 * dynamic.mean()
+    assert dynamic.mean() < 0.015  # measured 0.011
+    expect_even_errors("qkv", bucketed)
+    with pytest.raises(GateError, match=r"qkv: expected the error of each bucket .* in bucket 0\. Use bucketed or"):
+        expect_even_errors("qkv", static)
+
+
+def test_errors_that_are_no_numbers() -> None:
+    with pytest.raises(GateError, match=r"qkv: expected finite errors in every bucket"):
+        expect_even_errors("qkv", torch.tensor([0.1, float("nan")]))
+
+
+def test_even_errors_at_the_limit() -> None:
+    expect_even_errors("qkv", torch.tensor([1.0, 1.0, 4.0]))  # twice the mean of 2
+    with pytest.raises(GateError, match=r"at most 2 times the mean 2\.03; received 4\.1 in bucket 2"):
+        expect_even_errors("qkv", torch.tensor([1.0, 1.0, 4.1]))
