@@ -65,7 +65,7 @@ class Workers:
             return
         require_ray()
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        import ray
+        import ray  # pyright: ignore[reportMissingImports] (an extra)
 
         count = min(self.count, len(missing))
         ray.init(
