@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import fx
 
 from ...calibration.ranges import Range, observe_ranges
+from ...calibration.read import Calibration
 from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
 from ...ir.edit import add_buffer, copy_graph, finish
 from ...ir.names import module_path
@@ -129,10 +131,22 @@ class Quantize(Pass[QuantizeOptions]):
 
 
 def _ranges_by_site(program: Program, sites: list[LinearSite], context: Context) -> dict[str, Range]:
-    """The range of what each site reads over the real loop, by node name, which copies of a graph keep."""
+    """The range of what each site reads over the real loop, by node name, which copies of a graph keep.
+
+    Raises:
+        UsageError: the calibration store that was given is of another program, or has no such site.
+    """
+    if context.calibration is not None:
+        context.calibration.require(program)
+        return {site.node.name: _stored_range(context.calibration, site) for site in sites}
     watched = {site.source for site in sites}
     ranges = observe_ranges(program, program.step, watched, context.seed, context.progress)
     return {site.node.name: ranges[site.source] for site in sites}
+
+
+def _stored_range(calibration: Calibration, site: LinearSite) -> Range:
+    statistics = calibration.site(site.name, site.node.name)
+    return Range(*(torch.from_numpy(np.asarray(end, np.float32)) for end in (statistics.low(), statistics.high())))
 
 
 def _smoothed(

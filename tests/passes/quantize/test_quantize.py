@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from calibrated import calibrated, standard
 from programs import calls, component, context_of, denoiser, operators, samples_of
 from torch import fx
 
 from stepfold.backends.onnxruntime.lower import lower
+from stepfold.calibration.read import open_finished
 from stepfold.ir.names import module_path
 from stepfold.ir.program import Program, Refusal, Stage, reference
-from stepfold.loop.errors import StepfoldError
+from stepfold.loop.errors import StepfoldError, UsageError
 from stepfold.loop.metrics import drift
 from stepfold.loop.ports import BoundProgram
 from stepfold.passes.base import PassResult
@@ -204,6 +207,29 @@ def test_static_ranges_hold_over_the_real_loop(hoisted: Program) -> None:
     """The same calibration twice gives the same scales; another seed others."""
     first, second = (quantize(hoisted, activations="static").program.step.tensors() for _ in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_ranges_of_a_store_are_those_the_pass_would_find(
+    tiny_program: Program, hoisted: Program, static: PassResult, tmp_path: Path
+) -> None:
+    """Taken of the captured program, used behind hoist: the same ten samples give the same scales."""
+    calibrated(tiny_program, tmp_path / "store", samples=10)
+    context = replace(context_of(hoisted, Path("unused")), calibration=open_finished(tmp_path / "store"))
+    found = Quantize(QuantizeOptions(activations="static")).run(hoisted, context)
+    for name, node in sites(static.program.step).items():
+        own, stored = (
+            float(program.step.tensors()[str(sites(program.step)[name].args[1].target)])  # type: ignore[union-attr]
+            for program in (static.program, found.program)
+        )
+        assert stored == pytest.approx(own, rel=1e-5), node
+    assert found.changed == static.changed == len(SITES)
+
+
+def test_a_store_of_another_program_is_refused(hoisted: Program, tmp_path: Path) -> None:
+    calibrated(standard(), tmp_path / "store", samples=4)
+    context = replace(context_of(hoisted, Path("unused")), calibration=open_finished(tmp_path / "store"))
+    with pytest.raises(UsageError, match="weights"):
+        Quantize(QuantizeOptions(activations="static")).run(hoisted, context)
 
 
 def test_only_dynamic_scales_couple_a_batch(hoisted: Program, dynamic: PassResult, static: PassResult) -> None:
