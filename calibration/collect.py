@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-from torch import fx
 
-from ..ir.program import Program, Stage
+from ..ir.program import Program
 from ..loop.driver import LoopRun
 from ..loop.errors import StepfoldError
 from ..loop.noise import SampleSet
-from ..loop.ports import BoundProgram, BoundStage, StageCallable
+from ..loop.ports import BoundProgram
 from ..loop.table import FoldedTable
 from .conditions import sample_request
 from .document import bucket_of
+from .observe import watched_program
 from .plan import Plan
 from .sampling import gram_tokens
 from .statistics import NotFiniteError
@@ -46,22 +46,6 @@ class Moment:
     batch: int
 
 
-class SiteObserver(fx.Interpreter):
-    """Runs a stage and hands every watched value to a function."""
-
-    def __init__(self, graph: fx.GraphModule, watched: Mapping[fx.Node, Callable[[torch.Tensor], None]]):
-        """Watch nodes of `graph`."""
-        super().__init__(graph)
-        self._watched = watched
-
-    def run_node(self, n: fx.Node) -> object:
-        """Run one node; hand its value on when it is watched."""
-        value = super().run_node(n)
-        if n in self._watched:
-            self._watched[n](value)  # type: ignore[arg-type]
-        return value
-
-
 class Collector:
     """Statistics of every watched value over one shard."""
 
@@ -78,14 +62,8 @@ class Collector:
 
     def program(self) -> BoundProgram:
         """The program with its step stage watched."""
-        program, step = self._plan.program, self._plan.program.step
         watched = {item.node: partial(self._take, i) for i, item in enumerate(self._plan.watched)}
-        observer = SiteObserver(step.graph, watched)
-        stages = tuple(
-            BoundStage(s.name, s.rate, s.inputs, s.outputs, _call(s, observer.run if s is step else s.graph))
-            for s in program.stages
-        )
-        return BoundProgram(program.inputs, program.outputs, stages, program.tables)
+        return watched_program(self._plan.program, watched)
 
     def arrays(self) -> dict[str, Array]:
         """Everything by name: `seen` [buckets, branches] (samples times calls) and `<site>.<accumulator>`."""
@@ -158,17 +136,6 @@ def collect_shard(plan: Plan, index: int, on_evaluation: OnEvaluation) -> dict[s
 def tensor_name(site: int, accumulator: str) -> str:
     """The name of an accumulator in a file."""
     return f"{site:04d}.{accumulator}"
-
-
-def _call(stage: Stage, run: Callable[..., Sequence[torch.Tensor]]) -> StageCallable:
-    """A stage as a function of arrays, copied into PyTorch's own memory: results may depend on their alignment."""
-
-    def call(inputs: Mapping[str, Array]) -> list[Array]:
-        tensors = [torch.from_numpy(np.ascontiguousarray(inputs[port.name])).clone() for port in stage.inputs]
-        with torch.no_grad():
-            return [output.numpy() for output in run(*tensors)]
-
-    return call
 
 
 @contextmanager

@@ -19,6 +19,8 @@ STATISTICS = "statistics.safetensors"
 SHARDS = "shards"
 CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"
 LARGEST_DOCUMENT_BYTES = 64 << 20
+STEADY = 1.5
+"""Largest range over the median range up to which one static scale serves all timesteps."""
 REPAIR = "Delete it or run `stepfold calibrate` again, which makes it anew."
 REPAIR_DOCUMENT = "Delete it and run `stepfold calibrate` again, which keeps the finished shards."
 

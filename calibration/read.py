@@ -191,7 +191,7 @@ class SiteStatistics:
     def drift(self) -> float:
         """How the range moves over time: its maximum over buckets by its median (Q6 of the method cards).
 
-        Up to 1.5 one static scale serves all timesteps. Infinite where most buckets hold nothing but zeros.
+        Up to `STEADY` one static scale serves all timesteps. Infinite where most buckets hold nothing but zeros.
         """
         ranges = self.ranges()
         largest, median = float(ranges.max()), float(np.median(ranges))

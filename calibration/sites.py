@@ -16,7 +16,7 @@ from ..ir.program import Stage
 from ..ir.shapes import PROBE_BATCHES
 from .document import Layer, SiteEntry
 
-LINEAR = torch.ops.aten.linear.default
+LAYERS = (torch.ops.aten.linear.default, torch.ops.stepfold.qlinear.default)
 QUANTIZERS = (torch.ops.stepfold.quantize_dynamic.default, torch.ops.stepfold.quantize_static.default)
 
 
@@ -65,7 +65,7 @@ def watched_values(stage: Stage, gram_width: int) -> tuple[Watched, ...]:
 
 def _read_by_layer(node: fx.Node) -> fx.Node | None:
     """The float value that a linear layer reads, or None for another node."""
-    if node.op != "call_function" or not _is_linear(node.target):
+    if node.op != "call_function" or node.target not in LAYERS:
         return None
     value = node.args[0]
     if isinstance(value, fx.Node) and value.target is operator.getitem:
@@ -73,11 +73,6 @@ def _read_by_layer(node: fx.Node) -> fx.Node | None:
     if isinstance(value, fx.Node) and value.target in QUANTIZERS:
         value = value.args[0]
     return value if isinstance(value, fx.Node) else None
-
-
-def _is_linear(target: object) -> bool:
-    """Whether an operator is a linear layer, in floats or quantized."""
-    return target is LINEAR or (str(target).startswith("stepfold.") and "linear" in str(target))
 
 
 def _entry(name: str, value: fx.Node, layers: list[fx.Node], gram_width: int) -> SiteEntry:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..calibration.document import STEADY
 from .console import console, table
-
-STATIC_DRIFT = 1.5
-"""Up to this drift one static scale serves all timesteps (Q6 of the method cards)."""
 
 
 def print_store(document: Mapping[str, Any]) -> None:
@@ -25,12 +23,10 @@ def print_store(document: Mapping[str, Any]) -> None:
         screen.print("Not finished: run the same `stepfold calibrate` again.", markup=False)
     screen.print(_coverage(document))
     screen.print(_sites(document))
-    drifting = [site for site in document["sites"] if site["drift"] is not None and site["drift"] > STATIC_DRIFT]
+    drifting = [site for site in document["sites"] if site["drift"] is not None and site["drift"] > STEADY]
     if document["finished"]:
         total = len(document["sites"])
-        screen.print(
-            f"{len(drifting)} of {total} sites drift by more than {STATIC_DRIFT:g}: maximum over median range."
-        )
+        screen.print(f"{len(drifting)} of {total} sites drift by more than {STEADY:g}: maximum over median range.")
 
 
 def _coverage(document: Mapping[str, Any]) -> Any:

@@ -119,7 +119,8 @@ def summary(path: Path, manifest: Manifest, program: Program, seconds: float) ->
 
 def pass_entry(record: PassRecord) -> PassEntry:
     """A pass record as the manifest keeps it."""
-    values = {name: value for name, value in asdict(record).items() if name in PassEntry.model_fields}
+    values = asdict(record)
+    del values["keeps_activations"]  # says something to the passes behind it, and nothing about the bundle
     return PassEntry.model_validate({**values, "details": plain(record.details)})
 
 

@@ -23,6 +23,9 @@ Array = np.ndarray
 HELD_OUT = 64
 """Samples of the reported quality; never used to choose anything."""
 
+SAMPLES_OF_A_PASS = 16
+"""Held-out samples behind the PSNR in the record of a pass."""
+
 
 @dataclass(frozen=True, eq=False)
 class Quality:
@@ -41,10 +44,6 @@ class Quality:
     def pictures(self, count: int) -> dict[str, Array]:
         """The first samples of both, for a report."""
         return {"reference": self.reference[:count], "compiled": self.samples[:count]}
-
-
-SAMPLES_OF_A_PASS = 16
-"""Held-out samples behind the PSNR in the record of a pass."""
 
 
 def measure(program: Program, bound: BoundProgram, context: Context) -> Quality | None:

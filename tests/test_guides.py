@@ -82,7 +82,8 @@ def run_page(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[
 
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_page_runs(name: str, house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_page(DOCS / name, house, monkeypatch)
+    defined = run_page(DOCS / name, house, monkeypatch)
+    assert defined.keys() - vars(ModuleType("empty")).keys(), "the blocks of the page ran"
 
 
 def test_every_page_with_python_is_run() -> None:
@@ -103,11 +104,12 @@ def test_wrong_code_is_found(house: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("block", blocks((DOCS / "loop.md").read_text(), "yaml"), ids=lambda block: str(block.line))
 def test_shown_loop_is_valid(block: Block, tmp_path: Path) -> None:
-    from stepfold.loop.spec import read_loop
+    from stepfold.loop.spec import ComponentFile, LoopSpec, read_loop
 
     file = tmp_path / "loop.yaml"
     file.write_text(block.text)
-    read_loop(file)
+    expected = ComponentFile if "component" in yaml.safe_load(block.text) else LoopSpec
+    assert isinstance(read_loop(file), expected)
 
 
 @pytest.mark.parametrize("block", blocks((DOCS / "recipes.md").read_text(), "yaml"), ids=lambda block: str(block.line))

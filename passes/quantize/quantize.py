@@ -140,7 +140,7 @@ def _ranges_by_site(program: Program, sites: list[LinearSite], context: Context)
         context.calibration.require(program)
         return {site.node.name: _stored_range(context.calibration, site) for site in sites}
     watched = {site.source for site in sites}
-    ranges = observe_ranges(program, program.step, watched, context.seed, context.progress)
+    ranges = observe_ranges(program, watched, context.seed, context.progress)
     return {site.node.name: ranges[site.source] for site in sites}
 
 

@@ -19,7 +19,7 @@ from ...loop.ports import BoundProgram
 from ...loop.recurrence import Array, Recurrence
 from ...loop.spec import LoopSpec
 from ...loop.table import FoldedTable, fold
-from .terms import Term, Terms, basis, prior_weights, row
+from .terms import Term, Terms, basis, forget, prior_weights, row
 
 RIDGE = 1e-7
 """Ridge of the least squares, relative to the mean square of the terms; pulls towards the unfitted update."""
@@ -67,8 +67,7 @@ class Fitter:
             state[k], conditional[k], unconditional[k] = solved.state, solved.conditional, solved.unconditional
             for run in runs:
                 run.update(state[k], conditional[k], unconditional[k])
-                if not plan.unguided:  # with them a direction of any age may still be needed
-                    run.forget(k - terms.reach)
+                forget(run, k, table.guided, terms)
         fitted = replace(table, state=state, conditional=conditional, unconditional=unconditional)
         return Fit(fitted, np.concatenate([run.latent for run in runs]))
 

@@ -9,7 +9,7 @@ by gradient descent through the network.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,7 +19,7 @@ from ...loop.metrics import psnr
 from ...loop.recurrence import Array
 from ...loop.table import FoldedTable
 from .fit import Fit, Fitter
-from .terms import Term, Terms, basis, row
+from .terms import Term, Terms, basis, forget, row
 
 NUDGE = 0.02
 """Size of a nudge relative to the samples: above the rounding of an int8 engine, below the bends of the loop."""
@@ -125,14 +125,13 @@ class Nudged:
     size: float
 
 
-def _stands(run: LoopRun, table: FoldedTable, terms: Terms):
+def _stands(run: LoopRun, table: FoldedTable, terms: Terms) -> Iterator[LoopRun]:
     """The run after each evaluation and before its update, with every term still in its ring."""
     for k in range(table.evaluations):
         run.evaluate(k)
         yield run
         run.update(float(table.state[k]), table.conditional[k], table.unconditional[k])
-        if table.guided.all() or not table.guided.any():  # a direction of any age may be needed otherwise
-            run.forget(k - terms.reach)
+        forget(run, k, table.guided, terms)
 
 
 def _nudged(stand: LoopRun, weight: Weight, nudge: float, table: FoldedTable, scale: float | None) -> Nudged:

@@ -93,8 +93,9 @@ class SearchSchedule(Pass[ScheduleOptions]):
     """Choose which grid calls are evaluated and fit one linear update after each, in the closed loop.
 
     Positions are warped grids refined by moving single positions, scored on a few calibration samples; updates are
-    fitted on all of them one after the other, then polished together; the budget is checked on validation samples. The unfitted fold of the same positions and
-    of evenly spaced ones (fewer steps of the sampler) stand beside every fit, and win when they are better.
+    fitted on all of them one after the other, then polished together; the budget is checked on validation samples. The
+    unfitted fold of the same positions and of evenly spaced ones (fewer steps of the sampler) stand beside every fit,
+    and win when they are better.
     """
 
     name = "schedule"

@@ -67,6 +67,15 @@ def basis(k: int, guided: Array, terms: Terms) -> list[Term]:
     return chosen
 
 
+def forget(run: LoopRun, k: int, guided: Array, terms: Terms) -> None:
+    """Drop the outputs that no update behind update k can weigh.
+
+    Where only some evaluations are guided, a direction of any age may still be needed, and nothing is dropped.
+    """
+    if guided.all() or not guided.any():
+        run.forget(k - terms.reach)
+
+
 def row(chosen: list[Term], weights: Array, guided: Array, scale: float | None) -> Row:
     """Weights of terms as weights of the two branches."""
     state, conditional, unconditional = 0.0, np.zeros(len(guided)), np.zeros(len(guided))

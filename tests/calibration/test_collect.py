@@ -13,8 +13,9 @@ from calibrated import CALLS, INNER, TOKENS, Network, network_program, standard
 from programs import component, context_of
 
 from stepfold.calibration import sampling
-from stepfold.calibration.collect import SiteObserver, collect_shard, one_thread, tensor_name
+from stepfold.calibration.collect import collect_shard, one_thread, tensor_name
 from stepfold.calibration.conditions import sample_request
+from stepfold.calibration.observe import SiteObserver
 from stepfold.calibration.plan import Plan, Settings, make_plan
 from stepfold.ir.program import Program
 from stepfold.loop.errors import StepfoldError

@@ -8,7 +8,8 @@ from programs import calls, component, denoiser
 from torch import fx
 
 from stepfold.calibration.conditions import sample_request
-from stepfold.calibration.ranges import SAMPLES, Observer, Range, observe_ranges
+from stepfold.calibration.observe import SiteObserver
+from stepfold.calibration.ranges import SAMPLES, Range, observe_ranges
 from stepfold.ir.program import Program, Stage
 from stepfold.loop.noise import SampleSet
 
@@ -43,7 +44,7 @@ def program() -> Program:
 
 def observe(program: Program, targets: tuple, seed: int = 0, progress=silent) -> dict[fx.Node, Range]:
     nodes = [node_of(program.step, target) for target in targets]
-    return observe_ranges(program, program.step, nodes, seed, progress)
+    return observe_ranges(program, nodes, seed, progress)
 
 
 def test_over_the_real_loop_of_all_branches(program: Program) -> None:
@@ -106,7 +107,7 @@ def test_nan_is_not_lost() -> None:
 
 
 def test_an_observer_computes_what_the_graph_does(program: Program) -> None:
-    observer = Observer(program.step.graph, [node_of(program.step, aten.tanh.default)])
+    observer = SiteObserver(program.step.graph, {node_of(program.step, aten.tanh.default): [].append})
     example = tuple(program.example.values())
     with torch.no_grad():
         torch.testing.assert_close(observer.run(*example)[0], program.step.graph(*example)[0], rtol=0, atol=0)

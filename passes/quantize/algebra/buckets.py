@@ -12,10 +12,8 @@ from typing import Literal
 
 import torch
 
+from ....calibration.document import STEADY
 from ....loop.errors import GateError, UsageError
-
-STEADY = 1.5
-"""Largest range over the median range up to which one scale serves all buckets."""
 
 WORST_BUCKET = 2.0
 """How many times the mean error the error of one bucket may be."""
