@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -14,57 +14,68 @@ from ..loop.driver import LoopRun
 from ..loop.noise import SampleSet
 from ..loop.table import fold
 from .conditions import sample_request
+from .document import bucket_of
 from .observe import watched_program
+from .plan import BUCKETS
 
 SAMPLES = 10
 """Samples the ranges are taken over: every class once on a ten-class model."""
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Range:
-    """Smallest and largest value of each channel seen: two [M] tensors, the last dimension of the value."""
+    """Smallest and largest value of each channel, the last dimension of a value, in each timestep bucket.
+
+    Attributes:
+        low: [buckets, M].
+        high: [buckets, M].
+    """
 
     low: torch.Tensor
     high: torch.Tensor
 
     @classmethod
-    def of(cls, value: torch.Tensor) -> Range:
-        """The range of one value [..., M]."""
+    def of(cls, value: torch.Tensor, bucket: int, buckets: int) -> Range:
+        """The range of one value [..., M] seen in one bucket; the others are empty: +inf and -inf."""
         rows = value.flatten(0, -2)
-        return cls(rows.amin(dim=0), rows.amax(dim=0))
+        low, high = (rows.new_full((buckets, rows.shape[1]), end) for end in (torch.inf, -torch.inf))
+        low[bucket], high[bucket] = rows.amin(dim=0), rows.amax(dim=0)
+        return cls(low, high)
 
     def union(self, other: Range) -> Range:
         """The range of both."""
         return Range(torch.minimum(self.low, other.low), torch.maximum(self.high, other.high))
-
-    def largest(self) -> torch.Tensor:
-        """[M] largest magnitude of each channel."""
-        return torch.maximum(self.low.abs(), self.high.abs())
-
-    def divided(self, scale: torch.Tensor) -> Range:
-        """The range after each channel is divided by a positive scale [M]."""
-        return Range(self.low / scale, self.high / scale)
 
 
 def observe_ranges(
     program: Program, watched: Iterable[fx.Node], seed: int, progress: Callable[[str, int, int], None]
 ) -> dict[fx.Node, Range]:
     """Run the real loop (or the example of a component): the range of each watched node of the step stage."""
-    ranges: dict[fx.Node, Range] = {}
-
-    def widen(node: fx.Node, value: torch.Tensor) -> None:
-        seen = Range.of(value)
-        ranges[node] = ranges[node].union(seen) if node in ranges else seen
-
-    bound = watched_program(program, {node: partial(widen, node) for node in watched})
+    observer = _Ranges()
+    bound = watched_program(program, {node: partial(observer.widen, node) for node in watched})
     if program.loop is None or program.recurrence is None:
         bound.evaluate({name: value.numpy() for name, value in program.example.items()})
-        return ranges
+        return observer.ranges
     scale = program.loop.guidance.scales[0] if program.loop.guidance else None
     table = fold(program.recurrence, scale)
+    observer.buckets = min(BUCKETS, table.evaluations)
     run = LoopRun(bound, program.loop, sample_request(program, SampleSet("calibration", seed, SAMPLES)), table)
     for k in range(table.evaluations):
+        observer.bucket = bucket_of(k, table.evaluations, observer.buckets)
         run.evaluate(k)
         run.advance(k, table)
         progress("calibrating ranges", k + 1, table.evaluations)
-    return ranges
+    return observer.ranges
+
+
+@dataclass
+class _Ranges:
+    """The ranges seen so far, and the bucket that is being run."""
+
+    ranges: dict[fx.Node, Range] = field(default_factory=dict)
+    bucket: int = 0
+    buckets: int = 1
+
+    def widen(self, node: fx.Node, value: torch.Tensor) -> None:
+        seen = Range.of(value, self.bucket, self.buckets)
+        self.ranges[node] = self.ranges[node].union(seen) if node in self.ranges else seen

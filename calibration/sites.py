@@ -16,7 +16,11 @@ from ..ir.program import Stage
 from ..ir.shapes import PROBE_BATCHES
 from .document import Layer, SiteEntry
 
-LAYERS = (torch.ops.aten.linear.default, torch.ops.stepfold.qlinear.default)
+LAYERS = (
+    torch.ops.aten.linear.default,
+    torch.ops.stepfold.qlinear.default,
+    torch.ops.stepfold.blocked_linear.default,
+)
 QUANTIZERS = (torch.ops.stepfold.quantize_dynamic.default, torch.ops.stepfold.quantize_static.default)
 
 

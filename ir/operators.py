@@ -11,6 +11,7 @@ from math import prod
 import torch
 from torch import fx
 
+from . import blocked, decoded  # noqa: F401  (register operators of their own)
 from .cost import FORMULAS
 
 UINT8_STEPS = 255
@@ -154,6 +155,12 @@ OPERATORS = (
     torch.ops.stepfold.quantize_dynamic.default,
     torch.ops.stepfold.quantize_static.default,
     torch.ops.stepfold.qlinear.default,
+    torch.ops.stepfold.blocked_linear.default,
+    torch.ops.stepfold.round_fp8.default,
+    torch.ops.stepfold.decode_fp8.default,
+    torch.ops.stepfold.round_nvfp4.default,
+    torch.ops.stepfold.decode_nvfp4.default,
+    torch.ops.stepfold.decode_codebook.default,
     torch.ops.stepfold.attention.default,
     torch.ops.stepfold.fast_gelu.default,
 )

@@ -10,9 +10,13 @@ import torch
 
 from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
 from ...ir.program import Stage
+from ..onnx.decoded import DECODED
 from ..onnx.emit import emit
 
 aten = torch.ops.aten
+
+FLOAT_PRODUCTS, INTEGER_PRODUCTS = 1, 4
+"""Accuracy levels of MatMulNBits."""
 
 
 def _quantize_dynamic(x: torch.Tensor) -> Any:
@@ -45,6 +49,32 @@ def _qlinear(
         inputs,
         dtype=torch.float32,
         shape=(*q.shape[:-1], weight.shape[1]),
+        version=1,
+    )
+
+
+def _blocked_linear(
+    x: torch.Tensor,
+    blocks: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    block: int,
+    round_activations: bool,
+) -> torch.Tensor:
+    return torch.onnx.ops.symbolic(
+        "com.microsoft::MatMulNBits",
+        (x, blocks, scales, zero_points, None, bias),
+        {
+            "K": x.shape[-1],
+            "N": blocks.shape[0],
+            "bits": bits,
+            "block_size": block,
+            "accuracy_level": INTEGER_PRODUCTS if round_activations else FLOAT_PRODUCTS,
+        },
+        dtype=x.dtype,
+        shape=(*x.shape[:-1], blocks.shape[0]),
         version=1,
     )
 
@@ -87,9 +117,11 @@ def _fast_gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 LOWERINGS: dict[Any, Callable[..., Any]] = {
+    **DECODED,
     torch.ops.stepfold.quantize_dynamic.default: _quantize_dynamic,
     torch.ops.stepfold.quantize_static.default: _quantize_static,
     torch.ops.stepfold.qlinear.default: _qlinear,
+    torch.ops.stepfold.blocked_linear.default: _blocked_linear,
     torch.ops.stepfold.attention.default: _attention,
     torch.ops.stepfold.fast_gelu.default: _fast_gelu,
     aten.scaled_dot_product_attention.default: _scaled_dot_product_attention,

@@ -1,229 +1,211 @@
-"""Quantize: linear layers in 8 bits."""
+"""Quantize: linear layers in few bits."""
 
 from __future__ import annotations
 
-import operator
-from dataclasses import dataclass
-from fnmatch import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
 import torch
-from pydantic import Field
-from torch import fx
+from pydantic import Field, model_validator
 
-from ...calibration.ranges import Range, observe_ranges
-from ...calibration.read import Calibration
 from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
-from ...ir.edit import add_buffer, copy_graph, finish
-from ...ir.names import module_path
-from ...ir.program import Program, Refusal, Stage, attribute
-from ...loop.ports import Rate
+from ...ir.program import Program, Refusal, Stage
+from ...loop.errors import UsageError, nearest
 from ..base import Context, Options, Pass, PassResult
-from .int8 import activation_range, quantize_weight
+from .inputs import Inputs, known_inputs
+from .layers import LINEAR, Group, Selection, find_groups, named
+from .repair import repair_pairs
+from .rewrite import replaced, replaced_in
+from .scheme import Scheme
+from .schemes import SCHEMES
+from .schemes.blocks import Int4, Int8Weights
 from .smooth import smooth
 
-LINEAR = torch.ops.aten.linear.default
+QUANTIZED = (
+    torch.ops.stepfold.qlinear.default,
+    torch.ops.stepfold.blocked_linear.default,
+    torch.ops.stepfold.decode_fp8.default,
+    torch.ops.stepfold.decode_nvfp4.default,
+    torch.ops.stepfold.decode_codebook.default,
+)
+CHOOSING = frozenset({"scheme", "include", "skip", "min_tokens", "hoisted", "max_drift"})
+"""Options that every scheme has."""
+WEIGHTS_ONLY: Mapping[str, type[Scheme]] = {"int8": Int8Weights, "int4": Int4}
 
 
 class QuantizeOptions(Options):
-    """Options of `quantize`.
+    """Options of `quantize`; which of them a scheme reads is in its documentation, and setting another is an error.
 
     Attributes:
-        scheme: number format; `int8` is 8-bit weights and activations.
-        weights: granularity of the weight scales.
-        activations: `dynamic` scales are computed from each tensor at run time and couple the samples of a batch;
-            `static` scales are calibrated and do not.
-        smooth: SmoothQuant exponent of the layers that read a modulation, from 0 (activations keep the difficulty)
-            to 1; null leaves activations as they are.
+        scheme: number format and method.
+        weights: granularity of the scales of 8-bit weights.
+        activations: `dynamic` scales are computed at run time, in `int8` from each tensor, which couples the samples
+            of a batch; `static` scales are calibrated and do not; `float` leaves activations alone.
+        smooth: what layers read is divided by a scale for each channel: the SmoothQuant exponent from 0 (activations
+            keep the difficulty) to 1, `search` for the exponent of least output error of each site, `salience` for
+            that of PTQ4DiT, `awq` for the scale that protects 4-bit weights; null leaves it as it is.
+        rounding: weights go to the nearest number, or are compensated by `gptq`.
+        group: input channels that share a scale in 4-bit weights.
+        rank: of the branch in full precision.
+        residual: format of what the branch leaves.
+        repair: `data-free` lets the second layer of a feed-forward pair absorb what rounding took from the first, on
+            inputs drawn from the model's own modulations; null does not.
+        bits: of a weight on average, scales included, that `mixed` may spend.
+        hoisted: weights of layers in stages that run once a request; null leaves them.
         include: module patterns to quantize.
         skip: module patterns to leave alone.
         min_tokens: a linear layer applied to fewer rows per sample gains nothing.
         max_drift: largest drift of this pass on the probe.
     """
 
-    scheme: Literal["int8"] = "int8"
+    scheme: Literal["int8", "int8-weights", "int4", "svdquant", "fp8", "nvfp4", "codebook", "mixed"] = "int8"
     weights: Literal["per_channel"] = "per_channel"
-    activations: Literal["dynamic", "static"] = "dynamic"
-    smooth: float | None = Field(default=None, ge=0, le=1)
+    activations: Literal["dynamic", "static", "float"] = "dynamic"
+    smooth: float | Literal["search", "salience", "awq"] | None = Field(default=None)
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    group: int = Field(default=64, ge=16)
+    rank: int = Field(default=32, ge=1)
+    residual: Literal["int4", "int8"] = "int4"
+    repair: Literal["data-free"] | None = None
+    bits: float = Field(default=8.5, gt=0)
+    hoisted: Literal["int8", "int4"] | None = None
     include: tuple[str, ...] = ("*",)
     skip: tuple[str, ...] = ()
     min_tokens: int = Field(default=2, ge=1)
     max_drift: float | None = Field(default=None, gt=0)
 
+    @model_validator(mode="after")
+    def _only_what_the_scheme_reads(self) -> QuantizeOptions:
+        """Refuse options that would be ignored; raises UsageError."""
+        reads = SCHEMES[self.scheme].reads
+        for option in sorted(self.model_fields_set - CHOOSING):
+            value = getattr(self, option)
+            if option not in reads:
+                known = sorted(reads)
+                raise UsageError(
+                    f"pass quantize: option {option!r}: scheme {self.scheme} does not read it; {nearest(option, known)}"
+                )
+            if not accepts(reads[option], value):
+                raise UsageError(
+                    f"pass quantize: option {option!r}: expected {' or '.join(reads[option])} with scheme "
+                    f"{self.scheme}; received {value!r}."
+                )
+        return self
+
+
+def accepts(listed: Sequence[str], value: object) -> bool:
+    """Whether a value is one of those listed; nothing listed means any."""
+    if not listed:
+        return True
+    if isinstance(value, int | float):
+        return "0 to 1" in listed and 0 <= value <= 1
+    return ("null" if value is None else value) in listed
+
 
 @dataclass(frozen=True)
-class LinearSite:
-    """A linear layer of a stage: its node, module path and the value it reads."""
+class _Done:
+    """What became of the step stage: the layers that were replaced, those that were not, and what was decided."""
 
-    node: fx.Node
-    name: str
-    source: fx.Node
+    program: Program
+    sites: list[str] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    decided: Mapping[str, object] = field(default_factory=dict)
 
 
 class Quantize(Pass[QuantizeOptions]):
-    """Replace linear layers of the step stage by integer ones; layers that read one value share its quantization.
+    """Replace linear layers by ones of few bits; layers that read one value share how it is scaled and rounded.
 
-    linear(x, W) + b -> s_x s_W (q(x) - z) W_q + b with W_q int8 per output channel and q(x) uint8.
+    The layers of the step stage are quantized by the scheme; those of stages that run once a request may keep their
+    arithmetic and get smaller weights.
     """
 
     name = "quantize"
     family = "quantize"
-    source = "Q1 of the method cards; ONNX Runtime MatMulIntegerToFloat"
+    source = "docs/passes/quantize.md names the source of each scheme"
     options_type = QuantizeOptions
 
     def not_applicable(self, program: Program) -> str | None:
         """Whether the program has linear layers at all."""
         found = any(node.target is LINEAR for stage in program.stages for node in stage.graph.graph.nodes)
-        already = any(_is_quantized(node) for stage in program.stages for node in stage.graph.graph.nodes)
-        return None if found or already else "the program has no linear layer"
+        return None if found or _quantized(program.stages) else "the program has no linear layer"
 
     def run(self, program: Program, context: Context) -> PassResult:
-        """Quantize every accepted site of the stage that computes the prediction."""
-        stage = program.step
-        sites, refused = self._sites(stage)
-        if not sites:
-            done = any(_is_quantized(node) for node in stage.graph.graph.nodes)
-            return PassResult(program, 0, tuple(refused), identity=done)
-        ranges: dict[str, Range] = {}
-        if self.options.smooth is not None or self.options.activations == "static":
-            ranges = _ranges_by_site(program, sites, context)
-        if self.options.smooth is not None:
-            program, ranges, unsmoothed = _smoothed(program, sites, ranges, self.options.smooth)
-            refused += unsmoothed
-            stage = program.step
-            sites, _ = self._sites(stage)
-        static = ranges if self.options.activations == "static" else {}
-        quantized = _rewrite(stage, sites, static)
-        details = {**self.options.model_dump(), "sites": [site.name for site in sites]}
-        return PassResult(program.with_stage(quantized), len(sites), tuple(refused), details=details)
+        """Quantize every accepted site."""
+        scheme = SCHEMES[self.options.scheme](self.options)
+        groups, refused = find_groups(program.step, self._selection, scheme.unfit)
+        done = self._step(program, groups, scheme, context) if groups else _Done(program)
+        program, hoisted = self._hoisted(done.program)
+        changed = len(done.sites) + len(hoisted)
+        details = {**self._options_read(scheme), "sites": done.sites, "hoisted_sites": hoisted, **done.decided}
+        identity = not changed and _quantized(program.stages)
+        return PassResult(program, changed, (*refused, *done.refused), identity=identity, details=details)
 
-    def _sites(self, stage: Stage) -> tuple[list[LinearSite], list[Refusal]]:
-        accepted, refused = [], []
-        for node in stage.graph.graph.nodes:
-            if node.target is not LINEAR:
+    def _options_read(self, scheme: Scheme) -> dict[str, object]:
+        """The options that had a say."""
+        return {
+            key: value for key, value in self.options.model_dump().items() if key in CHOOSING or key in scheme.reads
+        }
+
+    @property
+    def _selection(self) -> Selection:
+        return Selection(self.options.include, self.options.skip, self.options.min_tokens)
+
+    def _step(self, program: Program, groups: list[Group], scheme: Scheme, context: Context) -> _Done:
+        """Scale what groups of the step stage read, then replace their layers."""
+        inputs = known_inputs(program, groups, scheme.need, context)
+        scales = _scales(scheme, groups, inputs, context)
+        refused: list[Refusal] = []
+        if scales:
+            program, smoothed, refused = smooth(program, groups, scales, scheme.scales_at_run_time)
+            inputs |= {key: inputs[key].divided(scales[key]) for key in smoothed}
+            groups, _ = find_groups(program.step, self._selection, scheme.unfit)
+        decided = dict(scheme.prepare(program, groups, inputs, context))
+        if self.options.repair is not None:
+            repairs = repair_pairs(program, groups, lambda g: scheme.rounded(g, inputs.get(g.key)), context.seed)
+            program, refused = repairs.program, [*refused, *repairs.refused]
+            decided["repaired"] = repairs.errors
+            groups, _ = find_groups(program.step, self._selection, scheme.unfit)
+        realizations = []
+        for i, group in enumerate(groups):
+            context.progress("quantizing", i, len(groups))
+            realizations.append(scheme.realize(group, inputs.get(group.key)))
+        pairs = list(zip(groups, realizations, strict=True))
+        left = named(group for group, item in pairs if item is None)
+        refused += [Refusal(name, "left in full precision by the scheme") for name in left]
+        sites = named(group for group, item in pairs if item is not None)
+        return _Done(replaced(program, groups, realizations), sites, refused, decided)
+
+    def _hoisted(self, program: Program) -> tuple[Program, list[str]]:
+        """Smaller weights for the layers of the stages that do not run at every evaluation."""
+        if self.options.hoisted is None:
+            return program, []
+        kind, names = WEIGHTS_ONLY[self.options.hoisted], list[str]()
+        scheme = kind(QuantizeOptions.model_validate({"scheme": kind.name, "activations": "float"}))
+        for stage in program.stages:
+            if stage is program.step:
                 continue
-            site = LinearSite(node, module_path(node), node.args[0])
-            reason = self._refuse(stage, site)
-            if reason is None:
-                accepted.append(site)
-            else:
-                refused.append(Refusal(site.name, reason))
-        return accepted, refused
-
-    def _refuse(self, stage: Stage, site: LinearSite) -> str | None:
-        if not any(fnmatch(site.name, pattern) for pattern in self.options.include):
-            return "not included"
-        if any(fnmatch(site.name, pattern) for pattern in self.options.skip):
-            return "skipped by the recipe"
-        weight = site.node.args[1]
-        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
-            return "its weight is computed, not stored"
-        shape = site.source.meta["shape"]
-        tokens = 1
-        for size in shape[1:-1]:
-            tokens *= size or 1
-        if stage.rate is Rate.STEP and tokens < self.options.min_tokens:
-            return f"{tokens} row a sample: weights dominate, not arithmetic"
-        if _feeds_output_only(site.node):
-            return "the last layer: its error is not damped by anything behind it"
-        return None
+            groups, _ = find_groups(stage, self._selection, scheme.unfit)
+            if groups:
+                small, _ = replaced_in(stage, groups, [scheme.realize(group, None) for group in groups])
+                program = program.with_stage(small)
+            names += named(groups)
+        return program, names
 
 
-def _ranges_by_site(program: Program, sites: list[LinearSite], context: Context) -> dict[str, Range]:
-    """The range of what each site reads over the real loop, by node name, which copies of a graph keep.
-
-    Raises:
-        UsageError: the calibration store that was given is of another program, or has no such site.
-    """
-    if context.calibration is not None:
-        context.calibration.require(program)
-        return {site.node.name: _stored_range(context.calibration, site) for site in sites}
-    watched = {site.source for site in sites}
-    ranges = observe_ranges(program, watched, context.seed, context.progress)
-    return {site.node.name: ranges[site.source] for site in sites}
-
-
-def _stored_range(calibration: Calibration, site: LinearSite) -> Range:
-    statistics = calibration.site(site.name, site.node.name)
-    return Range(*(torch.from_numpy(np.asarray(end, np.float32)) for end in (statistics.low(), statistics.high())))
+def _scales(
+    scheme: Scheme, groups: Sequence[Group], inputs: Mapping[str, Inputs], context: Context
+) -> dict[str, torch.Tensor]:
+    """The scale of each group that gets one."""
+    found = {}
+    for i, group in enumerate(groups):
+        if group.key in inputs:
+            context.progress("searching scales", i, len(groups))
+            scale = scheme.scale(group, inputs[group.key])
+            if scale is not None:
+                found[group.key] = scale
+    return found
 
 
-def _smoothed(
-    program: Program, sites: list[LinearSite], ranges: dict[str, Range], alpha: float
-) -> tuple[Program, dict[str, Range], list[Refusal]]:
-    """The smoothed program and its ranges, which follow from those before without another run."""
-    groups: dict[fx.Node, list[LinearSite]] = {}
-    for site in sites:
-        groups.setdefault(site.source, []).append(site)
-    layers = {source: [site.node for site in members] for source, members in groups.items()}
-    largest = {source: ranges[members[0].node.name].largest() for source, members in groups.items()}
-    program, scales, refused = smooth(program, layers, largest, alpha)
-    names = {site.node.name: site.name for site in sites}
-    divided = {
-        site.node.name: ranges[site.node.name].divided(scales[source]) if source in scales else ranges[site.node.name]
-        for source, members in groups.items()
-        for site in members
-    }
-    return program, divided, [Refusal(names.get(refusal.site, refusal.site), refusal.reason) for refusal in refused]
-
-
-def _is_quantized(node: fx.Node) -> bool:
-    return node.target is torch.ops.stepfold.qlinear.default
-
-
-def _feeds_output_only(node: fx.Node) -> bool:
-    """Whether only layout operators stand between a layer and the prediction."""
-    layout = ("view", "reshape", "permute", "transpose", "einsum", "clone", "_unsafe_view", "slice", "split", "getitem")
-    seen, stack = set(), [node]
-    while stack:
-        for user in stack.pop().users:
-            if user.op == "output" or user in seen:
-                continue
-            if not any(str(user.target).removeprefix("aten.").startswith(name) for name in layout):
-                return False
-            seen.add(user)
-            stack.append(user)
-    return True
-
-
-def _rewrite(stage: Stage, sites: list[LinearSite], ranges: dict[str, Range]) -> Stage:
-    graph = copy_graph(stage)
-    twins = dict(zip(stage.graph.graph.nodes, graph.graph.nodes, strict=True))
-    quantized: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]] = {}
-    for site in sites:
-        node, source = twins[site.node], twins[site.source]
-        if source not in quantized:
-            quantized[source] = _quantize_activation(graph, node, source, ranges.get(site.node.name), site.name)
-        _replace_linear(graph, node, quantized[source], site.name)
-    return finish(stage, graph)
-
-
-def _quantize_activation(
-    graph: fx.GraphModule, before: fx.Node, source: fx.Node, known: Range | None, name: str
-) -> tuple[fx.Node, fx.Node, fx.Node]:
-    with graph.graph.inserting_before(before):
-        if known is None:
-            triple = graph.graph.call_function(torch.ops.stepfold.quantize_dynamic.default, (source,))
-            parts = [graph.graph.call_function(operator.getitem, (triple, i)) for i in range(3)]
-            return parts[0], parts[1], parts[2]
-        scale, zero = activation_range(float(known.low.min()), float(known.high.max()))
-        scale_node = graph.graph.get_attr(add_buffer(graph, f"{name}.input_scale", scale))
-        zero_node = graph.graph.get_attr(add_buffer(graph, f"{name}.input_zero", zero))
-        q = graph.graph.call_function(torch.ops.stepfold.quantize_static.default, (source, scale_node, zero_node))
-        return q, scale_node, zero_node
-
-
-def _replace_linear(
-    graph: fx.GraphModule, node: fx.Node, quantized: tuple[fx.Node, fx.Node, fx.Node], name: str
-) -> None:
-    weight = attribute(graph, str(node.args[1].target))  # type: ignore[union-attr]
-    q, scale = quantize_weight(weight.detach())
-    bias = node.args[2] if len(node.args) > 2 else None
-    with graph.graph.inserting_before(node):
-        weight_node = graph.graph.get_attr(add_buffer(graph, f"{name}.weight_int8", q))
-        scale_node = graph.graph.get_attr(add_buffer(graph, f"{name}.weight_scale", scale))
-        new = graph.graph.call_function(torch.ops.stepfold.qlinear.default, (*quantized, weight_node, scale_node, bias))
-    new.meta.update(node.meta)
-    node.replace_all_uses_with(new)
-    graph.graph.erase_node(node)
+def _quantized(stages: Sequence[Stage]) -> bool:
+    return any(node.target in QUANTIZED for stage in stages for node in stage.graph.graph.nodes)

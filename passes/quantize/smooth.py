@@ -1,8 +1,14 @@
-"""SmoothQuant: move activation outliers into weights where a scale can be folded away (Q2, folds F1 and F2).
+"""Divide what layers read by a scale for each channel, exactly: folds F1 to F3 of the method cards.
 
-For a value x that only linear layers read, `x -> x / s` and `W -> W diag(s)` with `s = a^alpha / w^(1 - alpha)`, a the
-largest magnitude of each input channel over the real loop and w that of the weights that read it. The division is
-exact and free where x = norm(.) * scale + shift: scale and shift are divided instead.
+For a value x that only linear layers read, `x -> x / s` and `W -> W diag(s)` compute the same. The division costs nothing
+where x is written by something linear in its channels:
+
+- F1, `x = norm(.) * scale + shift`: scale and shift are divided, at the lower rate they are computed at (PTQ4DiT,
+  arXiv 2405.16005, eq. 13);
+- F2, x is the result of an attention: it mixes tokens and not channels, so the rows of the value projection are divided;
+- F3, x = up(.) * activation(gate(.)): the rows of the linear half are divided.
+
+Elsewhere one multiplication at run time does it, when a scheme is worth that.
 """
 
 from __future__ import annotations
@@ -15,64 +21,97 @@ from torch import fx
 
 from ...ir.edit import add_buffer, copy_graph, finish
 from ...ir.program import Program, Refusal, Stage, attribute
-from .algebra.smoothing import exponent_scale
+from .layers import Group
+from .writer import find_writer
 
 aten = torch.ops.aten
-LINEAR = aten.linear.default
-
-
-def smoothing_scale(activation: torch.Tensor, weight: torch.Tensor, alpha: float) -> torch.Tensor:
-    """The scale of each input channel.
-
-    Args:
-        activation: [M] largest magnitude of each channel.
-        weight: [N, M] the stacked weights of every layer that reads it.
-        alpha: 0 keeps the difficulty in the activations, 1 moves all of it into the weights.
-
-    Returns:
-        [M], with geometric mean 1; 1 where a channel is never used.
-    """
-    return exponent_scale(activation, weight, alpha, 1 - alpha)
 
 
 def smooth(
-    program: Program, groups: Mapping[fx.Node, Sequence[fx.Node]], largest: Mapping[fx.Node, torch.Tensor], alpha: float
-) -> tuple[Program, dict[fx.Node, torch.Tensor], list[Refusal]]:
-    """Smooth every value whose producer is a modulation.
+    program: Program, groups: Sequence[Group], scales: Mapping[str, torch.Tensor], at_run_time: bool
+) -> tuple[Program, set[str], list[Refusal]]:
+    """Divide what groups read.
 
     Args:
-        program: whose step stage holds the nodes.
-        groups: value -> the linear layers that read it.
-        largest: value -> [M] largest magnitude of each channel.
-        alpha: see `smoothing_scale`.
+        program: whose step stage holds the groups.
+        groups: layers that read one value.
+        scales: key of a group -> positive scale [M]; groups without one are left alone.
+        at_run_time: whether a multiplication may be inserted where no fold exists.
 
     Returns:
-        The program, the scale [M] of each smoothed value, and the values where no exact fold exists.
+        The program, the keys of the groups that now read the divided value, and why the others do not.
     """
-    stage = program.step
-    graph, refused, scales = copy_graph(stage), list[Refusal](), dict[fx.Node, torch.Tensor]()
-    twins = dict(zip(stage.graph.graph.nodes, graph.graph.nodes, strict=True))
-    divided: dict[str, torch.Tensor] = {}
-    given = _program_inputs(program)
-    for value, layers in groups.items():
-        name = str(layers[0].name)
-        operands = _modulation(value)
-        if operands is None:
-            refused.append(Refusal(name, "smoothing: its input is not a modulation norm(x) * scale + shift"))
-            continue
-        if set(value.users) != set(layers):
-            refused.append(Refusal(name, "smoothing: another operator reads its input"))
-            continue
-        weights = torch.cat([attribute(graph, str(layer.args[1].target)).detach() for layer in layers])  # type: ignore[union-attr]
-        scale = scales[value] = smoothing_scale(largest[value], weights, alpha)
-        for operand, reader in operands:
-            _divide(graph, twins[operand], twins[reader], scale, None if operand.name in given else divided)
+    fold = _Fold(program, at_run_time)
+    for group in groups:
+        if group.key in scales:
+            fold.divide(group, scales[group.key])
+    stage = finish(program.step, fold.graph)
+    return _divide_at_source(program.with_stage(stage), fold.at_source), fold.done, fold.refused
+
+
+class _Fold:
+    """The edited copy of the step stage."""
+
+    def __init__(self, program: Program, at_run_time: bool):
+        stage = program.step
+        self.graph = copy_graph(stage)
+        self.at_run_time = at_run_time
+        self.done: set[str] = set()
+        self.refused: list[Refusal] = []
+        self.at_source: dict[str, torch.Tensor] = {}
+        self._twins = dict(zip(stage.graph.graph.nodes, self.graph.graph.nodes, strict=True))
+        self._given = _program_inputs(program)
+
+    def divide(self, group: Group, scale: torch.Tensor) -> None:
+        """Divide what a group reads, or say why not."""
+        value, layers = self._twins[group.source], [self._twins[layer.node] for layer in group.layers]
+        alone = set(value.users) == set(layers)
+        if alone and (operands := modulation(value)) is not None:
+            for operand, reader in operands:
+                self._divide_vector(operand, reader, scale)
+        elif alone and (writer := find_writer(value)) is not None:
+            self._divide_rows(writer.linear, writer.rows(scale))
+        elif self.at_run_time:
+            self._divide_value(value, layers, scale)
+        else:
+            reason = "its input has no exact place for a scale" if alone else "another operator reads its input"
+            self.refused.append(Refusal(group.name, f"smoothing: {reason}"))
+            return
+        self.done.add(group.key)
         for layer in layers:
-            _multiply_weight(graph, twins[layer], scale)
-    return _divide_at_source(program.with_stage(finish(stage, graph)), divided), scales, refused
+            self._set(layer, 1, attribute(self.graph, str(layer.args[1].target)).detach() * scale, "smoothed")  # type: ignore[union-attr]
+
+    def _divide_vector(self, operand: fx.Node, reader: fx.Node, scale: torch.Tensor) -> None:
+        """Divide a vector of a modulation: where it is computed when it is a stage input read once, else here."""
+        if operand.op == "placeholder" and len(operand.users) == 1 and operand.name not in self._given:
+            self.at_source[operand.name] = scale
+            return
+        with self.graph.graph.inserting_before(reader):
+            buffer = self.graph.graph.get_attr(add_buffer(self.graph, f"{operand.name}.smooth", 1 / scale))
+            quotient = self.graph.graph.call_function(aten.mul.Tensor, (operand, buffer))
+        reader.replace_input_with(operand, quotient)
+
+    def _divide_rows(self, linear: fx.Node, scale: torch.Tensor) -> None:
+        """Divide the outputs of a linear layer by a scale [N]."""
+        for at, shape in ((1, (-1, 1)), (2, (-1,))):
+            if len(linear.args) > at and isinstance(linear.args[at], fx.Node):
+                held = attribute(self.graph, str(linear.args[at].target)).detach()  # type: ignore[union-attr]
+                self._set(linear, at, held / scale.reshape(shape), "divided")
+
+    def _divide_value(self, value: fx.Node, layers: Sequence[fx.Node], scale: torch.Tensor) -> None:
+        with self.graph.graph.inserting_before(layers[0]):
+            buffer = self.graph.graph.get_attr(add_buffer(self.graph, f"{value.name}.smooth", 1 / scale))
+            quotient = self.graph.graph.call_function(aten.mul.Tensor, (value, buffer))
+        for layer in layers:
+            layer.update_arg(0, quotient)
+
+    def _set(self, layer: fx.Node, at: int, tensor: torch.Tensor, what: str) -> None:
+        with self.graph.graph.inserting_before(layer):
+            held = self.graph.graph.get_attr(add_buffer(self.graph, f"{layer.name}.{what}", tensor))
+        layer.update_arg(at, held)
 
 
-def _modulation(value: fx.Node) -> list[tuple[fx.Node, fx.Node]] | None:
+def modulation(value: fx.Node) -> list[tuple[fx.Node, fx.Node]] | None:
     """scale and shift of `norm * scale + shift`, each with the operator that reads it, or None."""
     if value.target is not aten.add.Tensor or not all(isinstance(a, fx.Node) for a in value.args[:2]):
         return None
@@ -90,40 +129,16 @@ def _is_vector(node: object) -> bool:
     return isinstance(node, fx.Node) and all(size == 1 for size in node.meta["shape"][1:-1])
 
 
-def _divide(
-    graph: fx.GraphModule,
-    operand: fx.Node,
-    reader: fx.Node,
-    scale: torch.Tensor,
-    divided: dict[str, torch.Tensor] | None,
-) -> None:
-    """Divide a vector by the scale: where it is computed when it is a stage input read once, else here."""
-    if divided is not None and operand.op == "placeholder" and len(operand.users) == 1:
-        divided[operand.name] = scale
-        return
-    with graph.graph.inserting_before(reader):
-        buffer = graph.graph.get_attr(add_buffer(graph, f"{operand.name}.smooth", 1 / scale))
-        quotient = graph.graph.call_function(aten.mul.Tensor, (operand, buffer))
-    reader.replace_input_with(operand, quotient)
-
-
 def _program_inputs(program: Program) -> set[str]:
     """Names of the nodes of the step stage that the caller supplies: nothing computes them, so nothing can divide."""
     names = {i.name for i in program.inputs}
-    placeholders = [node for node in program.step.graph.graph.nodes if node.op == "placeholder"]
+    placeholders = program.step.graph.graph.find_nodes(op="placeholder")
     return {node.name for node, port in zip(placeholders, program.step.inputs, strict=True) if port.name in names}
 
 
-def _multiply_weight(graph: fx.GraphModule, layer: fx.Node, scale: torch.Tensor) -> None:
-    weight = attribute(graph, str(layer.args[1].target)).detach()  # type: ignore[union-attr]
-    with graph.graph.inserting_before(layer):
-        node = graph.graph.get_attr(add_buffer(graph, f"{layer.name}.smoothed", weight * scale))
-    layer.update_arg(1, node)
-
-
 def _divide_at_source(program: Program, divided: Mapping[str, torch.Tensor]) -> Program:
-    """Divide hoisted values in the stages that compute them: in their stage or their table; exact, and free at every step."""
-    placeholders = [node.name for node in program.step.graph.graph.nodes if node.op == "placeholder"]
+    """Divide hoisted values in the stage or table that holds them; exact, and free at every step."""
+    placeholders = [node.name for node in program.step.graph.graph.find_nodes(op="placeholder")]
     by_port = {
         port.name: divided[name]
         for name, port in zip(placeholders, program.step.inputs, strict=True)

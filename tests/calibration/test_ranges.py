@@ -61,10 +61,11 @@ def test_over_the_real_loop_of_all_branches(program: Program) -> None:
             seen.append(torch.tanh(model.layer(x)))
             conditional, unconditional = model(x, t, c), model(x, t, u)
             x = x - (unconditional + 2.0 * (conditional - unconditional)) / 4
-    values = torch.cat(seen)
     (received,) = observe(program, (aten.tanh.default,)).values()
-    torch.testing.assert_close(received.low, values.amin(0), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(received.high, values.amax(0), rtol=1e-4, atol=1e-5)
+    assert received.low.shape == (4, 3), "four calls, one bucket each"
+    for bucket, values in enumerate(seen):
+        torch.testing.assert_close(received.low[bucket], values.amin(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(received.high[bucket], values.amax(0), rtol=1e-4, atol=1e-5)
 
 
 def test_only_what_is_watched(program: Program) -> None:
@@ -88,22 +89,20 @@ def test_a_component_is_observed_on_its_example() -> None:
     x = torch.tensor([[[1.0, -2.0]], [[3.0, 0.5]]])
     program = component(lambda x: torch.tanh(x * 2), x)
     (received,) = observe(program, (aten.mul.Tensor,)).values()
-    assert (received.low.tolist(), received.high.tolist()) == ([2.0, -4.0], [6.0, 1.0])
+    assert (received.low.tolist(), received.high.tolist()) == ([[2.0, -4.0]], [[6.0, 1.0]])
 
 
-def test_a_range_has_one_entry_a_channel() -> None:
-    found = Range.of(torch.tensor([[[1.0, -2.0], [0.5, 7.0]]]))
-    assert (found.low.tolist(), found.high.tolist()) == ([0.5, -2.0], [1.0, 7.0])
-    both = found.union(Range.of(torch.tensor([[-3.0, 0.0]])))
-    assert (both.low.tolist(), both.high.tolist()) == ([-3.0, -2.0], [1.0, 7.0])
-    assert both.largest().tolist() == [3.0, 7.0]
-    halved = both.divided(torch.tensor([2.0, 4.0]))
-    assert (halved.low.tolist(), halved.high.tolist()) == ([-1.5, -0.5], [0.5, 1.75])
+def test_a_range_has_one_entry_a_channel_and_bucket() -> None:
+    found = Range.of(torch.tensor([[[1.0, -2.0], [0.5, 7.0]]]), bucket=1, buckets=2)
+    assert found.low.tolist() == [[torch.inf, torch.inf], [0.5, -2.0]]
+    assert found.high.tolist() == [[-torch.inf, -torch.inf], [1.0, 7.0]]
+    both = found.union(Range.of(torch.tensor([[-3.0, 0.0]]), bucket=1, buckets=2))
+    assert (both.low[1].tolist(), both.high[1].tolist()) == ([-3.0, -2.0], [1.0, 7.0])
 
 
 def test_nan_is_not_lost() -> None:
-    found = Range.of(torch.tensor([[1.0, 2.0]])).union(Range.of(torch.tensor([[float("nan"), 1.0]])))
-    assert found.low.isnan().tolist() == [True, False] and found.high.isnan().tolist() == [True, False]
+    found = Range.of(torch.tensor([[1.0, 2.0]]), 0, 1).union(Range.of(torch.tensor([[float("nan"), 1.0]]), 0, 1))
+    assert found.low.isnan().tolist() == [[True, False]] and found.high.isnan().tolist() == [[True, False]]
 
 
 def test_an_observer_computes_what_the_graph_does(program: Program) -> None:

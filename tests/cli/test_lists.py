@@ -35,7 +35,7 @@ def test_passes_as_text(stepfold) -> None:
 
 def test_recipes(stepfold) -> None:
     entries = {entry["name"]: entry for entry in stepfold("recipes", "--json").document()["recipes"]}
-    assert {"default", "fp32", "int8", "int8-invariant"} <= entries.keys()
+    assert {"default", "fp32", "int8", "int8-static"} <= entries.keys()
     assert entries["default"]["passes"][-1] == "schedule"
     assert all(entry["summary"] for entry in entries.values())
     assert list(entries) == [entry["name"] for entry in stepfold("recipes", "--json").document()["recipes"]]

@@ -57,7 +57,7 @@ def test_a_shipped_recipe_ends_with_the_schedule(name: str) -> None:
 
 
 def test_names_that_users_rely_on() -> None:
-    assert {"default", "fp32", "int8", "int8-invariant"} <= set(shipped_recipes())
+    assert {"default", "fp32", "int8", "int8-static"} <= set(shipped_recipes())
 
 
 # -- what a recipe may say

@@ -65,19 +65,6 @@ def _expect_ranges(low: torch.Tensor, high: torch.Tensor) -> None:
         raise UsageError("ranges: expected finite low <= high in each bucket; received others. Calibrate again.")
 
 
-def bucket_of(call: int, calls: int, buckets: int) -> int:
-    """The bucket of a call of the loop: runs of calls, as equal in length as they can be.
-
-    Raises:
-        UsageError: the call is not one of the loop, or there are more buckets than calls.
-    """
-    if not 1 <= buckets <= calls:
-        raise UsageError(f"buckets: expected 1 to {calls}, the calls of the loop; received {buckets}.")
-    if not 0 <= call < calls:
-        raise UsageError(f"call: expected 0 to {calls - 1}; received {call}.")
-    return call * buckets // calls
-
-
 def expect_even_errors(site: str, errors: torch.Tensor) -> None:
     """Refuse scales under which one bucket pays for the others.
 

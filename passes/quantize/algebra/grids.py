@@ -13,8 +13,8 @@ from typing import Literal
 
 import torch
 
+from ....ir.floats import E2M1, E4M3, FloatFormat
 from ....loop.errors import UsageError
-from .floats import E2M1, E4M3, FloatFormat
 
 Group = int | Literal["row", "tensor"]
 """How many input channels of a row share a scale; or the whole row (a channel of the output), or all of it."""
@@ -216,6 +216,14 @@ class Quantized:
         """A weight [N, M] rounded to nearest; scales that cover it unless others are given."""
         scales = grid.scales(weight) if scales is None else scales
         return cls(grid, grid.encode(weight, scales), scales)
+
+    def of_rows(self, first: int, stop: int) -> Quantized:
+        """The rows from `first` to `stop` of a weight whose rows have scales of their own."""
+        scales = self.scales
+        zero = None if scales.zero is None else scales.zero[first:stop]
+        return replace(
+            self, codes=self.codes[first:stop], scales=replace(scales, scale=scales.scale[first:stop], zero=zero)
+        )
 
     @property
     def weight(self) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Codes of a few bits in bytes, and the layout that ONNX Runtime's `MatMulNBits` reads."""
+"""Rounded weights in the layout that ONNX Runtime's `MatMulNBits` reads."""
 
 from __future__ import annotations
 
@@ -6,47 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from ....ir.blocked import pack_bits, pack_blocks, unpack_bits, unpack_blocks
 from ....loop.errors import UsageError
 from .grids import IntegerGrid, Quantized, Scales
 
 BLOCK_BITS = (2, 4, 8)
 SMALLEST_BLOCK = 16
-
-
-def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes [..., n] below 2**bits as uint8 [..., ceil(n bits / 8)]: one stream of bits, lowest first.
-
-    With 4 bits the first code of a byte is its low nibble. The last byte is filled up with zeros.
-
-    Raises:
-        UsageError: bits are not 1 to 8, or a code needs more.
-    """
-    _expect_bits(bits)
-    if codes.numel() and not 0 <= int(codes.amin()) <= int(codes.amax()) < 2**bits:
-        received = f"{int(codes.amin())} to {int(codes.amax())}"
-        raise UsageError(
-            f"codes: expected 0 to {2**bits - 1} for {bits} bits; received {received}. Pack with more bits."
-        )
-    stream = _stream(codes.to(torch.uint8), bits)
-    whole = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    return (whole << torch.arange(8, dtype=torch.uint8)).sum(dim=-1, dtype=torch.uint8)
-
-
-def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """The codes [..., count] uint8 that `pack_bits` packed."""
-    _expect_bits(bits)
-    stream = _stream(packed, 8)[..., : count * bits].unflatten(-1, (count, bits))
-    return (stream << torch.arange(bits, dtype=torch.uint8)).sum(dim=-1, dtype=torch.uint8)
-
-
-def _stream(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """The bits of codes [..., n], lowest first: uint8 [..., n bits]."""
-    return ((codes[..., None] >> torch.arange(bits, dtype=torch.uint8)) & 1).flatten(-2)
-
-
-def _expect_bits(bits: int) -> None:
-    if not 1 <= bits <= 8:
-        raise UsageError(f"bits: expected 1 to 8; received {bits}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,17 +33,6 @@ class BlockedWeight:
     bits: int
     block: int
     in_features: int
-
-
-def pack_blocks(codes: torch.Tensor, bits: int, block: int) -> torch.Tensor:
-    """Unsigned codes [N, M] as B [N, ceil(M / block), block * bits / 8] uint8; the last block is filled with zeros."""
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % block))
-    return pack_bits(padded.unflatten(1, (-1, block)), bits)
-
-
-def unpack_blocks(blocks: torch.Tensor, bits: int, block: int, in_features: int) -> torch.Tensor:
-    """The codes [N, M] uint8 that `pack_blocks` packed."""
-    return unpack_bits(blocks, bits, block).flatten(1)[:, :in_features]
 
 
 def to_matmul_nbits(quantized: Quantized) -> BlockedWeight:

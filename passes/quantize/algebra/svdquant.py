@@ -106,9 +106,31 @@ def svdquant(
         StepfoldError: the Gram is not positive definite.
     """
     _expect(weight, settings, gram, site)
+    return _fitted(_Search(weight, tokens, settings), branch_smoothing(weight, tokens, settings, largest), gram, site)
+
+
+def branch_smoothing(
+    weight: torch.Tensor, tokens: torch.Tensor, settings: SvdquantSettings, largest: torch.Tensor | None = None
+) -> Smoothing:
+    """The smoothing of least error with a branch that is nearly the best; arguments as in `svdquant`."""
     search = _Search(weight, tokens, settings)
     largest = tokens.abs().amax(dim=0) if largest is None else largest
-    smoothing = search_smoothing(largest, weight, search.quick_error, svdquant_candidates(settings.steps))
+    return search_smoothing(largest, weight, search.quick_error, svdquant_candidates(settings.steps))
+
+
+def branch_and_residual(
+    weight: torch.Tensor,
+    tokens: torch.Tensor,
+    settings: SvdquantSettings,
+    gram: torch.Tensor | None = None,
+    site: str = "weight",
+) -> LowRankSplit:
+    """`svdquant` of a weight that is smoothed already."""
+    _expect(weight, settings, gram, site)
+    return _fitted(_Search(weight, tokens, settings), Smoothing(0, 0, weight.new_ones(weight.shape[1]), 0), gram, site)
+
+
+def _fitted(search: _Search, smoothing: Smoothing, gram: torch.Tensor | None, site: str) -> LowRankSplit:
     split = search.alternated(smoothing)
     return split if gram is None else search.compensated(split, gram, site)
 

@@ -4,14 +4,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from stepfold.ir import operators  # noqa: F401  (registers the stepfold:: operators)
 from stepfold.loop.errors import GateError, UsageError
-from stepfold.passes.quantize.algebra.buckets import ActivationPlan, bucket_of, expect_even_errors, plan_activations
+from stepfold.passes.quantize.algebra.buckets import ActivationPlan, expect_even_errors, plan_activations
 from stepfold.passes.quantize.algebra.errors import drift
-from stepfold.passes.quantize.int8 import activation_range
+from stepfold.passes.quantize.algebra.int8 import activation_range
 
 BUCKETS = 8
 
@@ -61,21 +59,6 @@ def test_a_spike_over_silence() -> None:
 def test_ranges_that_are_none(low: list[float], high: list[float], message: str) -> None:
     with pytest.raises(UsageError, match=f"ranges: .*{message}"):
         plan(low, high)
-
-
-@given(st.integers(1, 60), st.data())
-def test_buckets_are_runs_of_nearly_equal_length(calls: int, data: st.DataObject) -> None:
-    buckets = data.draw(st.integers(1, calls))
-    received = [bucket_of(call, calls, buckets) for call in range(calls)]
-    lengths = [received.count(bucket) for bucket in range(buckets)]
-    assert received == sorted(received) and max(lengths) - min(lengths) <= 1 and min(lengths) >= 1
-
-
-def test_calls_outside_the_loop() -> None:
-    with pytest.raises(UsageError, match=r"call: expected 0 to 9; received 10"):
-        bucket_of(10, 10, 2)
-    with pytest.raises(UsageError, match=r"buckets: expected 1 to 10, the calls of the loop; received 11"):
-        bucket_of(0, 10, 11)
 
 
 # -- the drift it is for

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from stepfold.ir import operators  # noqa: F401  (registers the stepfold:: operators)
+from stepfold.ir.floats import E2M1, E4M3
 from stepfold.loop.errors import UsageError
 from stepfold.passes.quantize.algebra.errors import drift
-from stepfold.passes.quantize.algebra.floats import E2M1, E4M3
 from stepfold.passes.quantize.algebra.grids import (
     FP8_CHANNEL,
     FP8_TENSOR,
@@ -24,7 +24,7 @@ from stepfold.passes.quantize.algebra.grids import (
     Quantized,
     nearest_divisor,
 )
-from stepfold.passes.quantize.int8 import quantize_weight
+from stepfold.passes.quantize.algebra.int8 import quantize_weight
 
 ROWS = hnp.arrays(np.float32, st.tuples(st.integers(1, 5), st.just(32)), elements=st.floats(-8, 8, width=16))
 GRIDS: dict[str, Grid] = {

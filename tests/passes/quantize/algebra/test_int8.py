@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from stepfold.ir import operators  # noqa: F401  (registers the stepfold:: operators)
-from stepfold.passes.quantize.int8 import LEVELS, activation_range, quantize_weight
+from stepfold.passes.quantize.algebra.int8 import LEVELS, activation_range, quantize_weight
 
 WEIGHTS = hnp.arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 6)), elements=st.floats(-8, 8, width=16))
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepfold.passes.quantize.algebra.floats import E2M1, E4M3, FloatFormat
+from stepfold.ir.floats import E2M1, E4M3, FloatFormat
 
 E2M1_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 

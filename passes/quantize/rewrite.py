@@ -1,0 +1,64 @@
+"""Put realizations into the step stage of a program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from ...calibration.document import bucket_of
+from ...ir.edit import copy_graph, finish
+from ...ir.program import Program, Stage
+from ...loop.ports import Port
+from .layers import Group
+from .realize import Place, Realization
+
+
+def replaced(program: Program, groups: Sequence[Group], realizations: Sequence[Realization | None]) -> Program:
+    """The program with layers of its step stage replaced; a group without a realization stays."""
+    stage, tables = replaced_in(program.step, groups, realizations)
+    return _with_tables(program.with_stage(stage), tables)
+
+
+def replaced_in(
+    stage: Stage, groups: Sequence[Group], realizations: Sequence[Realization | None]
+) -> tuple[Stage, dict[str, torch.Tensor]]:
+    """The stage with layers replaced, and the tables that its new inputs read: name -> [buckets]."""
+    graph = copy_graph(stage)
+    twins = dict(zip(stage.graph.graph.nodes, graph.graph.nodes, strict=True))
+    tables: dict[str, torch.Tensor] = {}
+    for group, realization in zip(groups, realizations, strict=True):
+        if realization is not None:
+            _replace(graph, twins, group, realization, tables)
+    ports = tuple(Port(name, (None,), str(v.dtype).removeprefix("torch.")) for name, v in tables.items())
+    return finish(replace(stage, inputs=(*stage.inputs, *ports)), graph), tables
+
+
+def _replace(
+    graph: fx.GraphModule,
+    twins: Mapping[fx.Node, fx.Node],
+    group: Group,
+    realization: Realization,
+    tables: dict[str, torch.Tensor],
+) -> None:
+    layers = [twins[layer.node] for layer in group.layers]
+    place = Place(graph, twins[group.source], layers, [layer.name for layer in group.layers], tables)
+    for layer, value in zip(layers, realization.insert(place), strict=True):
+        value.meta.update(layer.meta)
+        layer.replace_all_uses_with(value)
+        graph.graph.erase_node(layer)
+
+
+def _with_tables(program: Program, values: Mapping[str, torch.Tensor]) -> Program:
+    """The program with a table for each name: the value of its bucket at every call of the loop."""
+    if not values:
+        return program
+    assert program.recurrence is not None, "without a loop there is one bucket, and one scale"
+    calls = program.recurrence.calls
+    tables = {
+        name: value[[bucket_of(call, calls, len(value)) for call in range(calls)]].numpy()
+        for name, value in values.items()
+    }
+    return replace(program, tables={**program.tables, **tables})

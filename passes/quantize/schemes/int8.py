@@ -1,0 +1,86 @@
+"""8-bit weights and 8-bit activations, products in integers (Q1 of the method cards)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+
+from ..algebra.buckets import plan_activations
+from ..algebra.gptq import gptq
+from ..algebra.grids import INT8_CHANNEL, IntegerGrid, Quantized
+from ..algebra.int8 import activation_range, quantize_weight
+from ..algebra.smoothing import balanced_scale, exponent_scale, smoothquant
+from ..inputs import Inputs, Need
+from ..layers import Group
+from ..realize import Activation, BucketedActivation, DynamicActivation, IntegerProducts, Realization, StaticActivation
+from ..scheme import Scheme
+
+UINT8_TENSOR = IntegerGrid(8, "tensor", symmetric=False)
+
+
+class Int8(Scheme):
+    """8-bit weights and activations; products in integers.
+
+    linear(x, W) + b -> s_x s_W (q(x) - z) W_q + b with W_q int8 per output channel and q(x) uint8.
+    """
+
+    name = "int8"
+    source = "ONNX Runtime MatMulIntegerToFloat; SmoothQuant, arXiv 2211.10438; PTQ4DiT, arXiv 2405.16005"
+    reads: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "weights": ("per_channel",),
+        "activations": ("dynamic", "static"),
+        "smooth": ("0 to 1", "search", "salience", "null"),
+        "rounding": ("nearest", "gptq"),
+        "repair": (),
+    }
+
+    @property
+    def need(self) -> Need:
+        """Ranges for static scales and for an exponent; rows or Grams for what is judged by outputs."""
+        options = self.options
+        if options.smooth == "search" or options.rounding == "gptq":
+            return Need.STATISTICS
+        return Need.RANGES if options.smooth is not None or options.activations == "static" else Need.NOTHING
+
+    def scale(self, group: Group, inputs: Inputs) -> torch.Tensor | None:
+        """See `Scheme.scale`."""
+        smooth = self.options.smooth
+        if smooth is None:
+            return None
+        if smooth == "search":
+            return smoothquant(group.weight, inputs.rows(), INT8_CHANNEL, UINT8_TENSOR).scale
+        if smooth == "salience":
+            return balanced_scale(inputs.salience, group.weight)
+        assert not isinstance(smooth, str)
+        return exponent_scale(inputs.largest, group.weight, smooth, 1 - smooth)
+
+    def realize(self, group: Group, inputs: Inputs | None) -> Realization:
+        """See `Scheme.realize`."""
+        return IntegerProducts(self._activation(inputs), self._weights(group, inputs))
+
+    def rounded(self, group: Group, inputs: Inputs | None) -> Sequence[torch.Tensor]:
+        """See `Scheme.rounded`."""
+        return [(codes * scale).T for codes, scale in self._weights(group, inputs)]
+
+    def _weights(self, group: Group, inputs: Inputs | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Codes [M, N] int8 and scale [N] of each layer."""
+        gram = inputs.gram() if inputs is not None and self.options.rounding == "gptq" else None
+        return [_rounded(layer.weight, gram, layer.name) for layer in group.layers]
+
+    def _activation(self, inputs: Inputs | None) -> Activation:
+        if self.options.activations == "dynamic" or inputs is None:
+            return DynamicActivation()
+        plan = plan_activations(inputs.low.amin(dim=1), inputs.high.amax(dim=1), dynamic=False)
+        pairs = [activation_range(*ends) for ends in plan.ranges]
+        scales, zeros = (torch.stack(values) for values in zip(*pairs, strict=True))
+        return StaticActivation(scales[0], zeros[0]) if plan.kind == "static" else BucketedActivation(scales, zeros)
+
+
+def _rounded(weight: torch.Tensor, gram: torch.Tensor | None, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [M, N] int8 and scale [N] float32."""
+    if gram is None:
+        return quantize_weight(weight)
+    found: Quantized = gptq(weight, gram, INT8_CHANNEL, site=name).quantized
+    return found.codes.T.contiguous(), found.scales.scale[:, 0].to(torch.float32)

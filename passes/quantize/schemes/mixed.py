@@ -1,0 +1,139 @@
+"""Bits for each site: the format of each group by what it costs and by what it does to samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from ....ir.program import Program
+from ....loop.errors import GateError
+from ..algebra.allocation import Allocation, Choice, allocate
+from ..inputs import Inputs, Need
+from ..layers import Group, LinearLayer
+from ..realize import Realization
+from ..rewrite import replaced
+from ..scheme import Scheme
+from ..sensitivity import SampleDrift
+from .blocks import Int4
+from .int8 import Int8
+
+if TYPE_CHECKING:
+    from ...base import Context
+    from ..quantize import QuantizeOptions
+
+FLOAT_BITS = 32
+
+
+class Mixed(Scheme):
+    """4, 8 or 32 bits for each site: least change of samples within an average number of bits.
+
+    The sensitivity of a site to a format is the drift of the samples of a short loop in which it alone is quantized.
+    Squared drifts are added up and spent by a knapsack; every uniform choice within the budget is tried in the loop
+    too, and the best of all is taken, so that a mixture is never worse than what it is mixed from.
+    """
+
+    name = "mixed"
+    source = "Knapsack over measured sensitivities, section 4 of LAPTOP-Diff (arXiv 2404.11098) for formats"
+    reads: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "bits": (),
+        "group": (),
+        "activations": ("dynamic", "static"),
+        "smooth": Int8.reads["smooth"],
+    }
+
+    def __init__(self, options: QuantizeOptions):
+        super().__init__(options)
+        shared = {"activations": options.activations, "smooth": options.smooth}
+        self._int8 = Int8(type(options)(scheme="int8", **shared))
+        self._int4 = Int4(type(options)(scheme="int4", rounding="gptq", group=options.group))
+        self._chosen: Mapping[str, Realization | None] = {}
+
+    @property
+    def need(self) -> Need:
+        """See `Scheme.need`."""
+        return Need.STATISTICS
+
+    def unfit(self, layer: LinearLayer) -> str | None:
+        """See `Scheme.unfit`."""
+        return self._int4.unfit(layer)
+
+    def scale(self, group: Group, inputs: Inputs) -> torch.Tensor | None:
+        """See `Scheme.scale`."""
+        return self._int8.scale(group, inputs)
+
+    def prepare(
+        self, program: Program, groups: Sequence[Group], inputs: Mapping[str, Inputs], context: Context
+    ) -> Mapping[str, object]:
+        """Measure every group in every format, then spend the bits."""
+        formats = {"int8": self._int8, "int4": self._int4}
+        realized: dict[str, dict[str, Realization | None]] = {
+            group.key: {
+                "float": None,
+                **{name: kind.realize(group, inputs[group.key]) for name, kind in formats.items()},
+            }
+            for group in groups
+        }
+        drift = SampleDrift(program, context)
+        choices: dict[str, list[Choice]] = {}
+        for i, group in enumerate(groups):
+            context.progress("measuring sensitivity", i, len(groups))
+            choices[group.key] = [
+                Choice(name, _bits(group, name, self._int4), drift.of(replaced(program, [group], [item])) ** 2)
+                for name, item in realized[group.key].items()
+            ]
+        budget = int(self.options.bits * sum(group.weight.numel() for group in groups))
+        found = self._best(drift, program, groups, realized, _candidates(choices, budget))
+        self._chosen = {key: realized[key][choice.name] for key, choice in found.choices.items()}
+        return {
+            "bits": found.cost / sum(group.weight.numel() for group in groups),
+            "formats": {group.name: found.choices[group.key].name for group in groups},
+        }
+
+    def realize(self, group: Group, inputs: Inputs | None) -> Realization | None:
+        """See `Scheme.realize`."""
+        return self._chosen[group.key]
+
+    @staticmethod
+    def _best(
+        drift: SampleDrift,
+        program: Program,
+        groups: Sequence[Group],
+        realized: Mapping[str, Mapping[str, Realization | None]],
+        candidates: Sequence[Allocation],
+    ) -> Allocation:
+        """The candidate whose samples drift least, the first of equals."""
+
+        def measured(allocation: Allocation) -> float:
+            items = [realized[group.key][allocation.choices[group.key].name] for group in groups]
+            return drift.of(replaced(program, groups, items))
+
+        return min(candidates, key=measured)
+
+
+def _bits(group: Group, format: str, int4: Int4) -> int:
+    """Bits of the weights of a group, scales included."""
+    N, M = group.weight.shape
+    if format == "float":
+        return FLOAT_BITS * N * M
+    if format == "int8":
+        return 8 * N * M + FLOAT_BITS * N
+    return round(int4.grid(group).bits_per_weight(N, M) * N * M)
+
+
+def _candidates(choices: Mapping[str, Sequence[Choice]], budget: int) -> list[Allocation]:
+    """The allocation of the knapsack, and each format for all sites that the budget allows."""
+    least = sum(min(choice.cost for choice in listed) for listed in choices.values())
+    if least > budget:
+        total = sum(choice.cost for listed in choices.values() for choice in listed if choice.name == "float")
+        raise GateError(
+            f"quantize: bits: expected at least {FLOAT_BITS * least / total:.2f} bits a weight, which is the smallest "
+            f"format at every site; received {FLOAT_BITS * budget / total:.2f}. Raise it."
+        )
+    found = [allocate(choices, budget)]
+    for place in range(len(next(iter(choices.values())))):
+        uniform = Allocation({key: listed[place] for key, listed in choices.items()})
+        if uniform.cost <= budget:
+            found.append(uniform)
+    return found

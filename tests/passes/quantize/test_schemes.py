@@ -1,0 +1,310 @@
+"""Every scheme of `quantize` on a small transformer with a loop: what it changes, keeps, refuses, and what runs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from programs import context_of, denoiser, operators, samples_of
+from torch import nn
+
+from stepfold.ir.cost import stage_bytes
+from stepfold.ir.program import Program
+from stepfold.loop.errors import GateError, StepfoldError, UsageError
+from stepfold.loop.metrics import drift
+from stepfold.passes.base import Context, PassResult
+from stepfold.passes.manager import Step, run_passes
+from stepfold.passes.quantize.quantize import Quantize, QuantizeOptions
+from stepfold.passes.quantize.schemes import SCHEMES
+from stepfold.passes.recipe import load_recipe
+from stepfold.passes.schedule.hoist import Hoist, HoistOptions
+from stepfold.runtime.packing import batch_invariant
+from stepfold.runtime.workshop import workshop
+
+D, HEADS = 64, 4
+LAYERS = ["q", "k", "v", "out", "up", "down"]
+
+
+class Block(nn.Module):
+    """A block of a diffusion transformer with outliers in one channel, and a last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.time, self.classes = nn.Linear(1, D), nn.Embedding(4, D)
+        self.modulation = nn.Linear(D, 4 * D)
+        self.q, self.k, self.v, self.out = (nn.Linear(D, D) for _ in range(4))
+        self.up, self.down, self.last = nn.Linear(D, 2 * D), nn.Linear(2 * D, D), nn.Linear(D, D)
+        with torch.no_grad():
+            self.modulation.bias[3] += 20
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """x [B, T, D], t [B], c [B]."""
+        s1, b1, s2, b2 = self.modulation(torch.sin(self.time(t[:, None] / 1000) + self.classes(c)))[:, None].chunk(
+            4, -1
+        )
+        h = nn.functional.layer_norm(x, (D,)) * (1 + s1) + b1
+        q, k, v = (layer(h).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        h = nn.functional.layer_norm(x, (D,)) * (1 + s2) + b2
+        return self.last(torch.tanh(x + self.down(nn.functional.gelu(self.up(h), approximate="tanh"))))
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "int8 searched": {"scheme": "int8", "smooth": "search"},
+    "int8 salience": {"scheme": "int8", "smooth": "salience", "activations": "static"},
+    "int8 gptq": {"scheme": "int8", "rounding": "gptq"},
+    "int8-weights": {"scheme": "int8-weights"},
+    "int4": {"scheme": "int4"},
+    "int4 awq": {"scheme": "int4", "smooth": "awq"},
+    "int4 repaired": {"scheme": "int4", "repair": "data-free"},
+    "int4 gptq": {"scheme": "int4", "rounding": "gptq", "group": 32},
+    "svdquant": {"scheme": "svdquant", "rank": 8, "rounding": "gptq"},
+    "svdquant int8": {"scheme": "svdquant", "rank": 8, "residual": "int8"},
+    "fp8": {"scheme": "fp8"},
+    "nvfp4": {"scheme": "nvfp4"},
+    "codebook": {"scheme": "codebook"},
+    "mixed": {"scheme": "mixed", "bits": 7.0, "group": 32},
+}
+"""Largest drift of samples: a few times what is measured, and far below what a wrong layout gives."""
+DRIFT = {"int8": 0.03, "int8-weights": 0.03, "fp8": 0.08, "mixed": 0.08, "codebook": 0.5}
+LAYERS_OF = {"codebook": ["q", "k", "v", "out", "up", "down"]}
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    generator = torch.Generator().manual_seed(1)
+    example = (torch.randn(2, 8, D, generator=generator), torch.full((2,), 500.0), torch.arange(2))
+    captured = denoiser(Block(), *example)
+    return Hoist(HoistOptions()).run(captured, context_of(captured, Path("unused"))).program
+
+
+@pytest.fixture(scope="module")
+def context(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Context:
+    return context_of(program, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def results(program: Program, context: Context) -> dict[str, PassResult]:
+    made: dict[str, PassResult] = {}
+
+    class Lazy(dict[str, PassResult]):
+        def __missing__(self, name: str) -> PassResult:
+            made[name] = self[name] = quantize(program, context, **VARIANTS[name])
+            return made[name]
+
+    return Lazy()
+
+
+def quantize(program: Program, context: Context, **options: Any) -> PassResult:
+    return Quantize(QuantizeOptions.model_validate(options)).run(program, context)
+
+
+def test_every_scheme_is_tried() -> None:
+    assert {options["scheme"] for options in VARIANTS.values()} == set(SCHEMES)
+    assert set(QuantizeOptions.model_fields["scheme"].annotation.__args__) == set(SCHEMES)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_samples_are_near(program: Program, results: dict[str, PassResult], name: str) -> None:
+    result = results[name]
+    assert result.details["sites"] == LAYERS and result.changed == len(LAYERS)
+    received = drift(samples_of(result.program), samples_of(program))
+    assert 1e-5 < received < DRIFT.get(VARIANTS[name]["scheme"], 0.2)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_second_run_changes_nothing(context: Context, results: dict[str, PassResult], name: str) -> None:
+    program = results[name].program
+    again = quantize(program, context, **VARIANTS[name])
+    assert (again.changed, again.identity, again.program) == (0, True, program)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_engine_equals_the_reference(results: dict[str, PassResult], name: str) -> None:
+    """In ONNX Runtime, over the whole loop; values near a rounding step may fall on its other side."""
+    program = results[name].program
+    with workshop("onnxruntime") as shop:
+        assert drift(samples_of(program, shop.open(program)), samples_of(program)) < 1e-2
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_a_record_says_is_plain(results: dict[str, PassResult], name: str) -> None:
+    assert json.loads(json.dumps(results[name].details))["scheme"] == VARIANTS[name]["scheme"]
+
+
+def test_only_scales_of_a_whole_tensor_couple_a_batch(results: dict[str, PassResult]) -> None:
+    coupled = {name for name in VARIANTS if not batch_invariant(results[name].program)}
+    assert coupled == {"int8 searched", "int8 gptq", "svdquant int8", "mixed"}
+
+
+# -- what each adds
+
+
+@pytest.fixture(scope="module")
+def nearest_drift(program: Program, results: dict[str, PassResult]) -> float:
+    return drift(samples_of(results["int4"].program), samples_of(program))
+
+
+@pytest.mark.parametrize("name", ["int4 awq", "svdquant"])
+def test_a_method_beats_rounding_to_nearest(
+    program: Program, results: dict[str, PassResult], nearest_drift: float, name: str
+) -> None:
+    assert drift(samples_of(results[name].program), samples_of(program)) < 0.9 * nearest_drift
+
+
+def test_a_repair_without_data(results: dict[str, PassResult]) -> None:
+    """On inputs of another draw the pair is nearer to the unrounded one, and no store was made."""
+    before, after = results["int4 repaired"].details["repaired"][""]
+    assert 0 < after < 0.95 * before
+
+
+def test_the_branch_is_two_plain_layers(results: dict[str, PassResult]) -> None:
+    """q, k and v share the way down: 4 groups of 6 layers, 4 down and 6 up, and the last layer."""
+    found = Counter(operators(results["svdquant"].program.step))
+    assert found["linear.default"] == 4 + 6 + 1 and found["stepfold.blocked_linear.default"] == 6
+
+
+def test_mixed_spends_what_it_may(program: Program, context: Context, results: dict[str, PassResult]) -> None:
+    details = results["mixed"].details
+    assert details["bits"] <= 7.0 and set(details["formats"]) == {"q", "out", "up", "down"}
+    wide = quantize(program, context, scheme="mixed", bits=32.0)
+    assert wide.changed == 0 and set(wide.details["formats"].values()) == {"float"}
+
+
+@pytest.mark.parametrize(
+    ("bits", "uniform"), [(5.0, {"scheme": "int4", "rounding": "gptq"}), (8.6, {"scheme": "int8"})]
+)
+def test_mixed_is_no_worse_than_uniform(
+    program: Program, context: Context, bits: float, uniform: dict[str, Any]
+) -> None:
+    """On samples that chose nothing, at the bits of the uniform format or less."""
+    mixed, same = quantize(program, context, scheme="mixed", bits=bits), quantize(program, context, **uniform)
+    wanted = samples_of(program, count=16)
+    assert drift(samples_of(mixed.program, count=16), wanted) <= 1.02 * drift(
+        samples_of(same.program, count=16), wanted
+    )
+
+
+def test_mixed_needs_its_smallest_format(program: Program, context: Context) -> None:
+    with pytest.raises(GateError, match=r"bits: expected at least 4\.50 bits a weight.*received 2\.00\. Raise it"):
+        quantize(program, context, scheme="mixed", bits=2.0)
+
+
+def test_weights_get_smaller(program: Program, results: dict[str, PassResult]) -> None:
+    """Bytes of the six layers against float32: 2 bits, 4 bits, 4 bits with E4M3 scales, 8 bits."""
+    floats = stage_bytes(program.step)
+    quantized = 4 * (4 * D * D + 4 * D * D)
+    for name, bits in {"codebook": 2, "int4": 4.5, "nvfp4": 4.5, "fp8": 8, "int8-weights": 8.5}.items():
+        saved = floats - stage_bytes(results[name].program.step)
+        extra = 6 * 4 * 256 * 4 if name == "codebook" else 0  # a codebook of each layer
+        assert saved == pytest.approx(quantized * (1 - bits / 32) - extra, rel=0.03), name
+
+
+# -- scales by the timestep
+
+
+class Growing(nn.Module):
+    """What the layer reads grows eightfold over the loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.last(torch.tanh(self.layer(x * torch.exp2(3 - t / 250)[:, None, None]))))
+
+
+@pytest.fixture(scope="module")
+def growing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Program]:
+    example = (torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0)), torch.full((2,), 5.0))
+    program = denoiser(Growing(), *example)
+    context = context_of(program, tmp_path_factory.mktemp("cache"))
+    steps = [Step(Quantize(QuantizeOptions(activations="static", include=("layer",))))]
+    return program, run_passes(program, steps, context)
+
+
+def test_a_range_that_drifts_gets_a_scale_for_each_bucket(growing: tuple[Program, Program]) -> None:
+    _, quantized = growing
+    scales, zeros = (quantized.tables[f"layer.input_{what}"] for what in ("scale", "zero"))
+    assert scales.shape == zeros.shape == (4,) and zeros.dtype == np.uint8
+    assert len(set(scales.tolist())) == 4 and scales.max() > 4 * scales.min()
+    assert batch_invariant(quantized)
+
+
+def test_tables_of_scales_reach_the_engine(growing: tuple[Program, Program]) -> None:
+    program, quantized = growing
+    with workshop("onnxruntime") as shop:
+        received = samples_of(quantized, shop.open(quantized))
+    assert drift(received, samples_of(quantized)) < 1e-3
+    assert drift(received, samples_of(program)) < 0.01
+
+
+# -- stages that run once a request
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_weights_of_hoisted_stages(program: Program, context: Context, bits: str) -> None:
+    result = quantize(program, context, hoisted=bits)
+    assert result.details["hoisted_sites"] == ["modulation"] and result.changed == len(LAYERS) + 1
+    stage, before = (p.stages[-2] for p in (result.program, program))
+    assert "stepfold.blocked_linear.default" in operators(stage)
+    assert stage_bytes(stage) < stage_bytes(before) / (3 if bits == "int8" else 6)
+    assert drift(samples_of(result.program), samples_of(program)) < (0.03 if bits == "int8" else 0.3)
+
+
+# -- wrong options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scheme": "int8", "rank": 4}, r"option 'rank': scheme int8 does not read it"),
+        (
+            {"scheme": "int4", "activations": "static"},
+            r"option 'activations': expected dynamic or float with scheme int4",
+        ),
+        ({"scheme": "int4", "smooth": 0.5}, r"option 'smooth': expected awq or null with scheme int4; received 0.5"),
+        ({"smooth": "awq"}, r"option 'smooth': expected 0 to 1 or search or salience or null with scheme int8"),
+        (
+            {"smooth": 1.5},
+            r"option 'smooth': expected 0 to 1 or search or salience or null with scheme int8; received 1.5",
+        ),
+        ({"scheme": "int5"}, r"option 'scheme': expected 'int8', .*received 'int5'"),
+        ({"scheme": "int4", "group": 3}, r"option 'group': expected greater than or equal to 16; received 3"),
+    ],
+)
+def test_options_a_scheme_does_not_read(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_recipe({"passes": [{"quantize": options}]}).steps()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"scheme": "int4"}, "no block of a power of two from 16 divides its 8 inputs"),
+        ({"scheme": "nvfp4"}, "its 8 inputs are no multiple of 16"),
+        ({"scheme": "svdquant", "rank": 9}, "rank 9 is above the 8 it has"),
+        ({"scheme": "codebook"}, "its 16 runs are fewer than the 1024 a codebook pays for"),
+    ],
+)
+def test_layers_that_do_not_fit(growing: tuple[Program, Program], options: dict[str, Any], reason: str) -> None:
+    program, _ = growing
+    steps = [Step(Quantize(QuantizeOptions.model_validate(options)))]
+    with pytest.raises(StepfoldError, match=f"expected to change something.*layer: {reason}"):
+        run_passes(program, steps, context_of(program, Path("unused")))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
