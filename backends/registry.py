@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+from pydantic import ValidationError
 
 from ..loop.errors import UsageError, nearest
+from ..loop.options import Options, option_problem
 from ..loop.ports import Port, StageCallable
 from .capability import Capability
+
+NO_OPTIONS = Options()
 
 
 @dataclass(frozen=True)
@@ -19,14 +26,44 @@ class Backend:
     Attributes:
         name: as in `--backend`, and the folder of its modules.
         suffix: of a compiled stage's file.
+        options: how stages are lowered and run. An engine that has options is registered with their defaults, and its
+            `lower` and `open_session` take them as the keyword `options`; one without takes no such keyword.
     """
 
     name: str
     suffix: str
+    options: Options = NO_OPTIONS
 
     def capability(self) -> Capability:
         """What it can do on this machine."""
         return self.module("capability").capability()
+
+    def with_options(self, values: Mapping[str, Any]) -> Backend:
+        """The backend with options in the place of its defaults.
+
+        Raises:
+            UsageError: an unknown option or value.
+        """
+        kind = type(self.options)
+        try:
+            return replace(self, options=kind.model_validate(dict(values)))
+        except ValidationError as error:
+            raise UsageError(f"backend {self.name}: {option_problem(kind, 'backend', error)}") from None
+
+    def lower(self, stage: Any, folder: Path) -> Path:
+        """Compile a stage into a file; see `lower.py` of the engine.
+
+        Args:
+            stage: an `ir.program.Stage`, which this torch-free module does not import.
+            folder: an empty one; what is left in it goes into the bundle.
+
+        Returns:
+            The main file.
+
+        Raises:
+            StepfoldError: the stage has no form for this engine.
+        """
+        return self.module("lower").lower(stage, folder, **self._keyword())
 
     def open_session(
         self,
@@ -48,11 +85,15 @@ class Backend:
             raise UsageError(
                 f"backend {self.name!r} cannot run here: {capability.reason}. Install it: {capability.install}"
             )
-        return self.module("session").open_session(file, inputs, outputs, threads=threads, device=device)
+        keywords = {"threads": threads, "device": device, **self._keyword()}
+        return self.module("session").open_session(file, inputs, outputs, **keywords)
 
     def module(self, name: str) -> ModuleType:
         """`capability`, `session` or `lower` of the engine (the last needs the extra `compile`)."""
         return importlib.import_module(f".{self.name}.{name}", __package__)
+
+    def _keyword(self) -> dict[str, Options]:
+        return {"options": self.options} if type(self.options).model_fields else {}
 
 
 BACKENDS = (Backend("onnxruntime", ".onnx"),)

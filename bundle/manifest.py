@@ -86,11 +86,12 @@ class ModelEntry(Strict):
 
 
 class BackendEntry(Strict):
-    """The engine the stages were built for."""
+    """The engine the stages were built for, and the options it was given."""
 
     name: str
     version: str
     device: str
+    options: dict[str, JsonValue] = Field(default_factory=dict)
 
 
 class RefusalEntry(Strict):

@@ -9,18 +9,29 @@ from .options import Json
 
 
 def backends(as_json: Json = False) -> None:
-    """List the engines: what can build and run here, and how to install what is missing.
+    """List the engines: what can build and run here, how to install what is missing, and their options.
 
     $ stepfold backends
     """
+    from ..backends.registry import BACKENDS
     from ..backends.registry import backends as capabilities
+    from .passes import describe_options
 
+    options = {backend.name: describe_options(type(backend.options)) for backend in BACKENDS}
     found = capabilities()
     if as_json:
-        print_json({"backends": [asdict(capability) for capability in found]})
+        print_json({"backends": [{**asdict(capability), "options": options[capability.name]} for capability in found]})
         return
     rows = [
         (c.name, c.version or "-", "yes" if c.can_build else "no", "yes" if c.can_run else "no", c.reason, c.install)
         for c in found
     ]
-    console().print(table("Backends", ("backend", "version", "builds", "runs", "why not", "install"), rows))
+    screen = console()
+    screen.print(table("Backends", ("backend", "version", "builds", "runs", "why not", "install"), rows))
+    listed = [
+        (f"{name}.{option}", entry["type"], repr(entry["default"]), entry["description"])
+        for name, entries in options.items()
+        for option, entry in entries.items()
+    ]
+    if listed:
+        screen.print(table("Options", ("option", "type", "default", "meaning"), listed))

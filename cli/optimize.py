@@ -10,7 +10,6 @@ import typer
 import yaml
 from rich.markup import escape
 
-from ..backends.registry import BACKENDS
 from ..loop.errors import UsageError
 from .console import console, print_json, table, working
 from .options import Json, MinPsnr, check_min_psnr
@@ -28,7 +27,7 @@ def optimize(
     ] = "default",
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME.OPTION=VALUE", help="Replace an option of a pass; may be repeated."),
+        typer.Option("--set", metavar="NAME.OPTION=VALUE", help="Replace an option of a pass or backend; repeatable."),
     ] = None,
     backend: Annotated[
         str | None, typer.Option("--backend", metavar="NAME", help="Engine; that of the recipe, or onnxruntime.")
@@ -70,17 +69,15 @@ def optimize(
 
 
 def parse_setting(text: str) -> tuple[str, str, Any]:
-    """`NAME.OPTION=VALUE` as (pass, option, value); the value is YAML: `10`, `40.5`, `auto`, `[a, b]`.
+    """`NAME.OPTION=VALUE` as (pass or backend, option, value); the value is YAML: `10`, `40.5`, `auto`, `[a, b]`.
 
     Raises:
-        UsageError: it has another form, or names a backend.
+        UsageError: it has another form.
     """
     address, equals, value = text.partition("=")
     name, dot, option = address.partition(".")
     if not (equals and dot and name and option):
         raise UsageError(f"--set: expected NAME.OPTION=VALUE, as in schedule.evaluations=10; received {text!r}.")
-    if any(backend.name == name for backend in BACKENDS):
-        raise UsageError(f"--set {address}: backend {name!r} has no options; expected the name of a pass.")
     try:
         return name, option, yaml.safe_load(value)
     except yaml.YAMLError:

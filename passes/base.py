@@ -8,18 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict
-
 from ..calibration.read import Calibration
 from ..ir.program import Program, Refusal
+from ..loop.options import Options
 from ..loop.ports import BoundProgram
-
-
-class Options(BaseModel):
-    """The frozen options of a pass; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
 
 OptionsT = TypeVar("OptionsT", bound=Options)
 Progress = Callable[[str, int, int], None]

@@ -12,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from ..loop.errors import UsageError, nearest
+from ..loop.options import option_problem
 from .manager import Step
 from .registry import pass_named
 
@@ -239,16 +240,5 @@ def _step(entry: Entry) -> Step:
     except UsageError as error:
         raise UsageError(f"{entry.place}: {error}") from None
     except ValidationError as error:
-        raise UsageError(f"{entry.place}: pass {entry.name}: {_problem(entry, error)}") from None
-
-
-def _problem(entry: Entry, error: ValidationError) -> str:
-    """What is wrong with the first bad option: the option, what was expected, what was received."""
-    first = error.errors()[0]
-    option = str(first["loc"][0]) if first["loc"] else "options"
-    if first["type"] == "extra_forbidden":
-        valid = list(pass_named(entry.name).options_type.model_fields)
-        return f"unknown option {option!r}; {nearest(option, valid) if valid else 'this pass has no options.'}"
-    same = [item for item in error.errors() if item["loc"][:1] == first["loc"][:1]]  # the members of a union
-    expected = " or ".join(dict.fromkeys(item["msg"].removeprefix("Input should be ") for item in same))
-    return f"option {option!r}: expected {expected}; received {first['input']!r}."
+        problem = option_problem(pass_named(entry.name).options_type, "pass", error)
+        raise UsageError(f"{entry.place}: pass {entry.name}: {problem}") from None

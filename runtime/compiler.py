@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..backends import registry
 from ..bundle.manifest import Manifest
 from ..bundle.writer import check_out, writing
+from ..loop.errors import UsageError
 from .quality import check_budget, measure, quality_of_pass
 from .workshop import Workshop, workshop
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_BACKEND = "onnxruntime"
 PICTURES = 10
 """Held-out samples shown in a report."""
 
@@ -50,7 +53,7 @@ class Job:
         checkpoint: folder.
         out: folder of the bundle.
         recipe: name, file or content.
-        settings: (pass, option, value) that replace options of the recipe.
+        settings: (pass or backend, option, value) that replace options of the recipe or defaults of the backend.
         backend: engine; None takes the recipe's, or `onnxruntime`.
         loop: a `loop.yaml` that replaces the checkpoint's.
         inputs: example tensors.
@@ -99,8 +102,9 @@ def optimize(job: Job, progress: Progress, finish: Finish | None = None) -> dict
     check_out(job.out, job.overwrite)
     recipe = _recipe(job)
     steps = recipe.steps()
+    engine = registry.get(job.backend or recipe.backend or DEFAULT_BACKEND).name
     statistics = open_finished(job.calibration) if job.calibration is not None else None
-    with workshop(job.backend or recipe.backend or "onnxruntime") as shop:
+    with workshop(engine, _backend_options(job, engine)) as shop:
         progress("loading", 0, 1)
         checkpoint = load_checkpoint(job.checkpoint, loop=job.loop, inputs=job.inputs)
         progress("capturing", 0, 1)
@@ -133,10 +137,30 @@ def _recipe(job: Job) -> Recipe:
 
     loaded = load_recipe(job.recipe)
     loaded.steps()  # a mistake of the file is reported with its line, before the command line replaces options
-    settings = list(job.settings)
+    settings = [setting for setting in job.settings if not _addresses_backend(setting)]
     if job.min_psnr is not None and any(entry.name == "schedule" for entry in loaded.entries):
         settings.append(("schedule", "min_psnr", job.min_psnr))
     return override(loaded, settings)
+
+
+def _backend_options(job: Job, engine: str) -> dict[str, Any]:
+    """The options of a job's command line for its engine.
+
+    Raises:
+        UsageError: one is for another engine.
+    """
+    chosen = [setting for setting in job.settings if _addresses_backend(setting)]
+    for name, option, _ in chosen:
+        if name != engine:
+            raise UsageError(
+                f"--set {name}.{option}: expected an option of a pass or of {engine!r}, the engine that is built for; "
+                f"received one of {name!r}. Give --backend {name}, or leave the option out."
+            )
+    return {option: value for _, option, value in chosen}
+
+
+def _addresses_backend(setting: tuple[str, str, Any]) -> bool:
+    return any(backend.name == setting[0] for backend in registry.BACKENDS)
 
 
 def make_context(
@@ -171,6 +195,7 @@ def apply(
     calibration: Path | str | None = None,
     seed: int = 0,
     backend: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[Program, tuple[Any, ...]]:
     """Run a recipe on a program.
 
@@ -180,6 +205,7 @@ def apply(
         calibration: a store of `stepfold calibrate`; without one, passes that need statistics calibrate by themselves.
         seed: of the sample sets.
         backend: engine the schedule is fitted on.
+        options: of that engine, see `stepfold backends`.
 
     Returns:
         The new program and one record for each pass.
@@ -196,12 +222,19 @@ def apply(
 
     loaded = load_recipe(recipe)
     statistics = open_store(Path(calibration), program) if calibration is not None else None
-    with workshop(backend or loaded.backend or "onnxruntime") as shop:
+    with workshop(backend or loaded.backend or DEFAULT_BACKEND, options) as shop:
         result = run_passes(program, loaded.steps(), make_context(program, shop, seed, None, silent, statistics))
     return result, result.records[len(program.records) :]
 
 
-def lower(program: Program, backend: str = "onnxruntime", *, out: Path | str, overwrite: bool = False) -> Path:
+def lower(
+    program: Program,
+    backend: str = DEFAULT_BACKEND,
+    *,
+    out: Path | str,
+    overwrite: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> Path:
     """Compile a program into a bundle and return its folder.
 
     Args:
@@ -209,9 +242,10 @@ def lower(program: Program, backend: str = "onnxruntime", *, out: Path | str, ov
         backend: engine.
         out: folder of the bundle.
         overwrite: replace a bundle that is there.
+        options: of the engine, see `stepfold backends`.
 
     Raises:
-        UsageError: the backend is unknown or cannot build here, or `out` exists.
+        UsageError: the backend is unknown, lacks an option or cannot build here, or `out` exists.
         StepfoldError: a stage has no form for this engine.
     """
     from ..passes.recipe import Recipe
@@ -219,7 +253,7 @@ def lower(program: Program, backend: str = "onnxruntime", *, out: Path | str, ov
 
     path = Path(out)
     check_out(path, overwrite)
-    with workshop(backend) as shop:
+    with workshop(backend, options) as shop:
         bound = shop.open(program)
         with writing(path, overwrite) as folder:
             pack(folder, program, bound, shop, Recipe("python", "", {}, ()), None, None)

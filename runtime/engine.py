@@ -12,12 +12,13 @@ import numpy as np
 
 from ..backends.registry import get
 from ..bundle.bind import bind
+from ..bundle.files import AGAIN
 from ..bundle.manifest import Manifest, StageEntry
 from ..bundle.reader import Bundle, read
 from ..bundle.tables import Tables
 from ..loop.classes import class_conditions
 from ..loop.driver import OnStep, run_loop
-from ..loop.errors import UsageError
+from ..loop.errors import BundleError, UsageError
 from ..loop.noise import noise as seeded_noise
 from ..loop.ports import BoundProgram, StageCallable
 from ..loop.recurrence import Recurrence
@@ -57,7 +58,12 @@ def load(path: Path | str, *, threads: int | None = None, device: str = "cpu") -
 
 def open_stage(bundle: Bundle, stage: StageEntry, *, threads: int | None = None, device: str = "cpu") -> StageCallable:
     """Open one stage of a bundle with the engine it was built for; raises as `load` does."""
-    backend = get(bundle.manifest.backend.name)
+    entry = bundle.manifest.backend
+    backend = get(entry.name)
+    try:
+        backend = backend.with_options(entry.options)
+    except UsageError as error:
+        raise BundleError(f"{bundle.path}: {error} {AGAIN}") from error
     file = bundle.file(stage.file)
     return backend.open_session(file, stage.input_ports(), stage.output_ports(), threads=threads, device=device)
 

@@ -70,7 +70,12 @@ def pack(
         model=ModelEntry(class_name=program.model.class_name, weights_sha256=program.model.weights_sha256),
         recipe=recipe.document(),
         loop=program.loop,
-        backend=BackendEntry(name=shop.backend.name, version=capability.version or "unknown", device="cpu"),
+        backend=BackendEntry(
+            name=shop.backend.name,
+            version=capability.version or "unknown",
+            device="cpu",
+            options=shop.backend.options.model_dump(mode="json"),
+        ),
         batch_invariant=batch_invariant(program),
         seeds=_seeds(program, seed),
         passes=tuple(pass_entry(record) for record in program.records),

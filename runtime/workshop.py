@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..backends.registry import Backend, get
 from ..loop.errors import UsageError
@@ -33,7 +33,7 @@ class Workshop:
         if id(stage) not in self._built:
             target = self.folder / f"{len(self._built)}"
             target.mkdir()
-            main = self.backend.module("lower").lower(stage, target)
+            main = self.backend.lower(stage, target)
             others = [path for path in sorted(target.iterdir()) if path != main]
             self._built[id(stage)] = (stage, [main, *others])
         return self._built[id(stage)][1]
@@ -48,13 +48,17 @@ class Workshop:
 
 
 @contextmanager
-def workshop(backend: str) -> Iterator[Workshop]:
+def workshop(backend: str, options: Mapping[str, Any] | None = None) -> Iterator[Workshop]:
     """A workshop in a temporary folder.
 
+    Args:
+        backend: name of the engine.
+        options: of the engine, in the place of its defaults.
+
     Raises:
-        UsageError: the backend is unknown or cannot build here.
+        UsageError: the backend is unknown or cannot build here, or lacks an option.
     """
-    engine = get(backend)
+    engine = get(backend).with_options(options or {})
     capability = engine.capability()
     if not capability.can_build:
         raise UsageError(

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 
-from stepfold.backends import backends, capability, get
+from stepfold.backends import Backend, backends, capability, get
 from stepfold.backends.onnxruntime import capability as onnxruntime_capability
+from stepfold.backends.registry import BACKENDS
 from stepfold.loop.errors import UsageError
+from stepfold.loop.options import Options
 from stepfold.loop.ports import Port
+from stepfold.passes.registry import PASSES
 
 
 def test_onnxruntime_is_listed() -> None:
@@ -73,3 +79,63 @@ def test_a_module_that_may_not_be_imported_is_not_installed(monkeypatch: pytest.
 def test_version_of_the_first_that_is_installed() -> None:
     assert capability.version_of(["no-such-distribution", "numpy"]) == __import__("numpy").__version__
     assert capability.version_of(["no-such-distribution"]) is None
+
+
+# -- options
+
+
+class FakeOptions(Options):
+    """Options.
+
+    Attributes:
+        level: of the fake.
+    """
+
+    level: int = 1
+    mode: Literal["fast", "exact"] = "fast"
+
+
+@dataclass(frozen=True)
+class FakeBackend(Backend):
+    """A backend whose modules tell what they were given."""
+
+    def module(self, name: str) -> Any:
+        return SimpleNamespace(
+            capability=lambda: capability.Capability(self.name, True, True, "1", "", ""),
+            lower=lambda *given, **keywords: (given, keywords),
+            open_session=lambda *given, **keywords: (given, keywords),
+        )
+
+
+def test_an_engine_gets_its_options(tmp_path) -> None:
+    backend = FakeBackend("fake", ".fake", FakeOptions()).with_options({"level": 2})
+    given, keywords = backend.lower("stage", tmp_path)  # type: ignore[arg-type, misc]
+    assert given == ("stage", tmp_path) and keywords == {"options": FakeOptions(level=2)}
+    _, keywords = backend.open_session(tmp_path, (), (), threads=3)  # type: ignore[misc]
+    assert keywords == {"threads": 3, "device": "cpu", "options": FakeOptions(level=2)}
+
+
+def test_an_engine_without_options_gets_no_keyword(tmp_path) -> None:
+    backend = FakeBackend("fake", ".fake")
+    assert backend.lower("stage", tmp_path) == (("stage", tmp_path), {})  # type: ignore[arg-type]
+    _, keywords = backend.open_session(tmp_path, (), ())  # type: ignore[misc]
+    assert keywords == {"threads": None, "device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"levl": 1}, "backend fake: unknown option 'levl'; did you mean 'level'?"),
+        ({"level": "high"}, "backend fake: option 'level': expected a valid integer"),
+        ({"mode": "slow"}, "backend fake: option 'mode': expected 'fast' or 'exact'; received 'slow'."),
+    ],
+)
+def test_options_that_an_engine_does_not_take(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        FakeBackend("fake", ".fake", FakeOptions()).with_options(options)
+    assert message in str(error.value)
+
+
+def test_no_pass_has_the_name_of_a_backend() -> None:
+    """`--set NAME.OPTION` addresses one of them."""
+    assert {item.name for item in PASSES}.isdisjoint(backend.name for backend in BACKENDS)

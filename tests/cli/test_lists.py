@@ -64,7 +64,7 @@ def test_unknown_names(stepfold, words: tuple[str, str], message: str) -> None:
 
 def test_backends(stepfold) -> None:
     (entry,) = stepfold("backends", "--json").document()["backends"]
-    assert entry.keys() == {"name", "can_build", "can_run", "version", "reason", "install"}
+    assert entry.keys() == {"name", "can_build", "can_run", "version", "reason", "install", "options"}
     assert entry["name"] == "onnxruntime" and entry["can_run"]
     assert entry["version"] in stepfold("backends").out
 

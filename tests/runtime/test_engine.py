@@ -266,6 +266,12 @@ def test_wrong_threads_and_backend(read_only_bundle: Path, bundle_folder: Path) 
         load(rewritten(bundle_folder, backend=backend))
 
 
+def test_a_bundle_with_an_option_that_its_backend_lacks(bundle_folder: Path) -> None:
+    backend = {"name": "onnxruntime", "version": "1", "device": "cpu", "options": {"later": 1}}
+    with pytest.raises(BundleError, match=r"unknown option 'later'; this backend has no options\."):
+        load(rewritten(bundle_folder, backend=backend))
+
+
 def test_a_damaged_bundle_is_not_loaded(bundle_folder: Path) -> None:
     (bundle_folder / "stages" / "step.onnx.data").write_bytes(bytes(16))
     with pytest.raises(BundleError, match=r"stages/step\.onnx\.data: expected sha256"):
