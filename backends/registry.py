@@ -15,6 +15,7 @@ from ..loop.errors import UsageError, nearest
 from ..loop.options import Options, option_problem
 from ..loop.ports import Port, StageCallable
 from .capability import Capability
+from .openvino.options import OpenvinoOptions
 
 NO_OPTIONS = Options()
 
@@ -65,6 +66,15 @@ class Backend:
         """
         return self.module("lower").lower(stage, folder, **self._keyword())
 
+    def prepared(self, stage: Any) -> Any:
+        """The stage as the engine computes it, in PyTorch; an engine may have `lower.prepare(stage, options)` for that.
+
+        Raises:
+            StepfoldError: the stage has no form for this engine.
+        """
+        module = self.module("lower")
+        return module.prepare(stage, **self._keyword()) if hasattr(module, "prepare") else stage
+
     def open_session(
         self,
         file: Path,
@@ -96,7 +106,7 @@ class Backend:
         return {"options": self.options} if type(self.options).model_fields else {}
 
 
-BACKENDS = (Backend("onnxruntime", ".onnx"),)
+BACKENDS = (Backend("onnxruntime", ".onnx"), Backend("openvino", ".xml", OpenvinoOptions()))
 
 
 def get(name: str) -> Backend:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +76,7 @@ def pack(
             device="cpu",
             options=shop.backend.options.model_dump(mode="json"),
         ),
-        batch_invariant=batch_invariant(program),
+        batch_invariant=batch_invariant(shop.backend.prepared(stage) for stage in program.stages),
         seeds=_seeds(program, seed),
         passes=tuple(pass_entry(record) for record in program.records),
         schedule=_schedule(program),
@@ -91,9 +91,13 @@ def pack(
     return write_manifest(folder, manifest)
 
 
-def batch_invariant(program: Program) -> bool:
-    """Whether a sample does not depend on its batch mates: per-tensor dynamic scales couple them."""
-    return not any(str(node.target) == COUPLING for stage in program.stages for node in stage.graph.graph.nodes)
+def batch_invariant(stages: Iterable[Stage]) -> bool:
+    """Whether a sample does not depend on its batch mates: per-tensor dynamic scales couple them.
+
+    Args:
+        stages: as the engine computes them; one that gives a scale to each token has no such operator.
+    """
+    return not any(str(node.target) == COUPLING for stage in stages for node in stage.graph.graph.nodes)
 
 
 def summary(path: Path, manifest: Manifest, program: Program, seconds: float) -> dict[str, Any]:

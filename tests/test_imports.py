@@ -24,7 +24,15 @@ BELOW = {
 }
 STANDARD = sys.stdlib_module_names
 CORE = {"numpy", "onnxruntime", "safetensors", "pydantic", "pydantic_core", "yaml", "typer", "click", "rich", "PIL"}
-TORCH_FREE = ("loop/", "bundle/", "runtime/", "cli/", "backends/registry.py", "backends/capability.py")
+TORCH_FREE = (
+    "loop/",
+    "bundle/",
+    "runtime/",
+    "cli/",
+    "backends/registry.py",
+    "backends/capability.py",
+    "backends/ports.py",
+)
 TORCH_FREE_IN_BACKENDS = ("session.py", "capability.py")
 
 

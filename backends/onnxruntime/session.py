@@ -10,6 +10,7 @@ import numpy as np
 
 from ...loop.errors import BundleError, StepfoldError, UsageError
 from ...loop.ports import Port, StageCallable
+from ..ports import check_ports, first_line, shapes
 
 Array = np.ndarray
 ERRORS_ONLY = 3  # log severity
@@ -60,14 +61,16 @@ def open_session(
     try:
         session = onnxruntime.InferenceSession(str(file), _options(threads), providers=[provider])
     except Exception as error:  # ONNX Runtime has a dozen error classes without a common base
-        raise BundleError(f"{file}: ONNX Runtime {onnxruntime.__version__} cannot load it: {_line(error)}") from error
+        raise BundleError(
+            f"{file}: ONNX Runtime {onnxruntime.__version__} cannot load it: {first_line(error)}"
+        ) from error
     if provider not in session.get_providers():
         raise UsageError(
             f"device {device!r}: expected a working {provider}; ONNX Runtime could not start it. Check that the CUDA "
             "and cuDNN libraries of this onnxruntime-gpu are installed, or use the device 'cpu'."
         )
-    _check_ports(file, "input", session.get_inputs(), inputs)
-    _check_ports(file, "output", session.get_outputs(), outputs)
+    check_ports(file, "input", _ports(session.get_inputs()), inputs)
+    check_ports(file, "output", _ports(session.get_outputs()), outputs)
     return _callable(session, file.name, inputs, [port.name for port in outputs])
 
 
@@ -98,19 +101,9 @@ def _options(threads: int | None) -> Any:
     return options
 
 
-def _check_ports(file: Path, kind: str, found: Sequence[Any], expected: Sequence[Port]) -> None:
-    """Raise BundleError unless names, dtypes and ranks are those of the ports."""
-    received = {str(node.name): (str(ELEMENT_TYPES.get(node.type, node.type)), len(node.shape)) for node in found}
-    wanted = {port.name: (port.dtype, len(port.shape)) for port in expected}
-    if received != wanted:
-        raise BundleError(
-            f"{file}: expected the {kind}s {_described(wanted)}; received {_described(received)}. "
-            "Build the bundle again with `stepfold optimize`."
-        )
-
-
-def _described(ports: Mapping[str, tuple[str, int]]) -> str:
-    return ", ".join(f"{name} ({dtype}, rank {rank})" for name, (dtype, rank) in sorted(ports.items())) or "none"
+def _ports(found: Sequence[Any]) -> dict[str, tuple[str, int]]:
+    """Name -> dtype and rank."""
+    return {str(node.name): (str(ELEMENT_TYPES.get(node.type, node.type)), len(node.shape)) for node in found}
 
 
 def _callable(session: Any, name: str, inputs: tuple[Port, ...], outputs: list[str]) -> StageCallable:
@@ -119,13 +112,6 @@ def _callable(session: Any, name: str, inputs: tuple[Port, ...], outputs: list[s
         try:
             return session.run(outputs, feed)
         except Exception as error:  # see above
-            shapes = ", ".join(f"{key} {list(value.shape)} {value.dtype}" for key, value in feed.items())
-            raise StepfoldError(f"{name}: ONNX Runtime failed on {shapes}: {_line(error)}") from error
+            raise StepfoldError(f"{name}: ONNX Runtime failed on {shapes(feed)}: {first_line(error)}") from error
 
     return call
-
-
-def _line(error: Exception) -> str:
-    """The first line of an error of ONNX Runtime."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,1 @@
+"""OpenVINO: the CPU engine with fused attention and integer products whose scales belong to tokens."""

@@ -1,0 +1,191 @@
+"""Lower stages for OpenVINO."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from ...ir.names import module_path
+from ...ir.program import Stage
+from ...loop.errors import StepfoldError
+from ..onnx.emit import emit
+from ..onnx.token_groups import GROUP_QLINEAR, by_token_groups, dynamic_widths, group_size
+from .options import OpenvinoOptions
+from .precision import float_sites, integer_sites
+from .session import reason, settings_of
+
+GROUP_STEP, LARGEST_GROUP = 16, 256
+UNTRANSLATED = re.compile(r"No conversion rule found for operations: ([\w., -]+)")
+GROUP_PROPERTY = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
+GIVEN_NAME = re.compile(r"[A-Za-z]\w*_\d+")  # Type_number, where the number counts operations of the process
+
+
+def _quantize_dynamic(x: torch.Tensor) -> Any:
+    return torch.onnx.ops.symbolic_multi_out(
+        "DynamicQuantizeLinear",
+        (x,),
+        dtypes=(torch.uint8, torch.float32, torch.uint8),
+        shapes=(x.shape, (), ()),
+        version=11,
+    )
+
+
+def _quantize_static(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    return torch.onnx.ops.symbolic("QuantizeLinear", (x, scale, zero), dtype=zero.dtype, shape=x.shape, version=21)
+
+
+def _dequantize(inputs: tuple[torch.Tensor, ...], **attributes: int) -> torch.Tensor:
+    return torch.onnx.ops.symbolic(
+        "DequantizeLinear", inputs, {**attributes}, dtype=torch.float32, shape=inputs[0].shape, version=21
+    )
+
+
+def _product(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """A float product in the graph; the engine computes it in integers."""
+    product = x @ _dequantize((weight, weight_scale), axis=1)
+    return product if bias is None else product + bias
+
+
+def _qlinear(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    return _product(_dequantize((q, scale, zero)), weight, weight_scale, bias)
+
+
+def _group_qlinear(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, group: int
+) -> torch.Tensor:
+    """The group is not in the graph: it is a property of the whole model."""
+    return _product(x, weight, weight_scale, bias)
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, scale: float) -> torch.Tensor:
+    """With its head split and merge, which the engine takes into its kernel."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    merged = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    return merged.flatten(2)
+
+
+def _fast_gelu(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+LOWERINGS: dict[Any, Callable[..., Any]] = {
+    torch.ops.stepfold.quantize_dynamic.default: _quantize_dynamic,
+    torch.ops.stepfold.quantize_static.default: _quantize_static,
+    torch.ops.stepfold.qlinear.default: _qlinear,
+    GROUP_QLINEAR: _group_qlinear,
+    torch.ops.stepfold.attention.default: _attention,
+    torch.ops.stepfold.fast_gelu.default: _fast_gelu,
+}
+INTEGER_LAYERS = {torch.ops.stepfold.qlinear.default: 3, GROUP_QLINEAR: 1}  # and the argument that is the weight
+
+
+def prepare(stage: Stage, options: OpenvinoOptions) -> Stage:
+    """The stage as the engine computes it: dynamic activation scales are those of groups of a token's features."""
+    widths = dynamic_widths(stage)
+    return by_token_groups(stage, group_size(widths, GROUP_STEP, LARGEST_GROUP)) if widths else stage
+
+
+def lower(stage: Stage, folder: Path, *, options: OpenvinoOptions) -> Path:
+    """Write the stage as `<name>.xml` and `<name>.bin` into a folder and return the first.
+
+    Raises:
+        UsageError: the processor lacks the precision.
+        StepfoldError: the stage has no ONNX form, OpenVINO cannot read it, or an integer layer would run in float.
+    """
+    import openvino
+
+    prepared = prepare(stage, options)
+    path = folder / f"{stage.name}.xml"
+    with tempfile.TemporaryDirectory(prefix="stepfold-") as scratch:
+        model = _read(stage, _emitted(prepared, Path(scratch)))
+        group = _group(prepared)
+        if group is not None:
+            model.set_rt_info(group, ["runtime_options", GROUP_PROPERTY])  # read when the model is compiled
+        _rename(model)
+        openvino.save_model(model, path, compress_to_fp16=False)
+    _require_integers(prepared, path, group, options)
+    return path
+
+
+def _emitted(stage: Stage, folder: Path) -> Path:
+    path = folder / f"{stage.name}.onnx"
+    emit(stage, path, LOWERINGS)
+    return path
+
+
+def _group(stage: Stage) -> int | None:
+    """The group of every dynamically quantized layer of a prepared stage."""
+    nodes = stage.graph.graph.find_nodes(op="call_function", target=GROUP_QLINEAR)
+    return nodes[0].args[4] if nodes else None  # type: ignore[return-value]
+
+
+def _read(stage: Stage, file: Path) -> Any:
+    """The `openvino.Model` of an ONNX file, as it is written: what pays is done when it is compiled."""
+    import openvino
+
+    try:
+        return openvino.Core().read_model(file)
+    except Exception as error:  # RuntimeError, and what the bindings raise
+        refused = UNTRANSLATED.search(str(error))
+        where = _places(file, refused[1]) if refused else ""
+        raise StepfoldError(f"stage {stage.name}: {where}OpenVINO cannot read it: {reason(error)}") from error
+
+
+def _places(file: Path, listed: str) -> str:
+    """Where the first of the ONNX operations that were refused, as in `Det-23, Unique-11`, comes from."""
+    kinds = {name.strip().rpartition("-")[0].rpartition(".")[2] for name in listed.split(",")}
+    for node in onnx.load(file, load_external_data=False).graph.node:
+        if node.op_type in kinds:
+            properties = {entry.key.rpartition(".")[2]: entry.value for entry in node.metadata_props}
+            scopes = re.findall(r"'([^']*)'", properties.get("name_scopes", ""))
+            module = scopes[-2] if len(scopes) > 1 else ""
+            lines = [line.strip() for line in properties.get("stack_trace", "").splitlines() if line.strip()]
+            return f"node {node.name} ({module or 'top level'}; {lines[-1] if lines else 'no source line'}): "
+    return ""
+
+
+def _rename(model: Any) -> None:
+    """Number the operations without a name of their own within the model, so that the same stage gives the same file."""
+    for i, operation in enumerate(model.get_ordered_ops()):
+        if GIVEN_NAME.fullmatch(operation.get_friendly_name()):
+            operation.set_friendly_name(f"{operation.get_type_name()}_{i}")
+
+
+def _require_integers(stage: Stage, path: Path, group: int | None, options: OpenvinoOptions) -> None:
+    """Compile the written file for this processor and ask which of its integer layers are computed in integers."""
+    import openvino
+
+    modules = {
+        str(node.args[INTEGER_LAYERS[node.target]].target): module_path(node)
+        for node in stage.graph.graph.nodes
+        if node.target in INTEGER_LAYERS
+    }
+    if not modules:
+        return
+    core = openvino.Core()
+    settings = settings_of(core, None, options)
+    model = core.read_model(path)
+    found = float_sites(core.compile_model(model, "CPU", settings), integer_sites(model), settings, group or GROUP_STEP)
+    found |= {weight: "it is not in the model" for weight in modules.keys() - {s.weight for s in integer_sites(model)}}
+    if found:
+        weight, why = next(iter(found.items()))
+        raise StepfoldError(
+            f"stage {stage.name}: layer {modules.get(weight, weight)}: expected a product of 8-bit integers; OpenVINO "
+            f"would compute it in float: {why} ({len(found)} of {len(modules)} layers). Give the layers to "
+            "--set quantize.skip=[...], or calibrate their scales: --set quantize.activations=static."
+        )

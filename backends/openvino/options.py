@@ -1,0 +1,18 @@
+"""Options of the OpenVINO backend."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ...loop.options import Options
+
+
+class OpenvinoOptions(Options):
+    """Options of the engine.
+
+    Attributes:
+        precision: of what is not 8-bit; `bf16` rounds the arguments of products and is faster where the processor has
+            instructions for it.
+    """
+
+    precision: Literal["fp32", "bf16"] = "fp32"

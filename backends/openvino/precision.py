@@ -1,0 +1,141 @@
+"""Which layers with 8-bit weights a compiled model computes in integers. Torch-free.
+
+The graph does not tell: weights in 8 bits also serve a float product, which unpacks them. What the plugin made of the
+layer does (`CompiledModel.get_runtime_model`), except for activations that are quantized on the way into the product:
+there it reports the type of the weights whether it rounds activations or not, so a layer of the same width is asked
+for a product that differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+INTEGERS = ("i8", "u8")
+ROWS, OUTPUTS = 16, 16
+BELOW_A_LEVEL = np.float32(0.3 / 127)
+
+
+@dataclass(frozen=True)
+class IntegerSite:
+    """A product with 8-bit weights, as a model has it before it is compiled.
+
+    Attributes:
+        weight: name of the weight.
+        layers: names of the product and of what adds its bias; the compiled model keeps one of them.
+        width: in features M.
+        dynamic: whether its activations are float in the graph.
+    """
+
+    weight: str
+    layers: frozenset[str]
+    width: int
+    dynamic: bool
+
+
+def integer_sites(model: Any) -> list[IntegerSite]:
+    """The products of an `openvino.Model` whose weights are 8-bit constants."""
+    found = []
+    for operation in model.get_ordered_ops():
+        if operation.get_type_name() != "MatMul":
+            continue
+        weight = _stored(operation.input_value(1).get_node())
+        if weight is None:
+            continue
+        readers = [reader.get_node() for reader in operation.output(0).get_target_inputs()]
+        names = {operation.get_friendly_name(), *(r.get_friendly_name() for r in readers if r.get_type_name() == "Add")}
+        dynamic = not _dequantized(operation.input_value(0).get_node())
+        found.append(IntegerSite(weight.get_friendly_name(), frozenset(names), weight.shape[0], dynamic))
+    return found
+
+
+def float_sites(compiled: Any, sites: list[IntegerSite], settings: Mapping[str, Any], group: int) -> dict[str, str]:
+    """The sites that a compiled model computes in float: weight -> what was found.
+
+    Args:
+        compiled: an `openvino.CompiledModel`.
+        sites: of the model it was compiled from.
+        settings: it was compiled with.
+        group: features of a token that share a scale, where activations are quantized at run time.
+    """
+    layers = _layers(compiled)
+    rounded = {s.width: rounds_activations(s.width, group, settings) for s in sites if s.dynamic}
+    found: dict[str, str] = {}
+    for site in sites:
+        layer = next((layers[name] for name in sorted(site.layers) if name in layers), None)
+        types = _argument_types(layer) if layer is not None else ()
+        expected = 1 if site.dynamic else 2  # arguments of the layer that are 8-bit
+        if layer is None:
+            found[site.weight] = "the compiled model has no layer of this name"
+        elif sum(kind in INTEGERS for kind in types) < expected:
+            found[site.weight] = f"it is a {_text(layer, 'layerType')} of {' and '.join(types)}"
+        elif site.dynamic and not rounded[site.width]:
+            found[site.weight] = (
+                f"this processor, or its width {site.width} against groups of {group}, keeps activations in float"
+            )
+    return found
+
+
+def rounds_activations(width: int, group: int, settings: Mapping[str, Any]) -> bool:
+    """Whether a layer with 8-bit weights rounds its activations to 8 bits, by what it computes.
+
+    Its input has a value of 1 and one of 0.3 levels below; only the second reaches the output. Integers round it to 0.
+    """
+    import openvino
+    import openvino.opset13 as operations
+
+    weight = np.zeros((width, OUTPUTS), np.int8)
+    weight[1] = 1
+    x = operations.parameter([-1, ROWS, width], np.float32)
+    scaled = operations.multiply(
+        operations.convert(operations.constant(weight), "f32"), np.ones((1, OUTPUTS), np.float32)
+    )
+    model: Any = openvino.Model(  # type: ignore[misc]
+        [operations.matmul(x, scaled, False, False)], [x], "probe"
+    )
+    options = {**settings, "DYNAMIC_QUANTIZATION_GROUP_SIZE": group}
+    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+    values = np.zeros((1, ROWS, width), np.float32)
+    values[..., 0] = 1
+    values[..., 1:2] = BELOW_A_LEVEL
+    return width > 1 and not np.any(request.infer([values])[0])
+
+
+def _stored(operation: Any) -> Any:
+    """The 8-bit constant that a value is unpacked from, or None."""
+    while operation.get_type_name() in ("Multiply", "Subtract", "Convert", "Reshape", "Transpose"):
+        operation = operation.input_value(0).get_node()
+    stored = operation.get_type_name() == "Constant" and _type(operation.get_output_element_type(0)) in INTEGERS
+    return operation if stored else None
+
+
+def _dequantized(operation: Any) -> bool:
+    """Whether a value is unpacked from 8 bits."""
+    while operation.get_type_name() in ("Multiply", "Subtract"):
+        operation = operation.input_value(0).get_node()
+    return operation.get_type_name() == "Convert" and _type(operation.get_input_element_type(0)) in INTEGERS
+
+
+def _layers(compiled: Any) -> dict[str, Any]:
+    """The layers of a compiled model by the names of the operations they were made from."""
+    return {
+        name: layer
+        for layer in compiled.get_runtime_model().get_ops()
+        for name in _text(layer, "originalLayersNames").split(",")
+        if name
+    }
+
+
+def _argument_types(layer: Any) -> tuple[str, ...]:
+    return tuple(_type(layer.get_input_element_type(i)) for i in range(min(2, layer.get_input_size())))
+
+
+def _text(layer: Any, key: str) -> str:
+    return layer.get_rt_info()[key].astype(str)
+
+
+def _type(element_type: Any) -> str:
+    return element_type.get_type_name()

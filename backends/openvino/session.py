@@ -1,0 +1,145 @@
+"""Run a compiled stage with OpenVINO on the CPU. Torch-free."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...loop.errors import BundleError, StepfoldError, UsageError
+from ...loop.ports import Port, StageCallable
+from ..ports import check_ports, shapes
+from .options import OpenvinoOptions
+
+Array = np.ndarray
+PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+FRAMES = ("Exception from ", "Check '", "FrontEnd API failed", "Summary:")  # lines of an error that lead to its reason
+
+
+def open_session(
+    file: Path,
+    inputs: tuple[Port, ...],
+    outputs: tuple[Port, ...],
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+    options: OpenvinoOptions,
+) -> StageCallable:
+    """Open an `.xml` file with the weights in the `.bin` file beside it.
+
+    Args:
+        file: the model.
+        inputs: what it must read.
+        outputs: what it must compute.
+        threads: of inference; None leaves the number to OpenVINO.
+        device: `cpu`.
+        options: of the engine.
+
+    Returns:
+        A function from name -> array to the outputs in the order of `outputs`. Threads that share it take turns.
+
+    Raises:
+        UsageError: the device is not the CPU, or the processor lacks the precision.
+        BundleError: OpenVINO cannot load the file, or it has other inputs or outputs.
+    """
+    import openvino
+
+    if device != "cpu":
+        raise UsageError(f"device: expected cpu, the one this backend runs on; received {device!r}.")
+    core = openvino.Core()
+    settings = settings_of(core, threads, options)
+    try:
+        compiled = core.compile_model(core.read_model(file), "CPU", settings)
+    except Exception as error:  # RuntimeError, and what the bindings raise for a file they cannot parse
+        version = openvino.get_version().partition("-")[0]
+        raise BundleError(f"{file}: OpenVINO {version} cannot load it: {reason(error)}") from error
+    check_ports(file, "input", _ports(compiled.inputs), inputs)
+    check_ports(file, "output", _ports(compiled.outputs), outputs)
+    return _Session(compiled, file.name, inputs, outputs)
+
+
+def settings_of(core: Any, threads: int | None, options: OpenvinoOptions) -> dict[str, Any]:
+    """The properties a stage is compiled with.
+
+    Raises:
+        UsageError: the processor lacks the precision.
+    """
+    precision = PRECISIONS[options.precision]
+    able = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if precision != "f32" and precision.upper() not in able:
+        raise UsageError(
+            f"openvino.precision: expected one that this processor has ({', '.join(able)}); received "
+            f"{options.precision!r}. Build the bundle with --set openvino.precision=fp32."
+        )
+    settings: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        # The plugin would choose bf16 by itself where the processor has it.
+        "INFERENCE_PRECISION_HINT": precision,
+    }
+    return settings if threads is None else {**settings, "INFERENCE_NUM_THREADS": threads}
+
+
+def reason(error: BaseException) -> str:
+    """What an error of OpenVINO says behind the places in its own sources."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if not line.startswith(FRAMES)] or lines[-1:]
+    return " ".join(said) or type(error).__name__
+
+
+class _Session:
+    """A compiled model with one inference request, used again for every call."""
+
+    def __init__(self, compiled: Any, name: str, inputs: tuple[Port, ...], outputs: tuple[Port, ...]):
+        self._compiled = compiled
+        self._name = name
+        self._inputs = inputs
+        self._batched = [i for i, port in enumerate(outputs) if port.shape[:1] == (None,)]
+        positions = _positions(compiled.outputs)
+        self._positions = [positions[port.name] for port in outputs]
+        self._lock = threading.Lock()
+        self._request = compiled.create_infer_request()
+
+    def __call__(self, values: Mapping[str, Array]) -> list[Array]:
+        feed = {port.name: np.asarray(values[port.name], order="C") for port in self._inputs}
+        self._check_types(feed)
+        with self._lock:
+            try:
+                self._request.infer(feed, share_inputs=True)
+            except Exception as error:  # see above
+                self._request = self._compiled.create_infer_request()  # after a failure, this one goes on failing
+                raise StepfoldError(f"{self._name}: OpenVINO failed on {shapes(feed)}: {reason(error)}") from error
+            results = [np.array(self._request.get_output_tensor(position).data) for position in self._positions]
+        self._check_batch(feed, results)
+        return results
+
+    def _check_types(self, feed: Mapping[str, Array]) -> None:
+        """The request itself would convert other types in silence."""
+        if any(feed[port.name].dtype != port.dtype for port in self._inputs):
+            wanted = ", ".join(str(port) for port in self._inputs)
+            raise StepfoldError(f"{self._name}: expected {wanted}; received {shapes(feed)}.")
+
+    def _check_batch(self, feed: Mapping[str, Array], results: Sequence[Array]) -> None:
+        """With `ONEDNN_VERBOSE` set, OpenVINO 2026.4 gives empty outputs instead of an error."""
+        batch = next((len(feed[port.name]) for port in self._inputs if port.shape[:1] == (None,)), None)
+        received = {len(results[i]) for i in self._batched}
+        if batch is not None and received - {batch}:
+            raise StepfoldError(
+                f"{self._name}: expected outputs of batch {batch}; OpenVINO gave {sorted(received)} and no error. "
+                "Unset ONEDNN_VERBOSE, if it is set."
+            )
+
+
+def _ports(found: Sequence[Any]) -> dict[str, tuple[str, int]]:
+    """Name -> dtype and rank."""
+    return {
+        name: (np.dtype(node.element_type.to_dtype()).name, node.partial_shape.rank.get_length())
+        for node in found
+        for name in node.names
+    }
+
+
+def _positions(found: Sequence[Any]) -> dict[str, int]:
+    return {name: i for i, node in enumerate(found) for name in node.names}
