@@ -16,6 +16,7 @@ from ..loop.options import Options, option_problem
 from ..loop.ports import Port, StageCallable
 from .capability import Capability
 from .openvino.options import OpenvinoOptions
+from .tensorrt.options import TensorrtOptions
 
 NO_OPTIONS = Options()
 
@@ -106,7 +107,11 @@ class Backend:
         return {"options": self.options} if type(self.options).model_fields else {}
 
 
-BACKENDS = (Backend("onnxruntime", ".onnx"), Backend("openvino", ".xml", OpenvinoOptions()))
+BACKENDS = (
+    Backend("onnxruntime", ".onnx"),
+    Backend("openvino", ".xml", OpenvinoOptions()),
+    Backend("tensorrt", ".engine", TensorrtOptions()),
+)
 
 
 def get(name: str) -> Backend:

@@ -42,22 +42,23 @@ def _(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @torch.library.custom_op("stepfold::quantize_static", mutates_args=())
 def quantize_static(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    """Quantize to uint8 with a scale and zero point known before (ONNX `QuantizeLinear`).
+    """Quantize with a scale and zero point known before (ONNX `QuantizeLinear`).
 
     Args:
-        x: [..., M] float32.
-        scale: [] float32.
-        zero: [] uint8.
+        x: [..., M] float32, or half precision.
+        scale: [] of the type of `x`.
+        zero: [] uint8, or int8 zero for symmetric activations.
 
     Returns:
-        q [..., M] uint8; values outside the range saturate.
+        q [..., M] of the type of `zero`; values outside its range saturate.
     """
-    return (torch.round(x / scale) + zero.to(x.dtype)).clamp(0, UINT8_STEPS).to(torch.uint8)
+    limits = torch.iinfo(zero.dtype)
+    return (torch.round(x / scale) + zero.to(x.dtype)).clamp(limits.min, limits.max).to(zero.dtype)
 
 
 @quantize_static.register_fake
 def _(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x, dtype=torch.uint8)
+    return torch.empty_like(x, dtype=zero.dtype)
 
 
 @torch.library.custom_op("stepfold::qlinear", mutates_args=())
@@ -72,18 +73,18 @@ def qlinear(
     """`scale (q - zero) (weight weight_scale) + bias` with the product in integers.
 
     Args:
-        q: [..., M] uint8 activations.
-        scale: [] float32.
-        zero: [] uint8.
+        q: [..., M] uint8 or int8 activations.
+        scale: [] float32, or half precision.
+        zero: [] of the type of `q`.
         weight: [M, N] int8, signed: the form integer GEMMs are fast on.
-        weight_scale: [N] float32, one per output channel.
-        bias: [N] float32 or None.
+        weight_scale: [N] of the type of `scale`, one per output channel.
+        bias: [N] of that type, or None.
 
     Returns:
         [..., N] float32.
     """
     product = (q.to(torch.float32) - zero.to(torch.float32)) @ weight.to(torch.float32)
-    result = product * (scale * weight_scale)
+    result = product * (scale.to(torch.float32) * weight_scale.to(torch.float32))
     return result if bias is None else result + bias
 
 

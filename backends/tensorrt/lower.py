@@ -1,0 +1,192 @@
+"""Lower stages for TensorRT: ONNX with static symmetric Q/DQ, a strongly typed network, a plan."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...bundle.manifest import PortEntry
+from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
+from ...ir.program import Stage, attribute
+from ...loop.errors import StepfoldError
+from ..onnx.emit import emit, where
+from ..onnx.precision import at_precision
+from .build import BuildFailure, Plan, build
+from .description import PlanDescription
+from .network import ParserRefusal
+from .options import TensorrtOptions
+from .provider import Provider, provider
+from .refusal import explained
+
+aten = torch.ops.aten
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+INT8_ZERO = "expected symmetric int8 activations, the only ones of TensorRT"
+
+
+def _quantize_static(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    inputs = (x, scale.to(x.dtype), zero)
+    return torch.onnx.ops.symbolic("QuantizeLinear", inputs, dtype=torch.int8, shape=x.shape, version=21)
+
+
+def _dequantize(q: torch.Tensor, scale: torch.Tensor, **attributes: int) -> torch.Tensor:
+    return torch.onnx.ops.symbolic(
+        "DequantizeLinear", (q, scale), attributes, dtype=scale.dtype, shape=q.shape, version=21
+    )
+
+
+def _qlinear(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """A float product of dequantized values, which the engine computes in integers; its type is that of the scales."""
+    product = _dequantize(q, scale) @ _dequantize(weight, weight_scale, axis=1)
+    return product if bias is None else product + bias
+
+
+def _products(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """Attention as two products and a softmax, which the engine fuses where it has a kernel.
+
+    ONNX `Attention` becomes an operator that the engine refuses to take apart where it has no kernel, as in float32.
+    """
+    factor = scale if scale is not None else query.shape[-1] ** -0.5
+    logits = (query * factor) @ key.transpose(-1, -2)
+    if mask is not None:
+        if mask.dtype is torch.bool:
+            lowest = torch.finfo(query.dtype).min
+            mask = torch.where(mask, 0.0, lowest).to(query.dtype)
+        logits = logits + mask
+    return torch.softmax(logits, dim=-1) @ value
+
+
+def _scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    if is_causal or enable_gqa:  # their usual translation has masks and repeated heads
+        return aten.scaled_dot_product_attention.default(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    return _products(query, key, value, attn_mask, scale)
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, scale: float) -> torch.Tensor:
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    return _products(q, k, v, None, scale).transpose(1, 2).flatten(2)
+
+
+def _fast_gelu(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+LOWERINGS: dict[Any, Callable[..., Any]] = {
+    torch.ops.stepfold.quantize_static.default: _quantize_static,
+    torch.ops.stepfold.qlinear.default: _qlinear,
+    torch.ops.stepfold.attention.default: _attention,
+    torch.ops.stepfold.fast_gelu.default: _fast_gelu,
+    aten.scaled_dot_product_attention.default: _scaled_dot_product_attention,
+}
+
+
+def lower(stage: Stage, folder: Path, options: TensorrtOptions) -> Path:
+    """Write the stage as `<name>.engine` into a folder, its description and the build log beside it.
+
+    Raises:
+        UsageError: the provider cannot be used here, or not for this compute capability.
+        StepfoldError: the stage has no form for this engine, or building it fails; the message names the node, its
+            module and source line, and the file with the smallest part that fails.
+    """
+    chosen = provider(options.provider)
+    with tempfile.TemporaryDirectory(prefix="stepfold-") as temporary:
+        model = Path(temporary) / f"{stage.name}.onnx"
+        emit(prepare(stage, options), model, LOWERINGS)
+        try:
+            plan = build(chosen, model, options)
+        except (ParserRefusal, BuildFailure) as error:
+            raise StepfoldError(f"stage {stage.name}: {explained(error, chosen, model, options)}") from error
+    _check_ports(stage, plan)
+    return _write(stage, folder, plan, chosen, options)
+
+
+def prepare(stage: Stage, options: TensorrtOptions) -> Stage:
+    """The stage as the engine computes it, still executable in PyTorch.
+
+    Raises:
+        StepfoldError: activations are quantized in a way that the engine has not.
+    """
+    for node in stage.graph.graph.nodes:
+        if node.op == "call_function":
+            _refuse_activations(stage, node)
+    return at_precision(stage, PRECISIONS[options.precision])
+
+
+def _refuse_activations(stage: Stage, node: fx.Node) -> None:
+    """Refuse scales of run time and zero points.
+
+    Raises:
+        StepfoldError: see `prepare`.
+    """
+    received = None
+    if node.target is torch.ops.stepfold.quantize_dynamic.default:
+        received = "dynamic ones. Set quantize.activations=static"
+    elif node.target is torch.ops.stepfold.quantize_static.default:
+        scale, zero = node.args[1], node.args[2]
+        assert isinstance(scale, fx.Node) and isinstance(zero, fx.Node)
+        if scale.op != "get_attr" or zero.op != "get_attr":
+            received = "a scale that is chosen at run time. Set quantize.activations=static, with one bucket of timesteps"
+        else:
+            point = attribute(stage.graph, str(zero.target))
+            if point.dtype is not torch.int8 or bool(point.any()):
+                kind = str(point.dtype).removeprefix("torch.")
+                received = f"{kind} with zero point {int(point)}. Set quantize.activations=symmetric"
+    if received is not None:
+        raise StepfoldError(f"stage {stage.name}: {where(node)}: {INT8_ZERO}; received {received}.")
+
+
+def _check_ports(stage: Stage, plan: Plan) -> None:
+    """The network has the ports of the stage, with a batch where it has one."""
+    expected = ({str(port) for port in stage.inputs}, {str(port) for port in stage.outputs})
+    received = ({str(port) for port in plan.inputs}, {str(port) for port in plan.outputs})
+    if expected != received:
+        missing = sorted((expected[0] | expected[1]) ^ (received[0] | received[1]))
+        raise StepfoldError(f"stage {stage.name}: expected a network with its ports; different are {missing}.")
+
+
+def _write(stage: Stage, folder: Path, plan: Plan, chosen: Provider, options: TensorrtOptions) -> Path:
+    path = folder / f"{stage.name}.engine"
+    path.write_bytes(plan.engine)
+    PlanDescription(
+        provider=chosen.name,
+        provider_version=chosen.version or "unknown",
+        capability=plan.capability,
+        precision=options.precision,
+        batch=plan.batch,
+        inputs=tuple(PortEntry.of(port) for port in plan.inputs),
+        outputs=tuple(PortEntry.of(port) for port in plan.outputs),
+        layers=plan.layers,
+    ).write(path)
+    log = "".join(f"{message}\n" for message in plan.log)
+    path.with_name(path.name + ".log").write_text(log, encoding="utf-8")
+    return path
