@@ -28,6 +28,7 @@ class Backend:
     Attributes:
         name: as in `--backend`, and the folder of its modules.
         suffix: of a compiled stage's file.
+        device: it runs on where no other is asked for.
         options: how stages are lowered and run. An engine that has options is registered with their defaults, and its
             `lower` and `open_session` take them as the keyword `options`; one without takes no such keyword.
     """
@@ -35,10 +36,16 @@ class Backend:
     name: str
     suffix: str
     options: Options = NO_OPTIONS
+    device: str = "cpu"
 
     def capability(self) -> Capability:
         """What it can do on this machine."""
         return self.module("capability").capability()
+
+    def capability_here(self) -> Capability:
+        """What it can do on this machine with these options; an engine may have `capability_for(options)` for that."""
+        module = self.module("capability")
+        return module.capability_for(self.options) if hasattr(module, "capability_for") else module.capability()
 
     def with_options(self, values: Mapping[str, Any]) -> Backend:
         """The backend with options in the place of its defaults.
@@ -83,7 +90,7 @@ class Backend:
         outputs: tuple[Port, ...],
         *,
         threads: int | None = None,
-        device: str = "cpu",
+        device: str | None = None,
     ) -> StageCallable:
         """Open a compiled stage; see `session.py` of the engine.
 
@@ -96,7 +103,7 @@ class Backend:
             raise UsageError(
                 f"backend {self.name!r} cannot run here: {capability.reason}. Install it: {capability.install}"
             )
-        keywords = {"threads": threads, "device": device, **self._keyword()}
+        keywords = {"threads": threads, "device": device or self.device, **self._keyword()}
         return self.module("session").open_session(file, inputs, outputs, **keywords)
 
     def module(self, name: str) -> ModuleType:
@@ -110,7 +117,7 @@ class Backend:
 BACKENDS = (
     Backend("onnxruntime", ".onnx"),
     Backend("openvino", ".xml", OpenvinoOptions()),
-    Backend("tensorrt", ".engine", TensorrtOptions()),
+    Backend("tensorrt", ".engine", TensorrtOptions(), "cuda"),
 )
 
 

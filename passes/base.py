@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from ..calibration.read import Calibration
 from ..ir.program import Program, Refusal
@@ -36,6 +36,7 @@ class Context:
         calibration: statistics of a store that the user gave; a pass asks it whether they are those of its program.
         quality: mean PSNR in dB of a program's samples, for the record of a lossy pass; None measures nothing.
         progress: called with (task, done, total) during long work.
+        fitted_on: what `engine` gives: the engine, or the PyTorch reference where it cannot run on this machine.
     """
 
     original: Program
@@ -48,6 +49,7 @@ class Context:
     calibration: Calibration | None = None
     quality: Callable[[Program], float] | None = None
     progress: Progress = silent
+    fitted_on: Literal["engine", "reference"] = "engine"
 
 
 @dataclass(frozen=True)

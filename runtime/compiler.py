@@ -184,8 +184,9 @@ def make_context(
         min_psnr=min_psnr,
         calibration=calibration,
         progress=progress,
+        fitted_on="engine" if shop.runs else "reference",
     )
-    return replace(context, quality=lambda program: quality_of_pass(program, shop.open(program), context))
+    return replace(context, quality=lambda program: quality_of_pass(program, shop.measured(program), context))
 
 
 def apply(

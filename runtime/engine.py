@@ -33,13 +33,13 @@ Array = np.ndarray
 UNGUIDED = 1.0  # the scale whose guided output is the conditional one
 
 
-def load(path: Path | str, *, threads: int | None = None, device: str = "cpu") -> Engine:
+def load(path: Path | str, *, threads: int | None = None, device: str | None = None) -> Engine:
     """Load a bundle after checking the hash of every file.
 
     Args:
         path: the folder.
         threads: of an operator; None leaves the number to the engine.
-        device: `cpu` or `cuda`.
+        device: `cpu` or `cuda`; None is the one its engine is made for.
 
     Raises:
         UsageError: there is no such folder, or its engine or the device is missing here.
@@ -56,7 +56,9 @@ def load(path: Path | str, *, threads: int | None = None, device: str = "cpu") -
     return Engine(bundle, tables, bind(bundle, tables, load_session))
 
 
-def open_stage(bundle: Bundle, stage: StageEntry, *, threads: int | None = None, device: str = "cpu") -> StageCallable:
+def open_stage(
+    bundle: Bundle, stage: StageEntry, *, threads: int | None = None, device: str | None = None
+) -> StageCallable:
     """Open one stage of a bundle with the engine it was built for; raises as `load` does."""
     entry = bundle.manifest.backend
     backend = get(entry.name)

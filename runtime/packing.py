@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +65,7 @@ def pack(
         write_schedule(folder, tables, program.schedule.fitted_on, plain(program.schedule.details))
     capability = shop.backend.capability()
     tensors = _constant_tensors(program)
+    computed = [shop.backend.prepared(stage) for stage in program.stages]
     manifest = Manifest(
         stepfold_version=stepfold_version(),
         model=ModelEntry(class_name=program.model.class_name, weights_sha256=program.model.weights_sha256),
@@ -73,10 +74,10 @@ def pack(
         backend=BackendEntry(
             name=shop.backend.name,
             version=capability.version or "unknown",
-            device="cpu",
+            device=shop.backend.device,
             options=shop.backend.options.model_dump(mode="json"),
         ),
-        batch_invariant=batch_invariant(shop.backend.prepared(stage) for stage in program.stages),
+        batch_invariant=batch_invariant(computed),
         seeds=_seeds(program, seed),
         passes=tuple(pass_entry(record) for record in program.records),
         schedule=_schedule(program),
@@ -86,7 +87,7 @@ def pack(
         stages=stages,
         constants={name: value for name, value in program.constants.items() if name not in tensors},
         frozen_dimensions=tuple(FrozenDimensionEntry(**asdict(f)) for f in program.frozen),
-        probe=write_probe(folder, _probe(program, bound)),
+        probe=write_probe(folder, _probe(program, bound, computed)),
     )
     return write_manifest(folder, manifest)
 
@@ -175,18 +176,14 @@ def _schedule(program: Program) -> ScheduleEntry | None:
     )
 
 
-def _probe(program: Program, bound: BoundProgram) -> Probe:
+def _probe(program: Program, bound: BoundProgram, computed: Sequence[Stage]) -> Probe:
     from ..ir.probe import probe_calls, probe_inputs
 
     call = probe_calls(program)[0]
     inputs = probe_inputs(program, call)
     outputs = dict(zip(program.outputs, bound.evaluate(inputs, call), strict=True))
-    precision = "int8" if any(_is_int8(stage) for stage in program.stages) else "float32"
-    return Probe(inputs, outputs, TOLERANCE[precision], call)
-
-
-def _is_int8(stage: Stage) -> bool:
-    return any(str(tensor.dtype) == "torch.int8" for tensor in stage.tensors().values())
+    types = {str(tensor.dtype).removeprefix("torch.") for stage in computed for tensor in stage.tensors().values()}
+    return Probe(inputs, outputs, max(TOLERANCE[name] for name in ("float32", *types) if name in TOLERANCE), call)
 
 
 def plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..backends.registry import Backend, get
 from ..loop.errors import UsageError
-from ..loop.ports import BoundProgram, BoundStage
+from ..loop.ports import BoundProgram, BoundStage, StageCallable
 
 if TYPE_CHECKING:
     from ..ir.program import Program, Stage
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 class Workshop:
     """Compiles stages into a folder, each once, and opens them.
 
-    A stage is immutable, so its identity is the key: the bundle takes the artifacts the schedule was fitted on.
+    A stage is immutable, so its identity is the key: the bundle takes the artifacts the schedule was fitted on. Where
+    the engine builds and cannot run (`runs` is false), PyTorch stands in for it.
     """
 
     backend: Backend
     folder: Path
+    runs: bool = True
     _built: dict[int, tuple[Stage, list[Path]]] = field(default_factory=dict)
 
     def build(self, stage: Stage) -> list[Path]:
@@ -39,12 +41,25 @@ class Workshop:
         return self._built[id(stage)][1]
 
     def open(self, program: Program) -> BoundProgram:
-        """The program on the engine."""
-        stages = []
+        """The program, built, as `measured` gives it."""
         for stage in program.stages:
-            call = self.backend.open_session(self.build(stage)[0], stage.inputs, stage.outputs)
-            stages.append(BoundStage(stage.name, stage.rate, stage.inputs, stage.outputs, call))
+            self.build(stage)
+        return self.measured(program)
+
+    def measured(self, program: Program) -> BoundProgram:
+        """The program on the engine; where the engine cannot run, what it would compute, run by PyTorch and not built."""
+        stages = [
+            BoundStage(stage.name, stage.rate, stage.inputs, stage.outputs, self._callable(stage))
+            for stage in program.stages
+        ]
         return BoundProgram(program.inputs, program.outputs, tuple(stages), program.tables)
+
+    def _callable(self, stage: Stage) -> StageCallable:
+        if self.runs:
+            return self.backend.open_session(self.build(stage)[0], stage.inputs, stage.outputs)
+        from ..ir.program import reference
+
+        return reference(self.backend.prepared(stage))
 
 
 @contextmanager
@@ -59,10 +74,10 @@ def workshop(backend: str, options: Mapping[str, Any] | None = None) -> Iterator
         UsageError: the backend is unknown or cannot build here, or lacks an option.
     """
     engine = get(backend).with_options(options or {})
-    capability = engine.capability()
+    capability = engine.capability_here()
     if not capability.can_build:
         raise UsageError(
             f"backend {backend!r} cannot build here: {capability.reason}. Install it: {capability.install}"
         )
     with tempfile.TemporaryDirectory(prefix="stepfold-") as folder:
-        yield Workshop(engine, Path(folder))
+        yield Workshop(engine, Path(folder), capability.can_run)

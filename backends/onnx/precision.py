@@ -10,7 +10,6 @@ the other argument.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import fx
@@ -182,7 +181,9 @@ class _Writer:
 
     def _convert(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         new = self.graph.call_function(aten.to.dtype, (node, dtype))
-        new.meta = {key: node.meta[key] for key in ("val", "shape", "nn_module_stack", "stack_trace") if key in node.meta}
+        new.meta = {
+            key: node.meta[key] for key in ("val", "shape", "nn_module_stack", "stack_trace") if key in node.meta
+        }
         return new
 
     def _stored(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:

@@ -127,4 +127,3 @@ def _set_profile(builder: Any, config: Any, inputs: tuple[Port, ...], options: T
         profile.set_shape(port.name, *shapes)
     config.add_optimization_profile(profile)
     return batch
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..capability import Capability, installed
 from .cuda import gpus
 from .options import TensorrtOptions
-from .provider import CAPABILITIES, PROVIDERS, RTX, Provider, provider
+from .provider import CAPABILITIES, Provider, provider
 
 NAME = "tensorrt"
 COMPILERS = ("torch", "onnx", "onnx_ir", "onnxscript")
@@ -13,38 +13,35 @@ COMPILERS = ("torch", "onnx", "onnx_ir", "onnxscript")
 
 def capability() -> Capability:
     """TensorRT-RTX builds on any machine for a named compute capability; everything else needs a GPU that fits."""
-    if not any(candidate.is_installed for candidate in PROVIDERS):
-        return Capability(NAME, False, False, None, "neither tensorrt_rtx nor tensorrt is installed", RTX.install)
-    chosen = provider()
-    unable_to_run = _unable_to_run(chosen)
-    unable_to_build = _unable_to_build(chosen, unable_to_run)
-    reason = "; ".join(filter(None, [unable_to_build, unable_to_run and f"running: {unable_to_run}"]))
-    return Capability(NAME, not unable_to_build, not unable_to_run, chosen.version, reason, _install(chosen))
+    return _assess(provider(), None, named=True)
 
 
 def capability_for(options: TensorrtOptions) -> Capability:
     """As `capability`, for engines built with these options."""
-    chosen = provider(options.provider)
+    return _assess(provider(options.provider), options.capability, named=options.capability is not None)
+
+
+def _assess(chosen: Provider, wanted: str | None, *, named: bool) -> Capability:
+    """What a provider can do for a compute capability; None is any where one is or will be named, else the GPU here."""
     if not chosen.is_installed:
         return Capability(NAME, False, False, None, f"{chosen.name} is not installed", chosen.install)
-    unable_to_run = _unable_to_run(chosen, options.capability)
-    unable_to_build = _unable_to_build(chosen, unable_to_run)
-    if not unable_to_build and options.capability is None and unable_to_run:
-        unable_to_build = (
-            f"{unable_to_run}; name the compute capability to build for, as in --set tensorrt.capability=SM89 "
-            f"({', '.join(CAPABILITIES)})"
-        )
-    if not unable_to_build and options.capability is not None and not chosen.builds_anywhere:
-        unable_to_build = f"{chosen.name} builds for the GPU of this machine only; leave tensorrt.capability out"
-    reason = "; ".join(filter(None, [unable_to_build, unable_to_run and f"running: {unable_to_run}"]))
-    return Capability(NAME, not unable_to_build, not unable_to_run, chosen.version, reason, _install(chosen))
+    running = _unable_to_run(chosen, wanted)
+    building = _unable_to_build(chosen, running, wanted, named)
+    reason = "; ".join(filter(None, [building, f"running: {running}" if running else ""]))
+    return Capability(NAME, not building, not running, chosen.version, reason, _install(chosen))
 
 
-def _unable_to_build(chosen: Provider, unable_to_run: str) -> str:
+def _unable_to_build(chosen: Provider, running: str, wanted: str | None, named: bool) -> str:
     missing = [module for module in COMPILERS if not installed(module)]
     if missing:
         return f"building needs {', '.join(missing)}"
-    return "" if chosen.builds_anywhere else unable_to_run
+    if chosen.builds_anywhere:
+        listed = ", ".join(CAPABILITIES)
+        advice = f"name the compute capability to build for, as in --set tensorrt.capability=SM89 ({listed})"
+        return f"{running}; {advice}" if running and not named else ""
+    if wanted is not None:
+        return f"{chosen.name} builds for the GPU of this machine only; leave tensorrt.capability out"
+    return running
 
 
 def _unable_to_run(chosen: Provider, wanted: str | None = None) -> str:

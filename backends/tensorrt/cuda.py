@@ -43,6 +43,7 @@ class Driver:
             StepfoldError: there is no working driver.
         """
         self._library = library
+        self._contexts: dict[int, ctypes.c_void_p] = {}
         self._call("cuInit", 0)
 
     def gpus(self) -> list[Gpu]:
@@ -64,10 +65,12 @@ class Driver:
 
     def use(self, index: int) -> None:
         """Make the primary context of a GPU, the one its runtime library uses too, current in this thread."""
-        device, context = ctypes.c_int(), ctypes.c_void_p()
-        self._call("cuDeviceGet", ctypes.byref(device), index)
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-        self._call("cuCtxSetCurrent", context)
+        if index not in self._contexts:
+            device, context = ctypes.c_int(), ctypes.c_void_p()
+            self._call("cuDeviceGet", ctypes.byref(device), index)
+            self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+            self._contexts[index] = context
+        self._call("cuCtxSetCurrent", self._contexts[index])
 
     def allocate(self, size: int) -> int:
         """The address of `size` new bytes of device memory."""

@@ -26,7 +26,8 @@ from .refusal import explained
 aten = torch.ops.aten
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-INT8_ZERO = "expected symmetric int8 activations, the only ones of TensorRT"
+SYMMETRIC = "expected int8 activations with a stored scale and zero point 0, the only ones of TensorRT"
+INSTEAD = "Leave `quantize` out and choose half precision: --recipe fp32 --set tensorrt.precision=fp16."
 
 
 def _quantize_static(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
@@ -143,26 +144,24 @@ def prepare(stage: Stage, options: TensorrtOptions) -> Stage:
 
 
 def _refuse_activations(stage: Stage, node: fx.Node) -> None:
-    """Refuse scales of run time and zero points.
-
-    Raises:
-        StepfoldError: see `prepare`.
-    """
+    """Raise StepfoldError where a node quantizes with scales of run time or with a zero point."""
     received = None
     if node.target is torch.ops.stepfold.quantize_dynamic.default:
-        received = "dynamic ones. Set quantize.activations=static"
+        received = "scales of run time (quantize.activations=dynamic)"
     elif node.target is torch.ops.stepfold.quantize_static.default:
-        scale, zero = node.args[1], node.args[2]
-        assert isinstance(scale, fx.Node) and isinstance(zero, fx.Node)
-        if scale.op != "get_attr" or zero.op != "get_attr":
-            received = "a scale that is chosen at run time. Set quantize.activations=static, with one bucket of timesteps"
-        else:
-            point = attribute(stage.graph, str(zero.target))
-            if point.dtype is not torch.int8 or bool(point.any()):
-                kind = str(point.dtype).removeprefix("torch.")
-                received = f"{kind} with zero point {int(point)}. Set quantize.activations=symmetric"
+        received = _unfit_scale(stage, *node.args[1:3])
     if received is not None:
-        raise StepfoldError(f"stage {stage.name}: {where(node)}: {INT8_ZERO}; received {received}.")
+        raise StepfoldError(f"stage {stage.name}: {where(node)}: {SYMMETRIC}; received {received}. {INSTEAD}")
+
+
+def _unfit_scale(stage: Stage, scale: Any, zero: Any) -> str | None:
+    """What is wrong with the scale and zero point of a `quantize_static`, or None."""
+    if scale.op != "get_attr" or zero.op != "get_attr":
+        return "a scale that is chosen at run time"
+    point = attribute(stage.graph, str(zero.target))
+    if point.dtype is torch.int8 and not point.any():
+        return None
+    return f"{str(point.dtype).removeprefix('torch.')} with zero point {int(point)} (quantize.activations=static)"
 
 
 def _check_ports(stage: Stage, plan: Plan) -> None:

@@ -63,7 +63,9 @@ class Provider:
 RTX = Provider(
     "tensorrt_rtx", ("tensorrt_rtx", "tensorrt_rtx_cu13"), "pip install 'stepfold[tensorrt]'", True, False, CAPABILITIES
 )
-CLASSIC = Provider("tensorrt", ("tensorrt", "tensorrt_cu13", "tensorrt_cu12"), "pip install tensorrt", False, True, None)
+CLASSIC = Provider(
+    "tensorrt", ("tensorrt", "tensorrt_cu13", "tensorrt_cu12"), "pip install tensorrt", False, True, None
+)
 PROVIDERS = (RTX, CLASSIC)
 
 

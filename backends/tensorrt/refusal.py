@@ -22,9 +22,7 @@ LARGEST_BYTES = 1 << 30
 """Of a model whose parts are tried: they are passed on as one protobuf, which ends at 2 GiB."""
 
 
-def explained(
-    error: ParserRefusal | BuildFailure, provider: Provider, file: Path, options: TensorrtOptions
-) -> str:
+def explained(error: ParserRefusal | BuildFailure, provider: Provider, file: Path, options: TensorrtOptions) -> str:
     """The refusal of an ONNX file in words; writes the smallest part that fails to a file that it names.
 
     Args:

@@ -126,7 +126,7 @@ class SearchSchedule(Pass[ScheduleOptions]):
             chosen = search.run()
             tables[1.0 if scale is None else scale] = chosen.table
             details[str(scale)] = {"chosen": chosen.row(), "tried": [tried.row() for tried in search.tried]}
-        schedule = Schedule(tables, "engine", details)
+        schedule = Schedule(tables, context.fitted_on, details)
         return PassResult(replace(program, schedule=schedule), len(tables), details=details)
 
 
