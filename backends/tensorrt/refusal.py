@@ -18,6 +18,7 @@ from .options import TensorrtOptions
 from .provider import Provider
 
 SCOPES, TRACE = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.stack_trace"
+FRAME = re.compile(r'File "([^"]+)", line (\d+)[^\n]*((?:\n(?! *File )[^\n]*)?)')
 LARGEST_BYTES = 1 << 30
 """Of a model whose parts are tried: they are passed on as one protobuf, which ends at 2 GiB."""
 
@@ -49,9 +50,16 @@ def _described(model: onnx.ModelProto, refused: RefusedNode) -> str:
     """A node as a user can find it: its operator, name, module path and source line, and the reason."""
     found = next((node for node in model.graph.node if node.name == refused.name), None)
     noted = {entry.key: entry.value for entry in found.metadata_props} if found is not None else {}
-    lines = [line.strip() for line in noted.get(TRACE, "").splitlines() if line.strip()]
-    line = lines[-1] if lines else "no source line"
-    return f"{refused.operator} node {refused.name} ({_module(noted)}; {line}): {refused.reason}"
+    return f"{refused.operator} node {refused.name} ({_module(noted)}; {_source(noted)}): {refused.reason}"
+
+
+def _source(noted: dict[str, str]) -> str:
+    """The innermost source line of a node, as in `model.py:12: return x`."""
+    frames = FRAME.findall(noted.get(TRACE, ""))
+    if not frames:
+        return "no source line"
+    file, number, text = frames[-1]
+    return f"{file}:{number}: {text.strip()}" if text.strip() else f"{file}:{number}"
 
 
 def _module(noted: dict[str, str]) -> str:

@@ -1,0 +1,72 @@
+"""The lowerings for TensorRT compute what the operators do; ONNX Runtime runs the emitted files in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorrt_stages import block, stage_of, symmetric_int8
+
+from stepfold.backends.onnx.emit import emit
+from stepfold.backends.onnx.precision import at_precision
+from stepfold.backends.onnxruntime.session import open_session
+from stepfold.backends.tensorrt.lower import LOWERINGS
+from stepfold.ir.program import Stage, reference
+from stepfold.loop.metrics import drift
+
+ops = torch.ops.stepfold
+FLOAT = 1e-5
+
+
+def run(stage: Stage, folder: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    emit(stage, folder / "stage.onnx", LOWERINGS)
+    return open_session(folder / "stage.onnx", stage.inputs, stage.outputs)(inputs)[0]
+
+
+def random(stage: Stage, batch: int) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(batch)
+    return {
+        port.name: generator.standard_normal([batch if n is None else n for n in port.shape]).astype(port.dtype)
+        for port in stage.inputs
+    }
+
+
+Q, K = torch.randn(2, 5, 8), torch.randn(2, 3, 8)
+HEADS = [torch.randn(2, 2, 5, 4), torch.randn(2, 2, 3, 4), torch.randn(2, 2, 3, 4)]
+sdpa = torch.nn.functional.scaled_dot_product_attention
+MASK = torch.tensor([[True, False, True]]).expand(5, 3)
+CASES: dict[str, tuple[Callable, list[torch.Tensor]]] = {
+    "attention": (lambda q, k, v: ops.attention(q, k, v, 2, 0.5), [Q, K, K]),
+    "fast_gelu": (ops.fast_gelu, [Q]),
+    "sdpa": (lambda q, k, v: sdpa(q, k, v), HEADS),
+    "sdpa with a scale": (lambda q, k, v: sdpa(q, k, v, scale=0.3), HEADS),
+    "sdpa with a mask": (lambda q, k, v: sdpa(q, k, v, attn_mask=MASK), HEADS),
+    "sdpa with a bias": (lambda q, k, v: sdpa(q, k, v, attn_mask=MASK.float()), HEADS),
+    "causal sdpa": (lambda q, k, v: sdpa(q, k, v, is_causal=True), [HEADS[0]] * 3),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_operators(case: str, batch: int, tmp_path: Path) -> None:
+    function, examples = CASES[case]
+    stage = stage_of(function, *examples)
+    inputs = random(stage, batch)
+    assert drift(run(stage, tmp_path, inputs), reference(stage)(inputs)[0]) < FLOAT
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_symmetric_int8(batch: int, tmp_path: Path) -> None:
+    """Q/DQ pairs round as the operators do, at the last place of a float apart."""
+    stage = symmetric_int8(block())
+    inputs = random(stage, batch)
+    assert drift(run(stage, tmp_path, inputs), reference(stage)(inputs)[0]) < 1e-2
+
+
+def test_symmetric_int8_with_half_precision_scales(tmp_path: Path) -> None:
+    stage = at_precision(symmetric_int8(block()), torch.float16)
+    inputs = random(stage, 2)
+    assert drift(run(stage, tmp_path, inputs), reference(stage)(inputs)[0]) < 2e-2
