@@ -48,7 +48,7 @@ def test_float32_is_the_stage_itself() -> None:
     assert at_precision(stage, torch.float32) is stage
 
 
-@pytest.mark.parametrize("model", [DIT, SD3, FLUX, UNET], ids=str)
+@pytest.mark.parametrize("model", [DIT, *(pytest.param(m, marks=pytest.mark.slow) for m in (SD3, FLUX, UNET))], ids=str)
 @pytest.mark.parametrize("dtype", COST)
 def test_models_keep_their_outputs(model: ZooModel, dtype: torch.dtype) -> None:
     program = capture(model.build(), model.kwargs(2), model.loop())
