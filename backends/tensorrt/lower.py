@@ -35,7 +35,7 @@ def _quantize_static(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -
     return torch.onnx.ops.symbolic("QuantizeLinear", inputs, dtype=torch.int8, shape=x.shape, version=21)
 
 
-def _dequantize(q: torch.Tensor, scale: torch.Tensor, **attributes: int) -> torch.Tensor:
+def _dequantize(q: torch.Tensor, scale: torch.Tensor, **attributes: Any) -> torch.Tensor:
     return torch.onnx.ops.symbolic(
         "DequantizeLinear", (q, scale), attributes, dtype=scale.dtype, shape=q.shape, version=21
     )

@@ -83,7 +83,8 @@ def _port(tensor: Any) -> Port:
 
 def dtype_name(dtype: Any) -> str:
     """The NumPy name of a TensorRT type."""
-    return DTYPES.get(dtype.name, dtype.name.lower())
+    name = str(dtype.name)
+    return DTYPES.get(name, name.lower())
 
 
 def error_lines(messages: list[Message]) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -146,12 +147,13 @@ class Session:
         with collected(tensorrt) as messages:
             self.runtime = tensorrt.Runtime(logger(tensorrt))
             self.engine = self.runtime.deserialize_cuda_engine(self.file.read_bytes())
-            self.context = self.engine.create_execution_context() if self.engine is not None else None
-        if self.context is None:
+            context = self.engine.create_execution_context() if self.engine is not None else None
+        if context is None:
             said = next((m.text for m in messages if m.severity.endswith("ERROR")), "it gives no reason")
             raise BundleError(
                 f"{self.file}: {self.provider.name} {self.provider.version} cannot load it: {said}. Build it again."
             )
+        self.context: Any = context
         self.stream = self.driver.stream()
         self.buffers = {
             port.name: Buffer(self.driver) for port in (*self.plan.input_ports(), *self.plan.output_ports())
