@@ -4,6 +4,7 @@ from typing import Literal
 
 import pytest
 
+from stepfold.backends.registry import BACKENDS
 from stepfold.cli.passes import attributes, describe_options, type_name
 
 
@@ -63,10 +64,12 @@ def test_unknown_names(stepfold, words: tuple[str, str], message: str) -> None:
 
 
 def test_backends(stepfold) -> None:
-    (entry,) = stepfold("backends", "--json").document()["backends"]
-    assert entry.keys() == {"name", "can_build", "can_run", "version", "reason", "install", "options"}
-    assert entry["name"] == "onnxruntime" and entry["can_run"]
-    assert entry["version"] in stepfold("backends").out
+    entries = {entry["name"]: entry for entry in stepfold("backends", "--json").document()["backends"]}
+    assert set(entries) == {backend.name for backend in BACKENDS}
+    for entry in entries.values():
+        assert entry.keys() == {"name", "can_build", "can_run", "version", "reason", "install", "options"}
+    assert entries["onnxruntime"]["can_run"]
+    assert entries["onnxruntime"]["version"] in stepfold("backends").out
 
 
 def test_attributes_are_read_from_a_docstring() -> None:

@@ -95,6 +95,8 @@ def test_engines_that_run_are_not_replaced(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.slow
 def test_the_reference_checkpoint_becomes_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEPFOLD_CACHE", str(tmp_path / "cache"))
+    loop = tmp_path / "loop.yaml"
+    loop.write_text((MNIST / "loop.yaml").read_text().replace("steps: 50", "steps: 8"))
     schedule = {"evaluations": 4, "samples": 4, "search_samples": 2, "moves": 0}
     job = Job(
         MNIST,
@@ -102,11 +104,13 @@ def test_the_reference_checkpoint_becomes_a_bundle(tmp_path: Path, monkeypatch: 
         recipe={"passes": ["hoist", {"schedule": schedule}]},
         backend="tensorrt",
         settings=[("tensorrt", "capability", "SM89")],
+        loop=loop,
     )
     document = optimize(job, silent)
     assert document["schedule"]["fitted_on"] == "reference" and document["schedule"]["evaluations"] == 4
     assert document["quality"]["psnr_db"]["mean"] > 20
-    assert json.loads((tmp_path / "bundle" / "schedule.json").read_text())["fitted_on"] == "reference"
+    (table,) = json.loads((tmp_path / "bundle" / "schedule.json").read_text())["scales"]
+    assert table["fitted_on"] == "reference"
     for name in ("once", "once_timestep", "step"):
         assert description.read(tmp_path / "bundle" / "stages" / f"{name}.engine").capability == "SM89"
 
