@@ -15,12 +15,14 @@ from ..loop.spec import ComponentFile, InputSpec, LoopSpec
 BATCH = 2
 TIMESTEP = 500.0  # in scheduler units, the middle of the usual 1000
 
-# Text encoders: architecture -> the key of the configuration that holds the longest prompt.
+# Text encoders: architecture -> the key of the configuration that holds the longest prompt, and the inputs.
 TEXT_ENCODERS = {
-    "CLIPTextModel": "max_position_embeddings",
-    "CLIPTextModelWithProjection": "max_position_embeddings",
-    "T5EncoderModel": "n_positions",
-    "UMT5EncoderModel": "n_positions",
+    "BertModel": ("max_position_embeddings", ("input_ids", "attention_mask")),
+    "CLIPTextModel": ("max_position_embeddings", ("input_ids",)),
+    "CLIPTextModelWithProjection": ("max_position_embeddings", ("input_ids",)),
+    "DistilBertModel": ("max_position_embeddings", ("input_ids", "attention_mask")),
+    "T5EncoderModel": ("n_positions", ("input_ids",)),
+    "UMT5EncoderModel": ("n_positions", ("input_ids",)),
 }
 
 
@@ -31,24 +33,26 @@ def example_kwargs(
     config: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
 ) -> dict[str, Any]:
-    """Keyword arguments with a batch of two for one call.
+    """Keyword arguments for one call: with a row for each row of `tensors`, at least two.
 
     Args:
         model: the network.
         method: the method that is called.
-        description: the content of `loop.yaml`, or None for a known text encoder.
+        description: the content of `loop.yaml`, or None for a transformers model.
         config: the content of `config.json`.
-        tensors: values by name, nested names joined by dots; they win over made-up ones.
+        tensors: values by name, nested names joined by dots; they win over made-up ones. Those of a transformers model
+            without a `loop.yaml` also say which inputs it is called with.
 
     Raises:
         UsageError: an input cannot be made up from what is known; the message gives the lines to add.
     """
     generator = torch.Generator().manual_seed(0)
     if description is None:
-        inputs, constants = _text_encoder(model, config), {}
+        inputs, constants = _transformer_inputs(model, config, tensors), {}
     else:
         inputs, constants = dict(description.inputs), dict(description.constants)
     _refuse_unknown(tensors, inputs)
+    batch = _rows(tensors, inputs)
     values: dict[str, Any] = {}
     for name, value in constants.items():
         if name not in inputs:
@@ -57,11 +61,11 @@ def example_kwargs(
         given = {n: t for n, t in tensors.items() if n == name or n.startswith(f"{name}.")}
         if given:
             for leaf, tensor in given.items():
-                put(values, leaf, _given(leaf, tensor, spec))
+                put(values, leaf, _given(leaf, tensor, spec, batch))
         elif spec.role == "constant":
             put(values, name, _constant(name, spec, constants))
         else:
-            put(values, name, _made_up(model, method, name, spec, description, generator))
+            put(values, name, _made_up(model, method, name, spec, description, batch, generator))
     return as_lists(values)
 
 
@@ -104,20 +108,45 @@ def as_lists(values: Any) -> Any:
     return nested
 
 
-def _text_encoder(model: torch.nn.Module, config: Mapping[str, Any]) -> dict[str, InputSpec]:
-    architecture = type(model).__name__
-    length = config.get(TEXT_ENCODERS.get(architecture, ""), getattr(model.config, "n_positions", None))
-    if architecture not in TEXT_ENCODERS or not isinstance(length, int):
+def unknown_inputs(cls: type) -> str:
+    """What to add to the folder of a transformers model whose inputs are not known."""
+    return (
+        f"{cls.__name__}: its example inputs are not known. Give them: --inputs FILE.safetensors, with a row for each "
+        "example. Or add a loop.yaml:\n"
+        "  component: {method: forward}\n"
+        f"  inputs: {{{_main_input(cls)}: {{role: condition, shape: [77], dtype: int64}}}}"
+    )
+
+
+def _main_input(cls: Any) -> str:
+    return getattr(cls, "main_input_name", None) or "input_ids"
+
+
+def _transformer_inputs(
+    model: torch.nn.Module, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, InputSpec]:
+    """The inputs of a transformers model: those that are given, else those of a known text encoder."""
+    if tensors:
+        return _given_inputs(model, list(dict.fromkeys(name.split(".")[0] for name in tensors)))
+    key, names = TEXT_ENCODERS.get(type(model).__name__, ("", ()))
+    length = config.get(key, getattr(model.config, key, None))
+    if not isinstance(length, int):
+        raise UsageError(unknown_inputs(type(model)))
+    return {name: InputSpec(role="condition", shape=(length,), dtype="int64") for name in names}
+
+
+def _given_inputs(model: torch.nn.Module, names: list[str]) -> dict[str, InputSpec]:
+    parameters = inspect.signature(model.forward).parameters.values()
+    known = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"example inputs: {name!r} is no input of {type(model).__name__}; {nearest(name, known)}")
+    if _main_input(type(model)) not in names:
         raise UsageError(
-            f"{architecture}: its example inputs are not known. Add a loop.yaml:\n"
-            "  component: {method: forward}\n"
-            f"  inputs: {{{_first_parameter(model)}: {{role: condition, shape: [77], dtype: int64}}}}"
+            f"example inputs: expected {_main_input(type(model))!r} of {type(model).__name__} among them; received "
+            f"{', '.join(names)}."
         )
-    return {"input_ids": InputSpec(role="condition", shape=(length,), dtype="int64")}
-
-
-def _first_parameter(model: torch.nn.Module) -> str:
-    return next(iter(inspect.signature(model.forward).parameters), "input_ids")
+    return {name: InputSpec(role="condition") for name in names}
 
 
 def _refuse_unknown(tensors: Mapping[str, torch.Tensor], inputs: Mapping[str, InputSpec]) -> None:
@@ -129,18 +158,32 @@ def _refuse_unknown(tensors: Mapping[str, torch.Tensor], inputs: Mapping[str, In
             )
 
 
-def _given(name: str, tensor: torch.Tensor, spec: InputSpec) -> torch.Tensor:
+def _rows(tensors: Mapping[str, torch.Tensor], inputs: Mapping[str, InputSpec]) -> int:
+    """Rows of the example: those of the given tensors, and at least two."""
+    rows = {}
+    for name, tensor in tensors.items():
+        role = next(spec.role for known, spec in inputs.items() if name == known or name.startswith(f"{known}."))
+        if role != "constant":
+            if tensor.ndim == 0 or tensor.shape[0] == 0:
+                raise UsageError(f"example inputs: {name!r} has shape {list(tensor.shape)}; expected a leading batch.")
+            rows[name] = tensor.shape[0]
+    if len(set(rows.values()) - {1}) > 1:
+        raise UsageError(
+            "example inputs: expected as many rows in each tensor, or one that serves all; received "
+            f"{', '.join(f'{name} {count}' for name, count in rows.items())}."
+        )
+    return max(BATCH, *rows.values()) if rows else BATCH
+
+
+def _given(name: str, tensor: torch.Tensor, spec: InputSpec, batch: int) -> torch.Tensor:
     if spec.role == "constant":
         return tensor
-    if tensor.ndim == 0 or tensor.shape[0] == 0:
-        raise UsageError(f"example inputs: {name!r} has shape {list(tensor.shape)}; expected a leading batch.")
     if spec.shape is not None and tuple(tensor.shape[1:]) != spec.shape:
         raise UsageError(
             f"example inputs: {name!r} has shape {list(tensor.shape)}; loop.yaml declares {list(spec.shape)} after the "
             "batch."
         )
-    rows = tensor[:BATCH]
-    return rows if len(rows) == BATCH else rows.repeat(BATCH, *(1,) * (tensor.ndim - 1))
+    return tensor if len(tensor) == batch else tensor.repeat(batch, *(1,) * (tensor.ndim - 1))
 
 
 def _constant(name: str, spec: InputSpec, constants: Mapping[str, Any]) -> torch.Tensor:
@@ -158,27 +201,33 @@ def _made_up(
     name: str,
     spec: InputSpec,
     description: LoopSpec | ComponentFile | None,
+    batch: int,
     generator: torch.Generator,
 ) -> torch.Tensor:
     if isinstance(description, LoopSpec) and spec.role == "state":
-        return torch.randn([BATCH, *description.latent.shape], generator=generator)
+        return torch.randn([batch, *description.latent.shape], generator=generator)
     if isinstance(description, LoopSpec) and spec.role == "timestep":
         value = TIMESTEP * description.sampler.timestep_scale
-        return torch.full([BATCH], value, dtype=_dtype(name, spec.dtype or "float32"))
+        return torch.full([batch], value, dtype=_dtype(name, spec.dtype or "float32"))
     if spec.shape is None and spec.dtype is None and _is_class(model, method, name, description):
-        return torch.arange(BATCH)
+        return _classes(batch, torch.int64)
     if spec.shape is None:
         raise UsageError(
             f"input {name!r} has no shape. Add it to loop.yaml, without the batch:\n"
             f"  inputs: {{{name}: {{role: {spec.role}, shape: [77, 768], dtype: float32}}}}\n"
             f"or give an example: --inputs FILE.safetensors with a tensor {name!r}."
         )
-    shape, dtype = [BATCH, *spec.shape], _dtype(name, spec.dtype or "float32")
+    shape, dtype = [batch, *spec.shape], _dtype(name, spec.dtype or "float32")
     if dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(dtype)
     if not spec.shape:
-        return torch.arange(BATCH).to(dtype)
+        return _classes(batch, dtype)
     return torch.ones(shape, dtype=dtype)  # valid as a mask and as token numbers
+
+
+def _classes(batch: int, dtype: torch.dtype) -> torch.Tensor:
+    """Class numbers that every model with classes has."""
+    return (torch.arange(batch) % BATCH).to(dtype)
 
 
 def _is_class(model: torch.nn.Module, method: str, name: str, description: LoopSpec | ComponentFile | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ..ir.program import ModelIdentity, Program
 from ..loop.errors import UsageError
 from ..loop.spec import ComponentFile, LoopSpec, read_loop
 from .capture import capture
-from .examples import TEXT_ENCODERS, example_kwargs, read_tensors
+from .examples import TEXT_ENCODERS, example_kwargs, read_tensors, unknown_inputs
 from .identity import weights_hash
 from .weights import find_weights, model_class, read_model
 
@@ -37,7 +38,7 @@ class Checkpoint:
         model: in evaluation mode and float32.
         loop: the loop around it, or None for a component.
         component: how a component is called, when `loop.yaml` says so.
-        kwargs: one example call with a batch of two.
+        kwargs: one example call: a row for each row of the example inputs, two where none were given.
         weights_sha256: hash of the weights (in float32).
         config: the content of `config.json`.
     """
@@ -83,12 +84,12 @@ def load_checkpoint(path: Path, *, loop: Path | None = None, inputs: Path | None
     class_name, library = class_of(path, config)
     description = _description(path, loop)
     cls = model_class(class_name, library)
-    if description is None and class_name not in TEXT_ENCODERS:
-        raise UsageError(f"{path}: no {LOOP_FILE}, and {class_name} does not tell its loop. {loop_lines(cls)}")
+    tensors = read_tensors(inputs or path / INPUTS_FILE) if inputs or (path / INPUTS_FILE).is_file() else {}
+    if description is None:
+        _require_component(path, cls, library, tensors)
     model = read_model(path, class_name, library, find_weights(path))
     component = description if isinstance(description, ComponentFile) else None
     method = _method(model, component)
-    tensors = read_tensors(inputs or path / INPUTS_FILE) if inputs or (path / INPUTS_FILE).is_file() else {}
     return Checkpoint(
         path=path,
         class_name=class_name,
@@ -167,6 +168,21 @@ def loop_lines(cls: Any) -> str:
 def _description(path: Path, loop: Path | None) -> LoopSpec | ComponentFile | None:
     file = loop or path / LOOP_FILE
     return read_loop(file) if loop is not None or file.is_file() else None
+
+
+def _require_component(path: Path, cls: type, library: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """A folder without a loop: expect a transformers model whose inputs are known."""
+    if library != "transformers":
+        raise UsageError(f"{path}: no {LOOP_FILE}, and {cls.__name__} does not tell its loop. {loop_lines(cls)}")
+    if tensors:
+        return
+    if cls.__name__ not in TEXT_ENCODERS:
+        raise UsageError(f"{path}: {unknown_inputs(cls)}")
+    logger.warning(
+        "%s: no example inputs, so one is made up, and calibrated scales follow it. Give real ones: --inputs "
+        "FILE.safetensors, with a row for each example.",
+        path,
+    )
 
 
 def _method(model: torch.nn.Module, component: ComponentFile | None) -> str:

@@ -9,6 +9,9 @@ from .program import Program
 
 Outputs = list[np.ndarray]
 
+ROWS = 16
+"""Most rows of the example that are probed; calibration uses them all."""
+
 
 def probe_calls(program: Program) -> list[int | None]:
     """The grid calls a program is probed at: first, middle and last; once for a component."""
@@ -28,8 +31,9 @@ def probe_outputs(program: Program) -> Outputs:
 
 
 def probe_inputs(program: Program, call: int | None) -> dict[str, np.ndarray]:
-    """The example inputs with the timestep of a grid call."""
-    inputs = {name: value.numpy() for name, value in program.example.items()}
+    """The first rows of the example inputs with the timestep of a grid call."""
+    batched = {item.name for item in program.inputs if item.port.shape[:1] == (None,)}
+    inputs = {name: value.numpy()[: ROWS if name in batched else None] for name, value in program.example.items()}
     if call is not None and program.loop is not None and program.recurrence is not None:
         name = program.loop.timestep
         timesteps = program.recurrence.timesteps_as(inputs[name].dtype.name)

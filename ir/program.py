@@ -116,7 +116,8 @@ class Program:
         stages: in topological order; a stage input takes the program input or earlier stage output of its name.
         inputs: program inputs by role.
         outputs: names of the program outputs; for a loop the first is the prediction.
-        example: a valid value [2, ...] for each program input, the probe of verification.
+        example: a valid value [B, ...] for each program input, B at least 2: the probe of verification, and the
+            conditions of calibration.
         model: class and hash of the weights.
         loop: the loop, or None for a component.
         recurrence: the probed sampler, or None for a component.

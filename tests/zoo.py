@@ -69,13 +69,16 @@ class ZooModel:
     def kwargs(self, batch: int, seed: int = 0) -> dict[str, Any]:
         """Keyword arguments of the captured method for `batch` samples."""
         generator = torch.Generator().manual_seed(seed)
-        document = self.document or {"inputs": {"input_ids": {"shape": [self.config["_length"]], "dtype": "int64"}}}
+        document = self.document or {"inputs": dict.fromkeys(self.config["_inputs"], self._tokens())}
         values: dict[str, Any] = dict(document.get("constants", {}))
         for name, spec in document["inputs"].items():
             spec = {"role": spec} if isinstance(spec, str) else spec
             value = self.constants.get(name)
             _put(values, name, _random(name, spec, document, batch, generator) if value is None else value)
         return values
+
+    def _tokens(self) -> dict[str, Any]:
+        return {"shape": [self.config["_length"]], "dtype": "int64"}
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
         """Write config.json, safetensors weights and loop.yaml, as a user would have them."""
@@ -423,6 +426,7 @@ CLIP_TEXT = ZooModel(
     {
         "_config": "CLIPTextConfig",
         "_length": 12,
+        "_inputs": ("input_ids",),
         "vocab_size": 64,
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -442,6 +446,7 @@ T5_ENCODER = ZooModel(
     {
         "_config": "T5Config",
         "_length": 16,
+        "_inputs": ("input_ids",),
         "vocab_size": 64,
         "d_model": 32,
         "d_kv": 16,
@@ -450,6 +455,23 @@ T5_ENCODER = ZooModel(
         "num_heads": 2,
         "n_positions": 16,
         "feed_forward_proj": "gated-gelu",
+    },
+    None,
+    library="transformers",
+)
+BERT = ZooModel(
+    "bert",
+    "BertModel",
+    {
+        "_config": "BertConfig",
+        "_length": 12,
+        "_inputs": ("input_ids", "attention_mask"),
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 12,
     },
     None,
     library="transformers",
@@ -469,6 +491,7 @@ ZOO = (
     VAE_DECODER,
     CLIP_TEXT,
     T5_ENCODER,
+    BERT,
 )
 BY_NAME = {model.name: model for model in ZOO}
 

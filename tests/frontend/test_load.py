@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,9 +14,12 @@ import zoo
 from safetensors.torch import load_file, save_file
 from zoo import ZOO, ZooModel
 
+from stepfold.calibration.conditions import sample_request
 from stepfold.frontend.calling import flatten
 from stepfold.frontend.load import load_checkpoint
+from stepfold.ir.probe import ROWS, probe_inputs
 from stepfold.loop.errors import UsageError
+from stepfold.loop.noise import SampleSet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 Edit = Callable[[Path], object]
@@ -222,6 +226,10 @@ BAD: dict[str, tuple[Edit, str]] = {
         lambda f: save_file({"class_labels": torch.tensor(1)}, f / "inputs.safetensors"),
         r"'class_labels' has shape \[\]; expected a leading batch",
     ),
+    "rows_that_differ": (
+        lambda f: save_file({"class_labels": torch.arange(3), "timestep": torch.ones(4)}, f / "inputs.safetensors"),
+        "expected as many rows in each tensor, or one that serves all; received class_labels 3, timestep 4",
+    ),
     "inputs_damaged": (
         lambda f: (f / "inputs.safetensors").write_bytes(b"{}"),
         "not a safetensors file of example inputs",
@@ -247,14 +255,74 @@ def test_missing_inputs_file(folder: Path) -> None:
         load_checkpoint(folder, inputs=folder / "absent.safetensors")
 
 
-def test_unknown_text_encoder(tmp_path: Path) -> None:
-    """A transformers model outside the table: the error shows the component file to write."""
-    from transformers import BertConfig, BertModel
+@pytest.fixture
+def roberta(tmp_path: Path) -> Path:
+    """A transformers model outside the table."""
+    from transformers import RobertaConfig, RobertaModel
 
-    config = BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-    BertModel(config).save_pretrained(tmp_path / "bert")
-    with pytest.raises(UsageError, match=r"(?s)BertModel.*component: \{method: forward\}.*input_ids"):
-        load_checkpoint(tmp_path / "bert")
+    config = RobertaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    RobertaModel(config).save_pretrained(tmp_path / "roberta")
+    return tmp_path / "roberta"
+
+
+def test_unknown_text_encoder(roberta: Path) -> None:
+    """The error shows what to give and the component file to write."""
+    with pytest.raises(UsageError, match=r"(?s)RobertaModel.*--inputs FILE.*component: \{method: forward\}.*input_ids"):
+        load_checkpoint(roberta)
+
+
+def test_given_inputs_say_how_a_transformers_model_is_called(roberta: Path) -> None:
+    tokens = {"input_ids": torch.randint(2, 8, (5, 7)), "attention_mask": torch.ones(1, 7, dtype=torch.int64)}
+    save_file(tokens, roberta / "inputs.safetensors")
+    kwargs = load_checkpoint(roberta).kwargs
+    assert kwargs.keys() == tokens.keys()
+    assert torch.equal(kwargs["input_ids"], tokens["input_ids"])
+    assert torch.equal(kwargs["attention_mask"], torch.ones(5, 7, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ("input_ids", "attention_masks"),
+            "'attention_masks' is no input of RobertaModel; did you mean 'attention_mask'?",
+        ),
+        (("attention_mask",), "expected 'input_ids' of RobertaModel among them; received attention_mask"),
+    ],
+)
+def test_inputs_that_a_transformers_model_lacks(roberta: Path, names: tuple[str, ...], message: str) -> None:
+    save_file({name: torch.ones(2, 7, dtype=torch.int64) for name in names}, roberta / "inputs.safetensors")
+    with pytest.raises(UsageError, match=message):
+        load_checkpoint(roberta)
+
+
+def test_made_up_example_inputs_of_a_component_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = zoo.BERT.save(tmp_path / "bert")
+    load_checkpoint(folder)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "--inputs FILE" in caplog.text
+    caplog.clear()
+    save_file({"input_ids": torch.ones(1, 5, dtype=torch.int64)}, folder / "inputs.safetensors")
+    assert load_checkpoint(folder).kwargs["input_ids"].shape == (2, 5) and not caplog.records
+
+
+def test_every_row_of_the_inputs_is_an_example(tmp_path: Path) -> None:
+    """The values that are made up have as many rows; what the program is probed with has no more than it needs."""
+    folder = zoo.SD3.save(tmp_path / "sd3")
+    given = {"pooled_projections": torch.randn(20, 20), "encoder_hidden_states": torch.randn(1, 6, 24)}
+    save_file(given, folder / "inputs.safetensors")
+    checkpoint = load_checkpoint(folder)
+    assert {name: len(value) for name, value in checkpoint.kwargs.items()} == dict.fromkeys(checkpoint.kwargs, 20)
+    assert torch.equal(checkpoint.kwargs["pooled_projections"], given["pooled_projections"])
+    program = checkpoint.capture()
+    assert program.step.inputs[0].shape == (None, 4, 8, 8)
+    requested = sample_request(program, SampleSet("calibration", 0, 21)).conditions["pooled_projections"]
+    np.testing.assert_array_equal(requested, given["pooled_projections"][[*range(20), 0]])
+    assert {len(value) for value in probe_inputs(program, 0).values()} == {ROWS}
+
+
+def test_classes_of_many_rows_stay_valid(folder: Path) -> None:
+    save_file({"timestep": torch.full((5,), 400.0)}, folder / "inputs.safetensors")
+    assert load_checkpoint(folder).kwargs["class_labels"].tolist() == [0, 1, 0, 1, 0]
 
 
 def test_transformers_class_misspelled(tmp_path: Path) -> None:
