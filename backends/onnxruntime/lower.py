@@ -12,6 +12,7 @@ from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
 from ...ir.program import Stage
 from ..onnx.decoded import DECODED
 from ..onnx.emit import emit
+from .census import require_integer_products
 
 aten = torch.ops.aten
 
@@ -132,8 +133,9 @@ def lower(stage: Stage, folder: Path) -> Path:
     """Write the stage as `<name>.onnx` into a folder and return the file.
 
     Raises:
-        StepfoldError: the stage has no ONNX form.
+        StepfoldError: the stage has no ONNX form, or ONNX Runtime runs its quantized layers in float.
     """
     path = folder / f"{stage.name}.onnx"
     emit(stage, path, LOWERINGS)
+    require_integer_products(stage, path)
     return path

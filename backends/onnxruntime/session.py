@@ -59,7 +59,7 @@ def open_session(
 
     provider = _provider(device, onnxruntime.get_available_providers())
     try:
-        session = onnxruntime.InferenceSession(str(file), _options(threads), providers=[provider])
+        session = onnxruntime.InferenceSession(str(file), session_options(threads), providers=[provider])
     except Exception as error:  # ONNX Runtime has a dozen error classes without a common base
         raise BundleError(
             f"{file}: ONNX Runtime {onnxruntime.__version__} cannot load it: {first_line(error)}"
@@ -86,7 +86,8 @@ def _provider(device: str, available: Sequence[str]) -> str:
     return provider
 
 
-def _options(threads: int | None) -> Any:
+def session_options(threads: int | None) -> Any:
+    """The options that every stage is opened with; `threads` as in `open_session`."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
