@@ -25,6 +25,7 @@ from .calling import Calling, flatten, in_signature_order
 from .frozen import baked_constants, frozen_dimensions
 from .identity import weights_hash
 from .normalize import normalize
+from .quantizers import plain_quantizers
 from .repairs import repair
 from .sampler import probe
 
@@ -62,10 +63,10 @@ def capture(
     roles = _roles(list(tensors), loop)
     example = _example(tensors, roles, loop)
     calling = Calling(model.eval(), method, kwargs, list(example), loop.latent.shape if loop else None)
-    exported = export(calling, example, type(model).__name__)
-    graph, names = normalize(exported)
-    stage = _stage(graph, names, example, roles, loop)
-    frozen = frozen_dimensions(calling, example, stage.inputs) + baked_constants(constants)
+    with plain_quantizers(model):
+        graph, names = normalize(export(calling, example, type(model).__name__))
+        stage = _stage(graph, names, example, roles, loop)
+        frozen = frozen_dimensions(calling, example, stage.inputs) + baked_constants(constants)
     identity = identity or ModelIdentity(type(model).__name__, weights_hash(model))
     inputs = tuple(InputPort(p, roles[p.name], _cardinality(graph, i)) for i, p in enumerate(stage.inputs))
     baked = constants | {name: tensor for name, tensor in tensors.items() if name not in example}

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from ...ir.edit import add_buffer
+from ...ir.fake_quantize import FAKE_QUANTIZE
 from ...ir.program import attribute
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ def fold_constants(graph: fx.GraphModule) -> int:
     - a weight that is only rearranged stays as it is, so that it keeps its name; a weight of which only a part is
       read is cut;
     - constant fills and results beyond `FOLD_BYTES` stay;
+    - quantized weights stay Q/DQ pairs: folded, they would be float weights that happen to lie on a grid;
     - equal results share one buffer.
     """
     folding = _Folding(graph, constant_nodes(graph.graph))
@@ -65,6 +67,8 @@ def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            continue
+        if node.target in FAKE_QUANTIZE:
             continue
         if all(source.op == "get_attr" or source in found for source in node.all_input_nodes):
             found.add(node)
