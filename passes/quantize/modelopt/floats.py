@@ -49,7 +49,7 @@ def emit_floats(stage: Stage, path: Path, lowerings: Lowerings) -> list[str]:
 def _named_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, name: str) -> Any:
     product = torch.onnx.ops.symbolic(
         "MatMul",
-        (x, weight.t()),
+        (x, weight.transpose(0, 1)),  # not `t`: the exporter would name the result as the input of that name
         dtype=x.dtype,
         shape=(*x.shape[:-1], weight.shape[0]),
         version=13,
