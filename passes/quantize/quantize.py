@@ -41,7 +41,8 @@ class QuantizeOptions(Options):
         scheme: number format and method.
         weights: granularity of the scales of 8-bit weights.
         activations: `dynamic` scales are computed at run time, in `int8` from each tensor, which couples the samples
-            of a batch; `static` scales are calibrated and do not; `float` leaves activations alone.
+            of a batch; `static` scales are calibrated and do not, nor do `symmetric` ones, whose int8 has zero in the
+            middle as TensorRT wants it; `float` leaves activations alone.
         smooth: what layers read is divided by a scale for each channel: the SmoothQuant exponent from 0 (activations
             keep the difficulty) to 1, `search` for the exponent of least output error of each site, `salience` for
             that of PTQ4DiT, `awq` for the scale that protects 4-bit weights; null leaves it as it is.
@@ -61,7 +62,7 @@ class QuantizeOptions(Options):
 
     scheme: Literal["int8", "int8-weights", "int4", "svdquant", "fp8", "nvfp4", "codebook", "mixed"] = "int8"
     weights: Literal["per_channel"] = "per_channel"
-    activations: Literal["dynamic", "static", "float"] = "dynamic"
+    activations: Literal["dynamic", "static", "symmetric", "float"] = "dynamic"
     smooth: float | Literal["search", "salience", "awq"] | None = Field(default=None)
     rounding: Literal["nearest", "gptq"] = "nearest"
     group: int = Field(default=64, ge=16)

@@ -48,8 +48,7 @@ class Scheme(ABC):
         """What it has to know about the inputs of layers."""
         return Need.NOTHING
 
-    @property
-    def scales_at_run_time(self) -> bool:
+    def scales_at_run_time(self, group: Group) -> bool:
         """Whether a scale that cannot be folded is worth a multiplication at run time."""
         return False
 

@@ -13,7 +13,7 @@ Elsewhere one multiplication at run time does it, when a scheme is worth that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -28,7 +28,10 @@ aten = torch.ops.aten
 
 
 def smooth(
-    program: Program, groups: Sequence[Group], scales: Mapping[str, torch.Tensor], at_run_time: bool
+    program: Program,
+    groups: Sequence[Group],
+    scales: Mapping[str, torch.Tensor],
+    at_run_time: Callable[[Group], bool] = lambda group: False,
 ) -> tuple[Program, set[str], list[Refusal]]:
     """Divide what groups read.
 
@@ -36,7 +39,7 @@ def smooth(
         program: whose step stage holds the groups.
         groups: layers that read one value.
         scales: key of a group -> positive scale [M]; groups without one are left alone.
-        at_run_time: whether a multiplication may be inserted where no fold exists.
+        at_run_time: whether a multiplication may be inserted for a group that has no fold.
 
     Returns:
         The program, the keys of the groups that now read the divided value, and why the others do not.
@@ -52,7 +55,7 @@ def smooth(
 class _Fold:
     """The edited copy of the step stage."""
 
-    def __init__(self, program: Program, at_run_time: bool):
+    def __init__(self, program: Program, at_run_time: Callable[[Group], bool]):
         stage = program.step
         self.graph = copy_graph(stage)
         self.at_run_time = at_run_time
@@ -71,7 +74,7 @@ class _Fold:
                 self._divide_vector(operand, reader, scale)
         elif alone and (writer := find_writer(value)) is not None:
             self._divide_rows(writer.linear, writer.rows(scale))
-        elif self.at_run_time:
+        elif self.at_run_time(group):
             self._divide_value(value, layers, scale)
         else:
             reason = "its input has no exact place for a scale" if alone else "another operator reads its input"

@@ -23,7 +23,7 @@ LEAST_DB = {"sd3": 45, "flux": 45, "pixart": 40, "unet": 18}
 """Mean PSNR that any recipe keeps; the last has a guidance of 7.5, which magnifies what quantization changed."""
 RECIPES = [
     *((name, model) for name in ("fp32", "int8") for model in ZOO),
-    *(("int8-invariant", model) for model in (SD3, FLUX, PIXART, UNET, BERT)),
+    *(("int8-static", model) for model in (SD3, FLUX, PIXART, UNET, BERT)),
 ]
 SEARCH = {"evaluations": EVALUATIONS, "moves": 2, "samples": 8, "search_samples": 4}
 

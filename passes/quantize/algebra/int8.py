@@ -29,3 +29,8 @@ def activation_range(low: float, high: float) -> tuple[torch.Tensor, torch.Tenso
     if scale < torch.finfo(torch.float32).tiny:  # nothing to tell apart: zero is all there is
         scale = 1.0
     return torch.tensor(scale, dtype=torch.float32), torch.tensor(round(-low / scale), dtype=torch.uint8)
+
+
+def positive(scale: torch.Tensor) -> torch.Tensor:
+    """A scale of any shape as float32; 1 where there is nothing but zeros."""
+    return torch.where(scale > 0, scale, torch.ones_like(scale)).to(torch.float32)

@@ -172,9 +172,7 @@ class _Graph:
             raise self._unknown(product, "factors of the input that are not stored", f"{width} of them")
         return factors.reshape(-1).astype(np.float32)
 
-    def _parameters(
-        self, dequantize: onnx.NodeProto, quantize: onnx.NodeProto | None
-    ) -> tuple[Array, Array, str]:
+    def _parameters(self, dequantize: onnx.NodeProto, quantize: onnx.NodeProto | None) -> tuple[Array, Array, str]:
         """Scale, zero point and the dtype of the codes."""
         scale = self._array(dequantize.input[1])
         if scale is None:

@@ -100,9 +100,7 @@ def quantize_onnx(
         os.replace(result, out)  # last: it is what readers look for
 
 
-def _write_settings(
-    scratch: Path, model: Path, result: Path, batches: Sequence[Batch], quantizer: Quantizer
-) -> Path:
+def _write_settings(scratch: Path, model: Path, result: Path, batches: Sequence[Batch], quantizer: Quantizer) -> Path:
     """Everything the worker reads, in a folder of its own: modelopt writes beside the model it is given."""
     result.parent.mkdir()
     data = model.with_name(f"{model.name}.data")

@@ -11,6 +11,7 @@ from ....ir.blocked import pack_bits
 from ....ir.decoded import NVFP4_BLOCK
 from ....ir.floats import E2M1, E4M3
 from ..algebra.grids import FP8_CHANNEL, NVFP4, Quantized
+from ..algebra.int8 import positive
 from ..algebra.smoothing import exponent_scale
 from ..inputs import Inputs, Need
 from ..layers import Group, LinearLayer
@@ -80,8 +81,3 @@ class Nvfp4(SmallFloats):
         unit = positive(inputs.largest.amax() / (E2M1.largest * E4M3.largest))
         round_input = (torch.ops.stepfold.round_nvfp4.default, unit)
         return Reconstructed(torch.ops.stepfold.decode_nvfp4.default, weights, round_input)
-
-
-def positive(scale: torch.Tensor) -> torch.Tensor:
-    """A scale [] float32; 1 where there is nothing but zeros."""
-    return torch.where(scale > 0, scale, torch.ones_like(scale)).to(torch.float32)

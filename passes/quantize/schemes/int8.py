@@ -7,10 +7,11 @@ from typing import ClassVar
 
 import torch
 
+from ....frontend.sites.walk import NORMS
 from ..algebra.buckets import plan_activations
 from ..algebra.gptq import gptq
 from ..algebra.grids import INT8_CHANNEL, IntegerGrid, Quantized
-from ..algebra.int8 import activation_range, quantize_weight
+from ..algebra.int8 import LEVELS, activation_range, positive, quantize_weight
 from ..algebra.smoothing import balanced_scale, exponent_scale, smoothquant
 from ..inputs import Inputs, Need
 from ..layers import Group
@@ -30,7 +31,7 @@ class Int8(Scheme):
     source = "ONNX Runtime MatMulIntegerToFloat; SmoothQuant, arXiv 2211.10438; PTQ4DiT, arXiv 2405.16005"
     reads: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "weights": ("per_channel",),
-        "activations": ("dynamic", "static"),
+        "activations": ("dynamic", "static", "symmetric"),
         "smooth": ("0 to 1", "search", "salience", "null"),
         "rounding": ("nearest", "gptq"),
         "repair": (),
@@ -42,7 +43,7 @@ class Int8(Scheme):
         options = self.options
         if options.smooth == "search" or options.rounding == "gptq":
             return Need.STATISTICS
-        return Need.RANGES if options.smooth is not None or options.activations == "static" else Need.NOTHING
+        return Need.RANGES if options.smooth is not None or options.activations != "dynamic" else Need.NOTHING
 
     def scale(self, group: Group, inputs: Inputs) -> torch.Tensor | None:
         """See `Scheme.scale`."""
@@ -55,6 +56,13 @@ class Int8(Scheme):
             return balanced_scale(inputs.salience, group.weight)
         assert not isinstance(smooth, str)
         return exponent_scale(inputs.largest, group.weight, smooth, 1 - smooth)
+
+    def scales_at_run_time(self, group: Group) -> bool:
+        """A norm that others read too, as in encoders, has outliers no exponent may be folded into.
+
+        Behind an activation function the multiplication gains little and may lose: its channels have no outliers.
+        """
+        return group.source.target in NORMS
 
     def realize(self, group: Group, inputs: Inputs | None) -> Realization:
         """See `Scheme.realize`."""
@@ -72,6 +80,8 @@ class Int8(Scheme):
     def _activation(self, inputs: Inputs | None) -> Activation:
         if self.options.activations == "dynamic" or inputs is None:
             return DynamicActivation()
+        if self.options.activations == "symmetric":
+            return StaticActivation(positive(inputs.largest.amax() / LEVELS), torch.zeros((), dtype=torch.int8))
         plan = plan_activations(inputs.low.amin(dim=1), inputs.high.amax(dim=1), dynamic=False)
         pairs = [activation_range(*ends) for ends in plan.ranges]
         scales, zeros = (torch.stack(values) for values in zip(*pairs, strict=True))

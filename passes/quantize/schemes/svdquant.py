@@ -36,8 +36,7 @@ class Svdquant(Scheme):
         """See `Scheme.need`."""
         return Need.STATISTICS
 
-    @property
-    def scales_at_run_time(self) -> bool:
+    def scales_at_run_time(self, group: Group) -> bool:
         """See `Scheme.scales_at_run_time`."""
         return True
 

@@ -59,6 +59,7 @@ class Block(nn.Module):
 VARIANTS: dict[str, dict[str, Any]] = {
     "int8 searched": {"scheme": "int8", "smooth": "search"},
     "int8 salience": {"scheme": "int8", "smooth": "salience", "activations": "static"},
+    "int8 symmetric": {"scheme": "int8", "activations": "symmetric"},
     "int8 gptq": {"scheme": "int8", "rounding": "gptq"},
     "int8-weights": {"scheme": "int8-weights"},
     "int4": {"scheme": "int4"},
@@ -140,7 +141,7 @@ def test_what_a_record_says_is_plain(results: dict[str, PassResult], name: str) 
 
 
 def test_only_scales_of_a_whole_tensor_couple_a_batch(results: dict[str, PassResult]) -> None:
-    coupled = {name for name in VARIANTS if not batch_invariant(results[name].program)}
+    coupled = {name for name in VARIANTS if not batch_invariant(results[name].program.stages)}
     assert coupled == {"int8 searched", "int8 gptq", "svdquant int8", "mixed"}
 
 
@@ -236,7 +237,7 @@ def test_a_range_that_drifts_gets_a_scale_for_each_bucket(growing: tuple[Program
     scales, zeros = (quantized.tables[f"layer.input_{what}"] for what in ("scale", "zero"))
     assert scales.shape == zeros.shape == (4,) and zeros.dtype == np.uint8
     assert len(set(scales.tolist())) == 4 and scales.max() > 4 * scales.min()
-    assert batch_invariant(quantized)
+    assert batch_invariant(quantized.stages)
 
 
 def test_tables_of_scales_reach_the_engine(growing: tuple[Program, Program]) -> None:

@@ -90,7 +90,7 @@ def group_of(program: Program, name: str = "after") -> Group:
 def divided(program: Program, at_run_time: bool = False) -> tuple[Program, torch.Tensor, set[str], list[Refusal]]:
     group = group_of(program)
     scale = torch.exp(torch.linspace(-3, 3, D, dtype=torch.float64))
-    after, done, refused = smooth(program, [group], {group.key: scale}, at_run_time)
+    after, done, refused = smooth(program, [group], {group.key: scale}, lambda _: at_run_time)
     return after, scale, done, refused
 
 

@@ -23,7 +23,6 @@ from stepfold.passes.quantize.algebra.smoothing import (
     timestep_weights,
     weighted_salience,
 )
-from stepfold.passes.quantize.smooth import smoothing_scale
 
 INT8_TENSOR = IntegerGrid(8, "tensor")
 INT4 = IntegerGrid(4, GROUP)
@@ -123,12 +122,6 @@ def test_scale_by_hand() -> None:
 def test_scale_is_bounded() -> None:
     received = exponent_scale(torch.tensor([1e-9, 1e9]), torch.ones(1, 2), 1.0, 0.0)
     assert received.tolist() == pytest.approx([1 / LARGEST_RATIO, LARGEST_RATIO])
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_the_pass_uses_the_same_scale(layer: Layer, alpha: float) -> None:
-    received = smoothing_scale(largest(layer), layer.weight, alpha)
-    assert torch.equal(received, exponent_scale(largest(layer), layer.weight, alpha, 1 - alpha))
 
 
 # -- PTQ4DiT

@@ -8,8 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from programs import Program, component, denoiser, modulated_example
-from programs import Modulated
+from programs import Modulated, Program, component, denoiser, modulated_example
 
 from stepfold.backends.onnxruntime.lower import LOWERINGS
 from stepfold.backends.onnxruntime.session import open_session
@@ -71,5 +70,7 @@ def test_a_layer_that_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return written(*arguments, name="linear_1" if name == "linear" else name)  # type: ignore[arg-type]
 
     monkeypatch.setattr(floats, "_named_linear", nameless)
-    with pytest.raises(StepfoldError, match=r"float.onnx: expected one product for each linear layer; missing: linear\."):
+    with pytest.raises(
+        StepfoldError, match=r"float.onnx: expected one product for each linear layer; missing: linear\."
+    ):
         emit_floats(stage, tmp_path / "float.onnx", LOWERINGS)

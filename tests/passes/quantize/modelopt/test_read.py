@@ -184,7 +184,7 @@ def broken(tmp_path: Path, case: str) -> Path:
     ],
 )
 def test_forms_that_are_not_understood(tmp_path: Path, case: str, message: str) -> None:
-    with pytest.raises(StepfoldError, match="model.onnx") as caught:
+    with pytest.raises(StepfoldError, match=r"model\.onnx") as caught:
         read_decisions(broken(tmp_path, case))
     assert message in str(caught.value)
 

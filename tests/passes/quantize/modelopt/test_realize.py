@@ -41,9 +41,7 @@ def program() -> Program:
 
 
 def layers(program: Program) -> list[str]:
-    return [
-        node.name for node in program.step.graph.graph.nodes if node.target is torch.ops.aten.linear.default
-    ]
+    return [node.name for node in program.step.graph.graph.nodes if node.target is torch.ops.aten.linear.default]
 
 
 def qdq_model(folder: Path, zero: np.ndarray) -> Path:
@@ -52,7 +50,9 @@ def qdq_model(folder: Path, zero: np.ndarray) -> Path:
 
     def product(source: str, layer: torch.nn.Linear, name: str) -> str:
         weight = layer.weight.detach().numpy().T.copy()
-        pair = builder.pair(builder.store(f"{name}_w", weight), per_channel(weight), np.zeros(weight.shape[1], np.int8), axis=1)
+        pair = builder.pair(
+            builder.store(f"{name}_w", weight), per_channel(weight), np.zeros(weight.shape[1], np.int8), axis=1
+        )
         return builder.node("MatMul", [source, pair], name)
 
     x = builder.pair("x", np.array(SCALE, np.float32), zero)
@@ -61,7 +61,9 @@ def qdq_model(folder: Path, zero: np.ndarray) -> Path:
     )
     total = builder.node("Add", [first, product(x, module.second, "linear_1")], "total")
     hidden = builder.pair(total, np.array(2 * SCALE, np.float32), zero)
-    builder.node("Add", [product(hidden, module.last, "linear_2"), builder.store("c", module.last.bias.detach().numpy())], "y")
+    builder.node(
+        "Add", [product(hidden, module.last, "linear_2"), builder.store("c", module.last.bias.detach().numpy())], "y"
+    )
     return builder.save(folder / "pair.onnx", ["y"])
 
 

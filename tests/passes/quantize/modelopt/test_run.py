@@ -173,7 +173,7 @@ def test_a_child_that_takes_too_long(
     started = []  # the limit counts from the first word of the child, so that a slow machine gets there
     follow = run._follow
 
-    def from_the_start(process, deadline, task, progress):  # noqa: ANN001, ANN202
+    def from_the_start(process, deadline, task, progress):
         while not pids.exists() or len(pids.read_text().split()) < 2:
             time.sleep(0.05)
         started.append(True)
