@@ -18,8 +18,8 @@ def round_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Round to the nearest `scale * E4M3` (QuantizeLinear and DequantizeLinear to FLOAT8E4M3FN).
 
     Args:
-        x: [..., M] float32.
-        scale: [] float32; values beyond 448 of it saturate.
+        x: [..., M] float32, or half precision.
+        scale: [] of the type of `x`; values beyond 448 of it saturate.
     """
     return E4M3.nearest(x / scale) * scale
 
@@ -31,18 +31,18 @@ def _(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("stepfold::decode_fp8", mutates_args=())
 def decode_fp8(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The weight [N, M] float32 of codes.
+    """The weight [N, M] of codes, of the type of the scale.
 
     Args:
         codes: [N, M] float8_e4m3fn.
-        scale: [N] float32.
+        scale: [N] float32, or half precision.
     """
-    return codes.to(torch.float32) * scale[:, None]
+    return codes.to(scale.dtype) * scale[:, None]
 
 
 @decode_fp8.register_fake
 def _(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(codes, dtype=torch.float32)
+    return torch.empty_like(codes, dtype=scale.dtype)
 
 
 @torch.library.custom_op("stepfold::round_nvfp4", mutates_args=())

@@ -47,8 +47,7 @@ def decode_fp8_pair(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def _dequantized(
     codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, attributes: dict[str, Any]
 ) -> torch.Tensor:
-    inputs, shape = (codes, scale, zero), codes.shape
-    dtype = torch.float32
+    inputs, dtype, shape = (codes, scale, zero), scale.dtype, codes.shape
     return torch.onnx.ops.symbolic("DequantizeLinear", inputs, attributes, dtype=dtype, shape=shape, version=OPSET)
 
 

@@ -39,6 +39,8 @@ PRODUCTS = (
     torch.ops.stepfold.attention,
     torch.ops.stepfold.quantize_static,
     torch.ops.stepfold.qlinear,
+    torch.ops.stepfold.round_fp8,
+    torch.ops.stepfold.decode_fp8,
 )
 """Operators that run in half precision; the scales of integer ones have the type of what they scale."""
 

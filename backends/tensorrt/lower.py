@@ -14,6 +14,7 @@ from ...bundle.manifest import PortEntry
 from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
 from ...ir.program import Stage, attribute
 from ...loop.errors import StepfoldError
+from ..onnx.decoded import PAIRS, decode_codebook
 from ..onnx.emit import emit, where
 from ..onnx.precision import at_precision
 from .build import BuildFailure, Plan, build
@@ -103,6 +104,8 @@ def _fast_gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 LOWERINGS: dict[Any, Callable[..., Any]] = {
+    **PAIRS,
+    torch.ops.stepfold.decode_codebook.default: decode_codebook,
     torch.ops.stepfold.quantize_static.default: _quantize_static,
     torch.ops.stepfold.qlinear.default: _qlinear,
     torch.ops.stepfold.attention.default: _attention,

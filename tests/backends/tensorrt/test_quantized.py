@@ -1,0 +1,60 @@
+"""What the `quantize` pass makes, as plans: the requested precision is that of the network's layers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from programs import component, context_of
+from tensorrt_stages import SM89, Block, needs_rtx
+
+from stepfold.backends.tensorrt import description
+from stepfold.backends.tensorrt.description import PlanDescription
+from stepfold.backends.tensorrt.lower import lower
+from stepfold.backends.tensorrt.options import TensorrtOptions
+from stepfold.loop.errors import StepfoldError
+from stepfold.passes.quantize.quantize import Quantize, QuantizeOptions
+
+pytestmark = needs_rtx
+
+
+class Head(torch.nn.Module):
+    """The block, and something behind its last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x: torch.Tensor, shift: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.block(x, shift, t))
+
+
+def plan_of(folder: Path, options: TensorrtOptions = SM89, **scheme: Any) -> PlanDescription:
+    generator = torch.Generator().manual_seed(1)
+    x, shift = torch.randn(2, 8, 32, generator=generator), torch.randn(2, 32, generator=generator)
+    program = component(Head(), x, shift, torch.tensor([700.5, 33.0]))
+    operation = Quantize(QuantizeOptions.model_validate(scheme))
+    quantized = operation.run(program, context_of(program, folder / "cache")).program
+    return description.read(lower(quantized.step, folder, options))
+
+
+def types(plan: PlanDescription, kind: str) -> Counter[str]:
+    return Counter(name for layer in plan.layers if layer.kind == kind for name in layer.types)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("scheme", "element"), [({"scheme": "fp8"}, "fp8"), ({"scheme": "int8", "activations": "symmetric"}, "int8")]
+)
+def test_products_read_what_was_asked_for(tmp_path: Path, scheme: dict[str, Any], element: str, precision: str) -> None:
+    plan = plan_of(tmp_path, TensorrtOptions(capability="SM89", precision=precision), **scheme)  # type: ignore[arg-type]
+    assert sum(count for name, count in types(plan, "QUANTIZE").items() if name.startswith(element)) == 4
+    assert sum(types(plan, "DEQUANTIZE").values()) == 8
+
+
+def test_scales_of_run_time_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(StepfoldError, match=r"quantize\.activations=dynamic"):
+        plan_of(tmp_path, scheme="int8")
