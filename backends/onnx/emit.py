@@ -24,6 +24,8 @@ from ...loop.errors import StepfoldError
 OPSET = 23
 EXTERNAL_DATA_BYTES = 1 << 30  # a protobuf ends at 2 GiB; keep well below
 
+NORMS = ("RMSNormalization", "LayerNormalization")
+
 Lowerings = Mapping[Any, Callable[..., Any]]
 
 
@@ -43,6 +45,7 @@ def emit(stage: Stage, path: Path, lowerings: Lowerings) -> None:
     program = _translate(stage, exported)
     model = program.model
     _require_dynamic_batch(stage, model)
+    _give_norms_one_type(model)
     _clear_value_info(model)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     external = f"{path.name}.data" if size > EXTERNAL_DATA_BYTES else None
@@ -131,6 +134,24 @@ def _require_dynamic_batch(stage: Stage, model: onnx_ir.Model) -> None:
                 f"stage {stage.name}: expected a dynamic batch; the exported graph takes {port.name!r} with batch "
                 f"{value.shape[0]} only."
             )
+
+
+def _give_norms_one_type(model: onnx_ir.Model) -> None:
+    """Cast the input of a norm to the type of its scale.
+
+    The exporter folds the cast before an RMS norm into the operator, whose result then has the type of its scale by
+    ONNX, and that of its input by TensorRT.
+    """
+    for node in list(model.graph.all_nodes()):
+        if node.op_type not in NORMS or node.graph is None:
+            continue
+        value, scale = node.inputs[:2]
+        if value is None or scale is None or value.dtype is None or scale.dtype in (None, value.dtype):
+            continue
+        cast = onnx_ir.node("Cast", [value], {"to": scale.dtype}, name=f"{node.name}_input")
+        cast.metadata_props.update(node.metadata_props)
+        node.graph.insert_before(node, cast)
+        node.replace_input_with(0, cast.outputs[0])
 
 
 def _clear_value_info(model: onnx_ir.Model) -> None:

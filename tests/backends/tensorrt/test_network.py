@@ -64,6 +64,29 @@ def test_int8_layers_are_quantized(tmp_path: Path, precision: str, scaled: str) 
     assert types(plan, "CONSTANT")["int8"] == 4  # the weights are stored in 8 bits
 
 
+class RootMeanSquare(torch.nn.Module):
+    """x [B, 4, 8] -> [B, 4, 8], its norm written out in float32 as diffusers does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+        self.weight = torch.nn.Parameter(torch.full((8,), 2.0))
+        self.gain = torch.nn.Parameter(torch.full((8,), 0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.linear(x)
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight * self.gain
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_norm_that_is_written_out_stays_in_float32(tmp_path: Path, precision: str) -> None:
+    """The exporter makes one operator of it, with an input in half precision and a scale in float32."""
+    options = TensorrtOptions(capability="SM89", precision=precision)  # type: ignore[arg-type]
+    plan = built(stage_of(RootMeanSquare(), torch.randn(2, 4, 8)), tmp_path / "plan", options)
+    assert set(types(plan, "NORMALIZATION", "ELEMENTWISE")) >= {"float32"}
+    assert set(types(plan, "NORMALIZATION")) <= {"float32"}
+
+
 def test_options_reach_the_plan(tmp_path: Path) -> None:
     options = TensorrtOptions(capability="SM120", min_batch=2, opt_batch=4, max_batch=6, workspace_mib=256)
     plan = built(block(), tmp_path / "plan", options)
