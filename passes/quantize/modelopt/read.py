@@ -19,7 +19,7 @@ PRODUCTS = ("MatMul", "Gemm")
 INTEGERS = {"int8": (-128, 127), "uint8": (0, 255), "int4": (-8, 7), "uint4": (0, 15)}
 FLOAT8 = "float8_e4m3fn"
 FLOAT8_LARGEST = 448.0  # e4m3fn has no infinity: what is larger saturates
-DTYPES = {
+DTYPES: dict[int, str] = {
     onnx.TensorProto.UINT8: "uint8",
     onnx.TensorProto.INT8: "int8",
     onnx.TensorProto.INT4: "int4",
@@ -188,7 +188,7 @@ class _Graph:
         declared = _attributes(quantize).get("output_dtype") if quantize is not None else None
         kind = tensor.data_type if tensor is not None else declared or onnx.TensorProto.UINT8
         if kind not in DTYPES:
-            name = onnx.TensorProto.DataType.Name(kind)
+            name = onnx.TensorProto.DataType.Name(kind)  # type: ignore[arg-type]
             raise self._unknown(dequantize, f"codes of type {name}", ", ".join(sorted(DTYPES.values())))
         return DTYPES[kind]
 

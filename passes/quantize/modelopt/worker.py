@@ -29,7 +29,7 @@ def main(path: str) -> None:
 
 def quantize(settings: dict[str, Any], protocol: Any) -> None:
     """Call modelopt; the result takes its place when it is complete."""
-    from modelopt.onnx.quantization import quantize as modelopt_quantize
+    from modelopt.onnx.quantization import quantize as modelopt_quantize  # pyright: ignore[reportMissingImports]
 
     out = Path(settings["out"])
     with np.load(settings["batches"], allow_pickle=False) as archive:

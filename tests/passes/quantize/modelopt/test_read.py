@@ -148,12 +148,12 @@ def test_codes_are_those_of_the_engine(tmp_path_factory: pytest.TempPathFactory,
     builder.node("MatMul", ["x", pair], "linear_3")
     path = saved(builder, tmp_path_factory.mktemp("codes"))
     session = onnxruntime.InferenceSession(str(path))
-    (rows,) = session.run(None, {"x": np.eye(M, dtype=np.float32)[None, :3]})
+    rows = np.asarray(session.run(None, {"x": np.eye(M, dtype=np.float32)[None, :3]})[0])
     np.testing.assert_allclose(read_decisions(path)["linear_3"].weight.dequantized()[:3], rows[0], atol=1e-6)
 
 
 def broken(tmp_path: Path, case: str) -> Path:
-    builder = Builder()
+    builder, pair = Builder(), ""
     if case == "rank":
         pair = builder.pair(builder.store("w", np.ones((1, M, N), np.float32)), np.array(SCALE), np.array(0, np.int8))
     elif case == "axis":

@@ -7,6 +7,7 @@ import os
 import sysconfig
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -173,7 +174,7 @@ def test_a_child_that_takes_too_long(
     started = []  # the limit counts from the first word of the child, so that a slow machine gets there
     follow = run._follow
 
-    def from_the_start(process, deadline, task, progress):
+    def from_the_start(process: Any, deadline: float, task: str, progress: run.Progress) -> None:
         while not pids.exists() or len(pids.read_text().split()) < 2:
             time.sleep(0.05)
         started.append(True)
