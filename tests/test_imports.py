@@ -33,7 +33,7 @@ TORCH_FREE = (
     "backends/capability.py",
     "backends/ports.py",
 )
-TORCH_FREE_IN_BACKENDS = ("session.py", "capability.py")
+TORCH_FREE_IN_BACKENDS = ("session.py", "capability.py", "options.py")
 
 
 @dataclass(frozen=True)

@@ -26,16 +26,6 @@ GROUP_PROPERTY = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 GIVEN_NAME = re.compile(r"[A-Za-z]\w*_\d+")  # Type_number, where the number counts operations of the process
 
 
-def _quantize_dynamic(x: torch.Tensor) -> Any:
-    return torch.onnx.ops.symbolic_multi_out(
-        "DynamicQuantizeLinear",
-        (x,),
-        dtypes=(torch.uint8, torch.float32, torch.uint8),
-        shapes=(x.shape, (), ()),
-        version=11,
-    )
-
-
 def _quantize_static(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
     return torch.onnx.ops.symbolic("QuantizeLinear", (x, scale, zero), dtype=zero.dtype, shape=x.shape, version=21)
 
@@ -84,7 +74,6 @@ def _fast_gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 LOWERINGS: dict[Any, Callable[..., Any]] = {
-    torch.ops.stepfold.quantize_dynamic.default: _quantize_dynamic,
     torch.ops.stepfold.quantize_static.default: _quantize_static,
     torch.ops.stepfold.qlinear.default: _qlinear,
     GROUP_QLINEAR: _group_qlinear,

@@ -84,6 +84,8 @@ def rounds_activations(width: int, group: int, settings: Mapping[str, Any]) -> b
 
     Its input has a value of 1 and one of 0.3 levels below; only the second reaches the output. Integers round it to 0.
     """
+    if width < 2:
+        return False
     import openvino
     import openvino.opset13 as operations
 
@@ -101,7 +103,7 @@ def rounds_activations(width: int, group: int, settings: Mapping[str, Any]) -> b
     values = np.zeros((1, ROWS, width), np.float32)
     values[..., 0] = 1
     values[..., 1:2] = BELOW_A_LEVEL
-    return width > 1 and not np.any(request.infer([values])[0])
+    return not np.any(request.infer([values])[0])
 
 
 def _stored(operation: Any) -> Any:

@@ -104,7 +104,7 @@ class _Session:
 
     def __call__(self, values: Mapping[str, Array]) -> list[Array]:
         feed = {port.name: np.asarray(values[port.name], order="C") for port in self._inputs}
-        self._check_types(feed)
+        batch = self._checked_batch(feed)
         with self._lock:
             try:
                 self._request.infer(feed, share_inputs=True)
@@ -112,18 +112,23 @@ class _Session:
                 self._request = self._compiled.create_infer_request()  # after a failure, this one goes on failing
                 raise StepfoldError(f"{self._name}: OpenVINO failed on {shapes(feed)}: {reason(error)}") from error
             results = [np.array(self._request.get_output_tensor(position).data) for position in self._positions]
-        self._check_batch(feed, results)
+        self._check_results(batch, results)
         return results
 
-    def _check_types(self, feed: Mapping[str, Array]) -> None:
-        """The request itself would convert other types in silence."""
-        if any(feed[port.name].dtype != port.dtype for port in self._inputs):
+    def _checked_batch(self, feed: Mapping[str, Array]) -> int | None:
+        """The batch of a request, None where no input has one.
+
+        The engine converts other types in silence, and fused layers take inputs of different batches without an error.
+        """
+        batches = {len(feed[port.name]) for port in self._inputs if port.shape[:1] == (None,)}
+        typed = all(feed[port.name].dtype == port.dtype for port in self._inputs)
+        if len(batches) > 1 or not typed:
             wanted = ", ".join(str(port) for port in self._inputs)
             raise StepfoldError(f"{self._name}: expected {wanted}; received {shapes(feed)}.")
+        return next(iter(batches), None)
 
-    def _check_batch(self, feed: Mapping[str, Array], results: Sequence[Array]) -> None:
+    def _check_results(self, batch: int | None, results: Sequence[Array]) -> None:
         """With `ONEDNN_VERBOSE` set, OpenVINO 2026.4 gives empty outputs instead of an error."""
-        batch = next((len(feed[port.name]) for port in self._inputs if port.shape[:1] == (None,)), None)
         received = {len(results[i]) for i in self._batched}
         if batch is not None and received - {batch}:
             raise StepfoldError(

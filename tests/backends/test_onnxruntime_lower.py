@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator as python_operator
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,74 +11,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from programs import Modulated, component, denoiser, modulated_example, operators
-from torch import fx
+from stages import MASKS, STAGES, M, T, arrays
 
 from stepfold.backends.onnx import emit as emission
 from stepfold.backends.onnx.emit import lowered, where
 from stepfold.backends.onnxruntime.lower import LOWERINGS, lower
 from stepfold.backends.onnxruntime.session import open_session
 from stepfold.ir.operators import OPERATORS
-from stepfold.ir.program import Stage, reference
-from stepfold.ir.shapes import port, propagate
+from stepfold.ir.program import reference
 from stepfold.loop.errors import StepfoldError
-from stepfold.loop.ports import Port, Rate
 
-stepfold = torch.ops.stepfold
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
-M, N, T = 6, 5, 3
 FLOAT = 1e-4  # the exponential of the engine's softmax is its own
 SETTINGS = settings(max_examples=40)
-FINITE = st.one_of(
-    st.just(0.0), st.floats(2**-20, 100, width=32), st.floats(-100, -(2**-20), width=32)
-)  # no subnormals
-LOGITS = st.integers(-16, 16).map(lambda value: value / 8)  # a softmax of large logits magnifies their rounding
-WEIGHT = torch.randint(-127, 128, (M, N), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-WEIGHT_SCALE = torch.linspace(0.001, 0.02, N)
-BIAS = torch.linspace(-1, 1, N)
-
-
-def one_call(operator: Callable, inputs: list[Port], weights: list[torch.Tensor | None], rest: tuple = ()) -> Stage:
-    """A stage of one operator: its inputs, then weights, then plain numbers."""
-    root = torch.nn.Module()
-    graph = fx.Graph()
-    arguments: list = [graph.placeholder(item.name) for item in inputs]
-    for i, value in enumerate(weights):
-        if value is not None:
-            root.register_buffer(f"w{i}", value)
-        arguments.append(None if value is None else graph.get_attr(f"w{i}"))
-    call = graph.call_function(operator, (*arguments, *rest))
-    parts = len(operator._schema.returns)  # type: ignore[attr-defined]
-    results = [graph.call_function(python_operator.getitem, (call, i)) for i in range(parts)] if parts > 1 else [call]
-    graph.output(tuple(results))
-    module = fx.GraphModule(root, graph)
-    propagate(module, inputs)
-    outputs = tuple(port(node, f"y{i}") for i, node in enumerate(results))
-    return Stage("one", Rate.STEP, module, tuple(inputs), outputs)
-
-
-def floats(*shape: int | None, name: str = "x") -> Port:
-    return Port(name, shape, "float32")
-
-
-BYTES = Port("q", (None, T, M), "uint8")
-ZERO = torch.tensor(100, dtype=torch.uint8)
-LINEAR_WEIGHTS = [torch.tensor(0.02), ZERO, WEIGHT, WEIGHT_SCALE]
-QKV = [floats(None, T, 8, name="q"), floats(None, 4, 8, name="k"), floats(None, 4, 8, name="v")]
-STAGES: dict[str, tuple[Callable, Stage]] = {
-    name: (arguments[0], one_call(*arguments))
-    for name, arguments in {
-        "quantize_dynamic": (stepfold.quantize_dynamic.default, [floats(None, T, M)], []),
-        "quantize_dynamic of rows": (stepfold.quantize_dynamic.default, [floats(None, M)], []),
-        "quantize_static": (stepfold.quantize_static.default, [floats(None, T, M)], [torch.tensor(0.3), ZERO]),
-        "qlinear": (stepfold.qlinear.default, [BYTES], [*LINEAR_WEIGHTS, BIAS]),
-        "qlinear without bias": (stepfold.qlinear.default, [BYTES], [*LINEAR_WEIGHTS, None]),
-        "qlinear of rows": (stepfold.qlinear.default, [Port("q", (None, M), "uint8")], [*LINEAR_WEIGHTS, BIAS]),
-        "attention": (stepfold.attention.default, [QKV[0]] * 1 + QKV[1:], [], (2, 0.5)),
-        "fast_gelu": (stepfold.fast_gelu.default, [floats(None, T, M)], []),
-    }.items()
-}
 Run = Callable[[str, dict[str, np.ndarray]], list[tuple[np.ndarray, np.ndarray]]]
 
 
@@ -96,14 +41,6 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Run:
         return list(zip(sessions[name](inputs), reference(stage)(inputs), strict=True))
 
     return run
-
-
-def arrays(item: Port, batch: int, data: st.DataObject) -> np.ndarray:
-    shape = tuple(batch if size is None else size for size in item.shape)
-    if item.dtype == "uint8":
-        return data.draw(hnp.arrays(np.uint8, shape))
-    elements = LOGITS if item in QKV else FINITE
-    return data.draw(hnp.arrays(np.float32, shape, elements=elements))
 
 
 def assert_same(pairs: list[tuple[np.ndarray, np.ndarray]]) -> None:
@@ -154,14 +91,6 @@ def test_integer_product_does_not_overflow(both: Run) -> None:
     """The largest values of both sides: |product| = 6 * 155 * 127."""
     q = np.full((2, T, M), 255, np.uint8)
     assert_same(both("qlinear", {"q": q}))
-
-
-MASKS = {
-    "of keys": torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)[:, None, None],
-    "of queries and keys": torch.ones(T, 4, dtype=torch.bool).tril().expand(2, 1, T, 4).clone(),
-    "of heads": torch.ones(2, 2, T, 4, dtype=torch.bool).triu(diagonal=-1),
-    "added": torch.linspace(-3, 3, 2 * T * 4).reshape(2, 1, T, 4),
-}
 
 
 @pytest.mark.parametrize("scale", [None, 0.3])

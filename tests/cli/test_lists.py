@@ -68,8 +68,11 @@ def test_backends(stepfold) -> None:
     assert set(entries) == {backend.name for backend in BACKENDS}
     for entry in entries.values():
         assert entry.keys() == {"name", "can_build", "can_run", "version", "reason", "install", "options"}
-    assert entries["onnxruntime"]["can_run"]
-    assert entries["onnxruntime"]["version"] in stepfold("backends").out
+        assert [name for name, option in entry["options"].items() if not option["description"]] == []
+    assert entries["onnxruntime"]["can_run"] and entries["onnxruntime"]["options"] == {}
+    assert entries["openvino"]["options"]["precision"]["type"] == "fp32 | bf16"
+    text = stepfold("backends").out
+    assert entries["onnxruntime"]["version"] in text and "openvino.precision" in text
 
 
 def test_attributes_are_read_from_a_docstring() -> None:
