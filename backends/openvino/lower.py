@@ -15,11 +15,13 @@ from ...ir.names import module_path
 from ...ir.program import Stage
 from ...loop.errors import StepfoldError
 from ..onnx.emit import emit
+from ..onnx.precision import at_precision
 from ..onnx.token_groups import GROUP_QLINEAR, by_token_groups, dynamic_widths, group_size
 from .options import OpenvinoOptions
 from .precision import float_sites, integer_sites
 from .session import reason, settings_of
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GROUP_STEP, LARGEST_GROUP = 16, 256
 UNTRANSLATED = re.compile(r"No conversion rule found for operations: ([\w., -]+)")
 GROUP_PROPERTY = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
@@ -84,7 +86,14 @@ INTEGER_LAYERS = {torch.ops.stepfold.qlinear.default: 3, GROUP_QLINEAR: 1}  # an
 
 
 def prepare(stage: Stage, options: OpenvinoOptions) -> Stage:
-    """The stage as the engine computes it: dynamic activation scales are those of groups of a token's features."""
+    """The stage as the engine computes it, still executable in PyTorch.
+
+    Dynamic activation scales are those of groups of a token's features, and products in float have the precision.
+    """
+    return at_precision(_grouped(stage), PRECISIONS[options.precision])
+
+
+def _grouped(stage: Stage) -> Stage:
     widths = dynamic_widths(stage)
     return by_token_groups(stage, group_size(widths, GROUP_STEP, LARGEST_GROUP)) if widths else stage
 
@@ -98,16 +107,16 @@ def lower(stage: Stage, folder: Path, *, options: OpenvinoOptions) -> Path:
     """
     import openvino
 
-    prepared = prepare(stage, options)
+    grouped = _grouped(stage)  # without the precision, which is a property of the session
     path = folder / f"{stage.name}.xml"
     with tempfile.TemporaryDirectory(prefix="stepfold-") as scratch:
-        model = _read(stage, _emitted(prepared, Path(scratch)))
-        group = _group(prepared)
+        model = _read(stage, _emitted(grouped, Path(scratch)))
+        group = _group(grouped)
         if group is not None:
             model.set_rt_info(group, ["runtime_options", GROUP_PROPERTY])  # read when the model is compiled
         _rename(model)
         openvino.save_model(model, path, compress_to_fp16=False)
-    _require_integers(prepared, path, group, options)
+    _require_integers(grouped, path, group, options)
     return path
 
 
@@ -118,7 +127,7 @@ def _emitted(stage: Stage, folder: Path) -> Path:
 
 
 def _group(stage: Stage) -> int | None:
-    """The group of every dynamically quantized layer of a prepared stage."""
+    """The group of every dynamically quantized layer."""
     nodes = stage.graph.graph.find_nodes(op="call_function", target=GROUP_QLINEAR)
     return nodes[0].args[4] if nodes else None  # type: ignore[return-value]
 
