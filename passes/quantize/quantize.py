@@ -60,7 +60,9 @@ class QuantizeOptions(Options):
         max_drift: largest drift of this pass on the probe.
     """
 
-    scheme: Literal["int8", "int8-weights", "int4", "svdquant", "fp8", "nvfp4", "codebook", "mixed"] = "int8"
+    scheme: Literal["int8", "int8-weights", "int4", "svdquant", "fp8", "nvfp4", "codebook", "mixed", "modelopt"] = (
+        "int8"
+    )
     weights: Literal["per_channel"] = "per_channel"
     activations: Literal["dynamic", "static", "symmetric", "float"] = "dynamic"
     smooth: float | Literal["search", "salience", "awq"] | None = Field(default=None)

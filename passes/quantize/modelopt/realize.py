@@ -1,31 +1,20 @@
-"""Rewrite linear layers as a quantizer decided: `stepfold::quantize_static` and `stepfold::qlinear`."""
+"""Linear layers as a quantizer decided: `stepfold::quantize_static` and `stepfold::qlinear`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
 
-from ....ir import operators  # noqa: F401  (registers the stepfold:: operators)
-from ....ir.edit import add_buffer, copy_graph, finish
 from ....ir.names import module_path
-from ....ir.program import Stage
+from ....ir.program import Stage, attribute
 from ....loop.errors import StepfoldError
+from ..layers import LINEAR, Group, LinearLayer
+from ..realize import IntegerProducts, StaticActivation
+from ..rewrite import replaced_in
 from .operands import IntegerOperands, integer_operands
 from .read import LinearDecision
-
-LINEAR = torch.ops.aten.linear.default
-
-
-@dataclass(frozen=True)
-class _Quantized:
-    """A value in integers: codes, scale and zero point."""
-
-    codes: fx.Node
-    scale: fx.Node
-    zero: fx.Node
 
 
 def realize(stage: Stage, decisions: Mapping[str, LinearDecision]) -> Stage:
@@ -40,39 +29,26 @@ def realize(stage: Stage, decisions: Mapping[str, LinearDecision]) -> Stage:
     Raises:
         StepfoldError: a decision is not 8-bit integers, or names no linear layer of the stage.
     """
-    graph = copy_graph(stage)
-    layers = {node.name: node for node in graph.graph.nodes if node.target is LINEAR}
+    layers = {node.name: node for node in stage.graph.graph.nodes if node.target is LINEAR}
     unknown = sorted(decisions.keys() - layers.keys())
     if unknown:
         raise StepfoldError(f"stage {stage.name}: expected decisions for its linear layers; received {unknown[0]!r}.")
-    known: dict[tuple[fx.Node, float, int], _Quantized] = {}
+    alike: dict[tuple[fx.Node, float, int], list[tuple[LinearLayer, IntegerOperands]]] = {}
     for name, node in layers.items():
         if name in decisions:
-            _rewrite(graph, node, integer_operands(name, decisions[name]), known)
-    return finish(stage, graph)
+            operands = integer_operands(name, decisions[name])
+            key = (node.args[0], float(operands.scale), int(operands.zero))
+            alike.setdefault(key, []).append((_layer(stage, node), operands))  # type: ignore[arg-type]
+    groups = [Group(tuple(layer for layer, _ in members)) for members in alike.values()]
+    return replaced_in(stage, groups, [products([o for _, o in members]) for members in alike.values()])[0]
 
 
-def _rewrite(
-    graph: fx.GraphModule,
-    node: fx.Node,
-    operands: IntegerOperands,
-    known: dict[tuple[fx.Node, float, int], _Quantized],
-) -> None:
-    source, name = node.args[0], module_path(node)
-    assert isinstance(source, fx.Node)
-    key = (source, float(operands.scale), int(operands.zero))
-    with graph.graph.inserting_before(node):
-        if key not in known:
-            scale = graph.graph.get_attr(add_buffer(graph, f"{name}.input_scale", operands.scale))
-            zero = graph.graph.get_attr(add_buffer(graph, f"{name}.input_zero", operands.zero))
-            codes = graph.graph.call_function(torch.ops.stepfold.quantize_static.default, (source, scale, zero))
-            known[key] = _Quantized(codes, scale, zero)
-        q = known[key]
-        weight = graph.graph.get_attr(add_buffer(graph, f"{name}.weight_int8", operands.weight))
-        scale = graph.graph.get_attr(add_buffer(graph, f"{name}.weight_scale", operands.weight_scale))
-        bias = node.args[2] if len(node.args) > 2 else None
-        arguments = (q.codes, q.scale, q.zero, weight, scale, bias)
-        new = graph.graph.call_function(torch.ops.stepfold.qlinear.default, arguments)
-    new.meta.update(node.meta)
-    node.replace_all_uses_with(new)
-    graph.graph.erase_node(node)
+def products(operands: Sequence[IntegerOperands]) -> IntegerProducts:
+    """What takes the place of layers whose inputs have one scale and zero point."""
+    activation = StaticActivation(operands[0].scale, operands[0].zero)
+    return IntegerProducts(activation, [(o.weight, o.weight_scale) for o in operands])
+
+
+def _layer(stage: Stage, node: fx.Node) -> LinearLayer:
+    weight: torch.Tensor = attribute(stage.graph, str(node.args[1].target)).detach()  # type: ignore[union-attr]
+    return LinearLayer(node, module_path(node), node.args[0], weight)  # type: ignore[arg-type]

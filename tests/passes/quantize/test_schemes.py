@@ -108,7 +108,8 @@ def quantize(program: Program, context: Context, **options: Any) -> PassResult:
 
 
 def test_every_scheme_is_tried() -> None:
-    assert {options["scheme"] for options in VARIANTS.values()} == set(SCHEMES)
+    """But modelopt, which needs an environment of its own and has its tests beside it."""
+    assert {options["scheme"] for options in VARIANTS.values()} == set(SCHEMES) - {"modelopt"}
     assert set(QuantizeOptions.model_fields["scheme"].annotation.__args__) == set(SCHEMES)  # type: ignore[union-attr]
 
 

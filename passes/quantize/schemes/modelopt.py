@@ -1,0 +1,74 @@
+"""8 bits as NVIDIA modelopt decides them, in the integer products of our engines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from ....backends.onnxruntime.lower import LOWERINGS
+from ....ir.program import Program
+from ....loop.errors import StepfoldError
+from ..algebra.smoothing import exponent_scale
+from ..inputs import Inputs, Need
+from ..layers import LINEAR, Group
+from ..modelopt.decide import decide
+from ..modelopt.environment import find
+from ..modelopt.operands import IntegerOperands, integer_operands
+from ..modelopt.realize import products
+from ..modelopt.run import Quantizer
+from ..realize import Realization
+from ..scheme import Scheme
+
+if TYPE_CHECKING:
+    from ...base import Context
+
+
+class Modelopt(Scheme):
+    """8-bit weights and activations with the scales that NVIDIA modelopt chooses, in an environment of its own."""
+
+    name = "modelopt"
+    source = "NVIDIA Model-Optimizer, modelopt.onnx.quantization; docs/passes/modelopt.md"
+    reads: ClassVar[Mapping[str, tuple[str, ...]]] = {"smooth": ("0 to 1", "null")}
+
+    _operands: Mapping[str, IntegerOperands]
+
+    @property
+    def need(self) -> Need:
+        """Ranges, to smooth with."""
+        return Need.NOTHING if self.options.smooth is None else Need.RANGES
+
+    def scale(self, group: Group, inputs: Inputs) -> torch.Tensor | None:
+        """See `Scheme.scale`."""
+        assert isinstance(self.options.smooth, float)
+        return exponent_scale(inputs.largest, group.weight, self.options.smooth, 1 - self.options.smooth)
+
+    def prepare(
+        self, program: Program, groups: Sequence[Group], inputs: Mapping[str, Inputs], context: Context
+    ) -> Mapping[str, object]:
+        """Let modelopt quantize the chosen layers of the emitted stage.
+
+        Raises:
+            UsageError: there is no environment with modelopt; the message has the command that makes it.
+            StepfoldError: modelopt failed, or left out a layer.
+        """
+        chosen = {layer.node.name for group in groups for layer in group.layers}
+        every = [node.name for node in program.step.graph.graph.nodes if node.target is LINEAR]
+        quantizer = Quantizer("int8", excluded=tuple(name for name in every if name not in chosen))
+        decisions = decide(program, find(context.cache), quantizer, LOWERINGS, context.seed, context.progress)
+        missing = sorted(chosen - decisions.keys())
+        if missing:
+            raise StepfoldError(f"modelopt: expected a decision for every chosen layer; none came for {missing[0]}.")
+        self._operands = {name: integer_operands(name, decisions[name]) for name in chosen}
+        return {}
+
+    def realize(self, group: Group, inputs: Inputs | None) -> Realization:
+        """See `Scheme.realize`."""
+        operands = [self._operands[layer.node.name] for layer in group.layers]
+        scales = {(float(item.scale), int(item.zero)) for item in operands}
+        if len(scales) > 1:
+            raise StepfoldError(
+                f"modelopt: expected one scale for the input of {group.name} and its neighbours; received {len(scales)}."
+            )
+        return products(operands)
