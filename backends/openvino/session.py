@@ -56,8 +56,8 @@ def open_session(
     except Exception as error:  # RuntimeError, and what the bindings raise for a file they cannot parse
         version = openvino.get_version().partition("-")[0]
         raise BundleError(f"{file}: OpenVINO {version} cannot load it: {reason(error)}") from error
-    check_ports(file, "input", _ports(compiled.inputs), inputs)
-    check_ports(file, "output", _ports(compiled.outputs), outputs)
+    check_ports(file, "input", _ports(compiled.inputs, inputs), inputs)
+    check_ports(file, "output", _ports(compiled.outputs, outputs), outputs)
     return _Session(compiled, file.name, inputs, outputs)
 
 
@@ -137,12 +137,13 @@ class _Session:
             )
 
 
-def _ports(found: Sequence[Any]) -> dict[str, tuple[str, int]]:
-    """Name -> dtype and rank."""
+def _ports(found: Sequence[Any], expected: Sequence[Port]) -> dict[str, tuple[str, int]]:
+    """Name -> dtype and rank; a value keeps the names of others that it was found to equal, which are no ports."""
+    wanted = {port.name for port in expected}
     return {
         name: (np.dtype(node.element_type.to_dtype()).name, node.partial_shape.rank.get_length())
         for node in found
-        for name in node.names
+        for name in (node.names & wanted or sorted(node.names)[:1])
     }
 
 

@@ -38,17 +38,18 @@ def replaced_in(
 
 def _replace(
     graph: fx.GraphModule,
-    twins: Mapping[fx.Node, fx.Node],
+    twins: dict[fx.Node, fx.Node],
     group: Group,
     realization: Realization,
     tables: dict[str, torch.Tensor],
 ) -> None:
     layers = [twins[layer.node] for layer in group.layers]
     place = Place(graph, twins[group.source], layers, [layer.name for layer in group.layers], tables)
-    for layer, value in zip(layers, realization.insert(place), strict=True):
+    for old, layer, value in zip(group.layers, layers, realization.insert(place), strict=True):
         value.meta.update(layer.meta)
         layer.replace_all_uses_with(value)
         graph.graph.erase_node(layer)
+        twins[old.node] = value  # another layer may read this one
 
 
 def _with_tables(program: Program, values: Mapping[str, torch.Tensor]) -> Program:

@@ -119,6 +119,20 @@ def test_other_ports_are_refused(file: Path, inputs: tuple[Port, ...], outputs: 
     assert message in str(error.value) and "stage.xml" in str(error.value)
 
 
+def test_values_with_further_names(tmp_path: Path) -> None:
+    """Compilation gives a value the names of others that it finds to be equal."""
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed: pip install 'stepfold[openvino]'")
+    import openvino.opset13 as operations
+
+    x = operations.parameter([-1, 2], np.float32)
+    y = operations.multiply(x, np.array([[2, 2]], np.float32))
+    x.output(0).set_names({"x", "also_x"})
+    y.output(0).set_names({"later", "first", "other"})
+    openvino.save_model(openvino.Model([y], [x], "m"), tmp_path / "m.xml", compress_to_fp16=False)
+    later, first = opened(tmp_path / "m.xml", INPUTS[:1])({"x": np.ones((1, 2), np.float32)})
+    assert later.tolist() == first.tolist() == [[2, 2]]
+
+
 @pytest.mark.parametrize("content", [b"", b"<net", None])
 def test_a_file_that_is_no_model(file: Path, tmp_path: Path, content: bytes | None) -> None:
     if content is not None:

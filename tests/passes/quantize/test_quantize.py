@@ -387,3 +387,15 @@ def test_a_layer_called_twice_has_two_ranges(tmp_path: Path) -> None:
     steps = [Step(Quantize(QuantizeOptions(activations="static")))]
     (record,) = run_passes(program, steps, context_of(program, tmp_path)).records
     assert record.drift < 0.1
+
+
+def test_a_layer_that_reads_another_one() -> None:
+    """As cross-attention reads the projected caption: what the second reads is replaced before it is."""
+    torch.manual_seed(0)
+    program = component(torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 8), torch.nn.ReLU()),
+                        torch.randn(2, 3, 8))  # fmt: skip
+    for activations in ("dynamic", "static"):
+        result = quantize(program, activations=activations)
+        assert result.changed == 2 and operators(result.program.step).count("stepfold.qlinear.default") == 2
+        inputs = {name: value.numpy() for name, value in program.example.items()}
+        assert drift(result.program.bind().evaluate(inputs)[0], program.bind().evaluate(inputs)[0]) < 0.02
