@@ -54,6 +54,7 @@ BYTES = Port("q", (None, T, M), "uint8")
 ZERO = torch.tensor(100, dtype=torch.uint8)
 LINEAR_WEIGHTS = [torch.tensor(0.02), ZERO, WEIGHT, WEIGHT_SCALE]
 QKV = [floats(None, T, 8, name="q"), floats(None, 4, 8, name="k"), floats(None, 4, 8, name="v")]
+BLOCKS = torch.randint(0, 256, (N, 2, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 STAGES: dict[str, tuple[Callable, Stage]] = {
     name: (arguments[0], one_call(*arguments))
     for name, arguments in {
@@ -65,8 +66,46 @@ STAGES: dict[str, tuple[Callable, Stage]] = {
         "qlinear of rows": (stepfold.qlinear.default, [Port("q", (None, M), "uint8")], [*LINEAR_WEIGHTS, BIAS]),
         "attention": (stepfold.attention.default, [QKV[0]] * 1 + QKV[1:], [], (2, 0.5)),
         "fast_gelu": (stepfold.fast_gelu.default, [floats(None, T, M)], []),
+        "blocked_linear": (
+            stepfold.blocked_linear.default,
+            [floats(None, T, 32)],
+            [BLOCKS, torch.linspace(0.1, 1, 2 * N).reshape(N, 2), None, BIAS],
+            (4, 16, False),
+        ),
+        "round_fp8": (stepfold.round_fp8.default, [floats(None, T, M)], [torch.tensor(0.3)]),
+        "round_nvfp4": (stepfold.round_nvfp4.default, [floats(None, T, 32)], [torch.tensor(0.04)]),
     }.items()
 }
+
+
+def decoded_layer(operator: Callable, weights: dict[str, torch.Tensor], wide: int) -> Stage:
+    """`linear(x, decode(...))`, as `quantize` writes it."""
+    root = torch.nn.Module()
+    for name, value in weights.items():
+        root.register_buffer(name, value)
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    weight = graph.call_function(operator, tuple(graph.get_attr(name) for name in weights))
+    y = graph.call_function(torch.ops.aten.linear.default, (x, weight))
+    graph.output((y,))
+    module, inputs = fx.GraphModule(root, graph), (floats(None, T, wide),)
+    propagate(module, inputs)
+    return Stage("decoded", Rate.STEP, module, inputs, (port(y, "y"),))
+
+
+FP8 = torch.float8_e4m3fn
+BLOCK_SCALES = torch.linspace(0.1, 1, 2 * N).reshape(N, 2)
+DECODED = {
+    "decode_fp8": ({"codes": torch.linspace(-9, 9, N * M).reshape(N, M).to(FP8), "scale": WEIGHT_SCALE}, M),
+    "decode_nvfp4": ({"packed": BLOCKS.flatten(1), "scales": BLOCK_SCALES.to(FP8), "unit": torch.tensor(0.02)}, 32),
+    "decode_codebook": (
+        {"indices": BLOCKS[:, 0] % 5, "codebook": torch.linspace(-2, 3, 20).reshape(5, 4), "scale": WEIGHT_SCALE},
+        32,
+    ),
+}
+for _name, (_weights, _wide) in DECODED.items():
+    _operator = getattr(stepfold, _name).default
+    STAGES[_name] = (_operator, decoded_layer(_operator, _weights, _wide))
 
 
 def static_pair(shape: tuple[int | None, ...], bias: torch.Tensor | None) -> Stage:

@@ -75,11 +75,13 @@ class Selection:
         include: module patterns to quantize.
         skip: module patterns to leave alone.
         min_tokens: fewest rows of a sample.
+        predicts: whether the outputs of the stage are those of the program, so that its last layer is left alone.
     """
 
     include: Sequence[str]
     skip: Sequence[str]
     min_tokens: int
+    predicts: bool = True
 
 
 def find_groups(
@@ -131,7 +133,7 @@ def _refusal(stage: Stage, node: fx.Node, name: str, selection: Selection) -> st
     tokens = prod(size or 1 for size in node.args[0].meta["shape"][1:-1])  # type: ignore[union-attr]
     if stage.rate is Rate.STEP and tokens < selection.min_tokens:
         return f"{tokens} row a sample: weights dominate, not arithmetic"
-    if stage.rate is Rate.STEP and _feeds_output_only(node):
+    if selection.predicts and _feeds_output_only(node):
         return "the last layer: its error is not damped by anything behind it"
     return None
 

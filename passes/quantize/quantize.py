@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -188,7 +188,7 @@ class Quantize(Pass[QuantizeOptions]):
         for stage in program.stages:
             if stage is program.step:
                 continue
-            groups, _ = find_groups(stage, self._selection, scheme.unfit)
+            groups, _ = find_groups(stage, replace(self._selection, predicts=False), scheme.unfit)
             if groups:
                 small, _ = replaced_in(stage, groups, [scheme.realize(group, None) for group in groups])
                 program = program.with_stage(small)

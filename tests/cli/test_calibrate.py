@@ -74,7 +74,7 @@ def test_text_begins_with_the_plan(stepfold, tiny_checkpoint: Path, copy: Path) 
     assert plan.startswith(
         "Plan: 9 samples in 2 shards, 8 calls in 8 buckets, branches: conditional and unconditional, 11"
     )
-    assert "MB in use (weights 41.6 kB) and" in memory and "Gram matrices 1.1 MB" in memory
+    assert "B in use (weights 41.6 kB) and" in memory and "Gram matrices 1.1 MB" in memory
     assert disk.startswith("Disk: ")
     assert done.startswith(f"Store: {copy}: 2 shards, all of them finished before; 11 sites")
 

@@ -167,7 +167,7 @@ RECIPES = {
     ),
     "value": (
         "passes:\n  - quantize: {scheme: int3}\n",
-        "line 2: pass quantize: option 'scheme': expected 'int8'; received 'int3'.",
+        "line 2: pass quantize: option 'scheme': expected 'int8', 'int8-weights', 'int4',",
     ),
     "key": ("passes: [hoist]\npases: []\n", "unknown key 'pases'; did you mean 'passes'?"),
     "no list": ("passes: {hoist: {}}\n", "expected `passes` to be a list; received dict."),

@@ -107,6 +107,18 @@ def test_qlinear_counts_as_the_linear_it_replaces() -> None:
     assert program_flops(quantized) == 2 * 3 * 4 * 5
 
 
+def test_blocked_linear_counts_as_the_linear_it_replaces() -> None:
+    blocks, scales = torch.zeros(5, 1, 8, dtype=torch.uint8), torch.ones(5, 1)
+
+    def arguments(graph: fx.GraphModule, x: fx.Node) -> tuple:
+        held = [graph.graph.get_attr(add_buffer(graph, "value", value)) for value in (blocks, scales)]
+        return (x, *held, None, None, 4, 16, True)
+
+    program = component(lambda x: x.relu(), X)
+    quantized = with_operator(program, torch.ops.stepfold.blocked_linear.default, arguments)
+    assert program_flops(quantized) == 2 * 3 * 4 * 5
+
+
 def test_fused_attention_counts_as_the_attention_it_replaces() -> None:
     program = component(lambda x: x.relu(), torch.randn(2, 3, 8))
     fused = with_operator(program, torch.ops.stepfold.attention.default, lambda graph, x: (x, x, x, 2, 0.5))
@@ -115,7 +127,8 @@ def test_fused_attention_counts_as_the_attention_it_replaces() -> None:
 
 def test_operators_that_multiply_matrices_have_a_formula() -> None:
     counted = {operator for operator in OPERATORS if operator in FORMULAS}
-    assert counted == {torch.ops.stepfold.qlinear.default, torch.ops.stepfold.attention.default}
+    stepfold = torch.ops.stepfold
+    assert counted == {stepfold.qlinear.default, stepfold.blocked_linear.default, stepfold.attention.default}
 
 
 def test_tiny_dit_counts_as_pytorch_does(tiny_program: Program) -> None:

@@ -172,7 +172,7 @@ MISTAKES = {
     "no options": ("passes:\n  - hoist: {deep: 1}\n", ", line 2: pass hoist: unknown option 'deep'; this pass has no options."),
     "value": (
         "passes:\n  - quantize: {scheme: int3}\n",
-        ", line 2: pass quantize: option 'scheme': expected 'int8'; received 'int3'.",
+        ", line 2: pass quantize: option 'scheme': expected 'int8', 'int8-weights', 'int4',",
     ),
     "one of several values": (
         "passes:\n  - fuse: {rules: [atention]}\n",

@@ -220,7 +220,7 @@ def test_a_backend_that_cannot_build_here(monkeypatch: pytest.MonkeyPatch) -> No
     from stepfold.backends.capability import Capability
 
     lacking = Capability("onnxruntime", False, True, "1", "building needs torch", "pip install 'stepfold[compile]'")
-    monkeypatch.setattr(Backend, "capability", lambda self: lacking)
+    monkeypatch.setattr(Backend, "capability_here", lambda self: lacking)
     with pytest.raises(UsageError) as caught, workshop("onnxruntime"):
         pass
     assert str(caught.value) == (

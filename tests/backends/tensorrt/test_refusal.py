@@ -137,7 +137,7 @@ def test_scales_of_run_time_are_refused() -> None:
         StepfoldError, match=r"with a stored scale and zero point 0, .*; received scales of run time"
     ) as e:
         prepare(quantized("quantize_dynamic"), SM89)
-    assert "(quantize.activations=dynamic)" in str(e.value) and "--set tensorrt.precision=fp16" in str(e.value)
+    assert "(quantize.activations=dynamic)" in str(e.value) and "--set quantize.activations=symmetric" in str(e.value)
 
 
 @pytest.mark.parametrize(

@@ -74,8 +74,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mixed": {"scheme": "mixed", "bits": 7.0, "group": 32},
 }
 """Largest drift of samples: a few times what is measured, and far below what a wrong layout gives."""
-DRIFT = {"int8": 0.03, "int8-weights": 0.03, "fp8": 0.08, "mixed": 0.08, "codebook": 0.5}
-LAYERS_OF = {"codebook": ["q", "k", "v", "out", "up", "down"]}
+DRIFT = {"int8": 0.04, "int8-weights": 0.03, "fp8": 0.08, "mixed": 0.08, "codebook": 0.5}
 
 
 @pytest.fixture(scope="module")
