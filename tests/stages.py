@@ -108,8 +108,8 @@ for _name, (_weights, _wide) in DECODED.items():
     STAGES[_name] = (_operator, decoded_layer(_operator, _weights, _wide))
 
 
-def static_pair(shape: tuple[int | None, ...], bias: torch.Tensor | None) -> Stage:
-    """`qlinear(quantize_static(x))`, as `quantize` writes it."""
+def static_pair(shape: tuple[int | None, ...], bias: torch.Tensor | None, from_input: bool = False) -> Stage:
+    """`qlinear(quantize_static(x))`, as `quantize` writes it; its scale is stored, or comes in for each timestep."""
     root = torch.nn.Module()
     weights = {"scale": torch.tensor(0.3), "zero": ZERO, "weight": WEIGHT, "weight_scale": WEIGHT_SCALE}
     for name, value in (weights if bias is None else {**weights, "bias": bias}).items():
@@ -117,11 +117,15 @@ def static_pair(shape: tuple[int | None, ...], bias: torch.Tensor | None) -> Sta
     graph = fx.Graph()
     x = graph.placeholder("x")
     scale, zero = graph.get_attr("scale"), graph.get_attr("zero")
+    inputs = (floats(*shape),)
+    if from_input:
+        inputs = (*inputs, floats(None, name="by_timestep"))
+        scale = graph.call_function(torch.ops.aten.select.int, (graph.placeholder("by_timestep"), 0, 0))
     q = graph.call_function(stepfold.quantize_static.default, (x, scale, zero))
     rest = (graph.get_attr("weight"), graph.get_attr("weight_scale"), None if bias is None else graph.get_attr("bias"))
     y = graph.call_function(stepfold.qlinear.default, (q, scale, zero, *rest))
     graph.output((y,))
-    module, inputs = fx.GraphModule(root, graph), (floats(*shape),)
+    module = fx.GraphModule(root, graph)
     propagate(module, inputs)
     return Stage("pair", Rate.STEP, module, inputs, (port(y, "y"),))
 

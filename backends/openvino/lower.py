@@ -184,6 +184,7 @@ def _require_integers(stage: Stage, path: Path, group: int | None, options: Open
         weight, why = next(iter(found.items()))
         raise StepfoldError(
             f"stage {stage.name}: layer {modules.get(weight, weight)}: expected a product of 8-bit integers; OpenVINO "
-            f"would compute it in float: {why} ({len(found)} of {len(modules)} layers). Give the layers to "
-            "--set quantize.skip=[...], or calibrate their scales: --set quantize.activations=static."
+            f"would compute it in float: {why} ({len(found)} of {len(modules)} layers). Leave the layers "
+            "out with --set quantize.skip=[...], or choose other scales with --set quantize.activations: symmetric ones "
+            "are stored, dynamic ones belong to tokens; those that change with the timestep are not for this engine."
         )

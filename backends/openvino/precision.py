@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 INTEGERS = ("i8", "u8")
+MOVES = ("Transpose", "Reorder", "Reshape", "Convert")
 ROWS, OUTPUTS = 16, 16
 BELOW_A_LEVEL = np.float32(0.3 / 127)
 
@@ -24,14 +25,12 @@ class IntegerSite:
     """A product with 8-bit weights, as a model has it before it is compiled.
 
     Attributes:
-        weight: name of the weight.
-        layers: names of the product and of what adds its bias; the compiled model keeps one of them.
+        weight: name of the weight, which the compiled model keeps where it renames the product.
         width: in features M.
         dynamic: whether its activations are float in the graph.
     """
 
     weight: str
-    layers: frozenset[str]
     width: int
     dynamic: bool
 
@@ -45,10 +44,8 @@ def integer_sites(model: Any) -> list[IntegerSite]:
         weight = _stored(operation.input_value(1).get_node())
         if weight is None:
             continue
-        readers = [reader.get_node() for reader in operation.output(0).get_target_inputs()]
-        names = {operation.get_friendly_name(), *(r.get_friendly_name() for r in readers if r.get_type_name() == "Add")}
         dynamic = not _dequantized(operation.input_value(0).get_node())
-        found.append(IntegerSite(weight.get_friendly_name(), frozenset(names), weight.shape[0], dynamic))
+        found.append(IntegerSite(weight.get_friendly_name(), weight.shape[0], dynamic))
     return found
 
 
@@ -65,11 +62,11 @@ def float_sites(compiled: Any, sites: list[IntegerSite], settings: Mapping[str, 
     rounded = {s.width: rounds_activations(s.width, group, settings) for s in sites if s.dynamic}
     found: dict[str, str] = {}
     for site in sites:
-        layer = next((layers[name] for name in sorted(site.layers) if name in layers), None)
+        layer = layers.get(site.weight)
         types = _argument_types(layer) if layer is not None else ()
         expected = 1 if site.dynamic else 2  # arguments of the layer that are 8-bit
         if layer is None:
-            found[site.weight] = "the compiled model has no layer of this name"
+            found[site.weight] = "no product of the compiled model reads its weight"
         elif sum(kind in INTEGERS for kind in types) < expected:
             found[site.weight] = f"it is a {_text(layer, 'layerType')} of {' and '.join(types)}"
         elif site.dynamic and not rounded[site.width]:
@@ -122,13 +119,20 @@ def _dequantized(operation: Any) -> bool:
 
 
 def _layers(compiled: Any) -> dict[str, Any]:
-    """The layers of a compiled model by the names of the operations they were made from."""
+    """The layers of a compiled model by the names of the constants that they are given as weights."""
     return {
         name: layer
         for layer in compiled.get_runtime_model().get_ops()
-        for name in _text(layer, "originalLayersNames").split(",")
-        if name
+        if layer.get_input_size() > 1
+        for name in _constant_names(layer.input_value(1).get_node())
     }
+
+
+def _constant_names(layer: Any) -> list[str]:
+    """Names of the constant that a layer reorders, or is; none for what is computed from inputs."""
+    while _text(layer, "layerType") in MOVES:
+        layer = layer.input_value(0).get_node()
+    return _text(layer, "originalLayersNames").split(",") if _text(layer, "layerType") == "Const" else []
 
 
 def _argument_types(layer: Any) -> tuple[str, ...]:

@@ -106,6 +106,12 @@ def test_an_integer_layer_whose_activations_are_stored_in_8_bits_runs_in_float(t
         lower(STAGES["qlinear"][1], tmp_path, options=OPTIONS)
 
 
+def test_an_integer_layer_whose_scale_changes_with_the_timestep_runs_in_float(tmp_path: Path) -> None:
+    stage = static_pair((None, T, M), BIAS, from_input=True)
+    with pytest.raises(StepfoldError, match="those that change with the timestep are not for this engine"):
+        lower(stage, tmp_path, options=OPTIONS)
+
+
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("name", MASKS)
 def test_attention_with_a_mask(opened: Session, name: str, scale: float | None) -> None:
@@ -133,9 +139,10 @@ def test_dynamic_layers_are_those_of_the_prepared_stage(opened: Session, tmp_pat
         assert finer, "a scale for each token is finer than one for the batch"
 
 
-def test_static_layers_are_those_of_the_reference(opened: Session, tmp_path: Path) -> None:
+@pytest.mark.parametrize("activations", ["static", "symmetric"])
+def test_stored_scales_are_those_of_the_reference(opened: Session, tmp_path: Path, activations: str) -> None:
     program = block()
-    stage = quantized(program, "static", tmp_path)
+    stage = quantized(program, activations, tmp_path)
     call, run = opened(stage), reference(stage)
     for batch in (1, 5):
         values = {stage.inputs[0].name: tokens(batch)}
@@ -289,7 +296,7 @@ def test_float_parity(opened: Session, model: ZooModel) -> None:
 
 @pytest.mark.slow
 @needs_vnni
-@pytest.mark.parametrize("activations", ["dynamic", "static"])
+@pytest.mark.parametrize("activations", ["dynamic", "symmetric"])
 @pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "flux", "unet"])
 def test_integer_parity(opened: Session, tmp_path: Path, name: str, activations: str) -> None:
     """Against the stage as the engine computes it, and no further from float than the reference is."""

@@ -81,8 +81,10 @@ def test_layers_in_float_are_found(tmp_path: Path) -> None:
 def test_a_layer_that_the_compiled_model_lacks(tmp_path: Path) -> None:
     stage = quantized(block(), "static", tmp_path)
     model = compiled(lower(stage, tmp_path, options=OpenvinoOptions()))
-    lost = IntegerSite("weight", frozenset({"no such layer"}), 32, False)
-    assert float_sites(model, [lost], SETTINGS, GROUP) == {"weight": "the compiled model has no layer of this name"}
+    lost = IntegerSite("no_such_weight", 32, False)
+    assert float_sites(model, [lost], SETTINGS, GROUP) == {
+        "no_such_weight": "no product of the compiled model reads its weight"
+    }
 
 
 def test_a_model_in_float_has_no_integer_site(tmp_path: Path) -> None:
