@@ -130,7 +130,10 @@ class Layered(torch.nn.Module):
 @no_gpu
 @pytest.mark.parametrize(
     ("activations", "received"),
-    [("dynamic", r"scales of run time \(quantize.activations=dynamic\)"), ("static", "a scale that is chosen at run time|uint8 with zero point")],
+    [
+        ("dynamic", r"scales of run time \(quantize.activations=dynamic\)"),
+        ("static", "a scale that is chosen at run time|uint8 with zero point"),
+    ],
 )
 def test_activations_that_do_not_fit_are_refused_by_the_pass(
     activations: str, received: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
