@@ -127,7 +127,13 @@ def test_a_second_run_changes_nothing(context: Context, results: dict[str, PassR
     assert (again.changed, again.identity, again.program) == (0, True, program)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+OPERATORS_OF = {"int8 searched", "int4", "svdquant", "fp8", "nvfp4", "codebook"}
+"""One variant for each kind of operators; the others run the same ones with other numbers."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in OPERATORS_OF else pytest.mark.slow) for name in VARIANTS]
+)
 def test_the_engine_equals_the_reference(results: dict[str, PassResult], name: str) -> None:
     """In ONNX Runtime, over the whole loop; values near a rounding step may fall on its other side."""
     program = results[name].program
