@@ -17,7 +17,7 @@ from .inputs import Inputs, known_inputs
 from .layers import LINEAR, Group, Selection, find_groups, named
 from .repair import repair_pairs
 from .rewrite import replaced, replaced_in
-from .scheme import Scheme
+from .scheme import RoundingScheme, Scheme
 from .schemes import SCHEMES
 from .schemes.blocks import Int4, Int8Weights
 from .smooth import smooth
@@ -164,7 +164,7 @@ class Quantize(Pass[QuantizeOptions]):
             inputs |= {key: inputs[key].divided(scales[key]) for key in smoothed}
             groups, _ = find_groups(program.step, self._selection, scheme.unfit)
         decided = dict(scheme.prepare(program, groups, inputs, context))
-        if self.options.repair is not None:
+        if self.options.repair is not None and isinstance(scheme, RoundingScheme):
             repairs = repair_pairs(program, groups, lambda g: scheme.rounded(g, inputs.get(g.key)), context.seed)
             program, refused = repairs.program, [*refused, *repairs.refused]
             decided["repaired"] = repairs.errors

@@ -60,10 +60,6 @@ class Scheme(ABC):
         """The scale [M] that what a group reads is to be divided by, or None for no change."""
         return None
 
-    def rounded(self, group: Group, inputs: Inputs | None) -> Sequence[torch.Tensor]:
-        """The weights [N, M] that products will be made with; of schemes that read `repair`."""
-        raise NotImplementedError
-
     def prepare(
         self, program: Program, groups: Sequence[Group], inputs: Mapping[str, Inputs], context: Context
     ) -> Mapping[str, object]:
@@ -88,3 +84,11 @@ class Scheme(ABC):
             group: with its weights behind the fold.
             inputs: behind the fold; None when the scheme needs to know nothing.
         """
+
+
+class RoundingScheme(Scheme):
+    """A scheme that can say beforehand what weights become, so that the layers behind may be refitted to it."""
+
+    @abstractmethod
+    def rounded(self, group: Group, inputs: Inputs | None) -> Sequence[torch.Tensor]:
+        """The weights [N, M] that products will be made with, one for each layer."""

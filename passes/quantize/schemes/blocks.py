@@ -15,10 +15,10 @@ from ..algebra.packing import SMALLEST_BLOCK, to_matmul_nbits
 from ..inputs import Inputs, Need
 from ..layers import Group, LinearLayer
 from ..realize import BlockedProducts, Realization
-from ..scheme import Scheme
+from ..scheme import RoundingScheme
 
 
-class Blocked(Scheme):
+class Blocked(RoundingScheme):
     """Weights in blocks that share a scale (contrib `MatMulNBits`)."""
 
     bits: int
@@ -56,7 +56,7 @@ class Blocked(Scheme):
         return BlockedProducts(packed, self.options.activations == "dynamic")
 
     def rounded(self, group: Group, inputs: Inputs | None) -> Sequence[torch.Tensor]:
-        """See `Scheme.rounded`."""
+        """See `RoundingScheme.rounded`."""
         return [weight.weight for weight in self._weights(group, inputs)]
 
     def _weights(self, group: Group, inputs: Inputs | None) -> list[Quantized]:

@@ -16,12 +16,12 @@ from ..algebra.smoothing import balanced_scale, exponent_scale, smoothquant
 from ..inputs import Inputs, Need
 from ..layers import Group
 from ..realize import Activation, BucketedActivation, DynamicActivation, IntegerProducts, Realization, StaticActivation
-from ..scheme import Scheme
+from ..scheme import RoundingScheme
 
 UINT8_TENSOR = IntegerGrid(8, "tensor", symmetric=False)
 
 
-class Int8(Scheme):
+class Int8(RoundingScheme):
     """8-bit weights and activations; products in integers.
 
     linear(x, W) + b -> s_x s_W (q(x) - z) W_q + b with W_q int8 per output channel and q(x) uint8.
@@ -69,7 +69,7 @@ class Int8(Scheme):
         return IntegerProducts(self._activation(inputs), self._weights(group, inputs))
 
     def rounded(self, group: Group, inputs: Inputs | None) -> Sequence[torch.Tensor]:
-        """See `Scheme.rounded`."""
+        """See `RoundingScheme.rounded`."""
         return [(codes * scale).T for codes, scale in self._weights(group, inputs)]
 
     def _weights(self, group: Group, inputs: Inputs | None) -> list[tuple[torch.Tensor, torch.Tensor]]:

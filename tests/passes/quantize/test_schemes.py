@@ -21,6 +21,7 @@ from stepfold.loop.metrics import drift
 from stepfold.passes.base import Context, PassResult
 from stepfold.passes.manager import Step, run_passes
 from stepfold.passes.quantize.quantize import Quantize, QuantizeOptions
+from stepfold.passes.quantize.scheme import RoundingScheme
 from stepfold.passes.quantize.schemes import SCHEMES
 from stepfold.passes.recipe import load_recipe
 from stepfold.passes.schedule.hoist import Hoist, HoistOptions
@@ -110,6 +111,13 @@ def test_every_scheme_is_tried() -> None:
     """But modelopt, which needs an environment of its own and has its tests beside it."""
     assert {options["scheme"] for options in VARIANTS.values()} == set(SCHEMES) - {"modelopt"}
     assert set(QuantizeOptions.model_fields["scheme"].annotation.__args__) == set(SCHEMES)  # type: ignore[union-attr]
+
+
+def test_schemes_that_read_repair_can_say_what_weights_become() -> None:
+    """Otherwise the option would be ignored."""
+    assert {name for name, kind in SCHEMES.items() if "repair" in kind.reads} == {
+        name for name, kind in SCHEMES.items() if issubclass(kind, RoundingScheme)
+    }
 
 
 @pytest.mark.parametrize("name", VARIANTS)
