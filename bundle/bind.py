@@ -31,7 +31,14 @@ def bind(bundle: Bundle, tables: Tables, load_session: LoadSession) -> BoundProg
     manifest = bundle.manifest
     check_values(manifest, tables)
     stages = tuple(
-        BoundStage(stage.name, stage.rate, stage.input_ports(), stage.output_ports(), load_session(bundle, stage))
+        BoundStage(
+            stage.name,
+            stage.rate,
+            stage.input_ports(),
+            stage.output_ports(),
+            load_session(bundle, stage),
+            stage.span,
+        )
         for stage in manifest.stages
     )
     return BoundProgram(manifest.input_ports(), manifest.outputs, stages, dict(tables.values))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
 import numpy as np
@@ -61,13 +61,23 @@ class InputEntry(PortEntry):
 
 
 class StageEntry(Strict):
-    """One engine file, run at one rate."""
+    """One engine file, run at one rate.
+
+    Attributes:
+        calls: first grid call it runs at and the one behind its last; None for all.
+    """
 
     name: str
     rate: Rate
     file: str
     inputs: tuple[PortEntry, ...]
     outputs: tuple[PortEntry, ...] = Field(min_length=1)
+    calls: tuple[Count, Count] | None = None
+
+    @property
+    def span(self) -> range | None:
+        """The grid calls it runs at, or None for all."""
+        return None if self.calls is None else range(*self.calls)
 
     def input_ports(self) -> tuple[Port, ...]:
         """What the stage reads."""
@@ -168,6 +178,7 @@ class Manifest(Strict):
         outputs: names of its outputs; for a loop the first is the prediction.
         constants: keyword arguments baked in at capture.
         probe: the file with recorded inputs and outputs, replayed by `verify`.
+        further_probes: one more for each further stage that shares the loop.
         files: digest of every file but the manifest, by relative POSIX path.
     """
 
@@ -188,11 +199,14 @@ class Manifest(Strict):
     constants: dict[str, JsonValue] = Field(default_factory=dict)
     frozen_dimensions: tuple[FrozenDimensionEntry, ...] = ()
     probe: str | None = None
+    further_probes: tuple[str, ...] = ()
     files: dict[str, FileEntry] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _named_once(self) -> Manifest:
-        produced = [entry.name for stage in self.stages for entry in stage.outputs]
+        shared = [stage for stage in self.stages if stage.calls is not None]
+        _partition(shared)
+        produced = [entry.name for stage in self.stages if stage not in shared[1:] for entry in stage.outputs]
         _unique("stages", [stage.name for stage in self.stages])
         _unique("values", [*(entry.name for entry in self.inputs), *produced])
         missing = sorted(set(self.outputs) - set(produced))
@@ -200,9 +214,28 @@ class Manifest(Strict):
             raise ValueError(f"outputs {missing} are computed by no stage")
         return self
 
+    @property
+    def probes(self) -> tuple[str, ...]:
+        """The files of all probes."""
+        return (*(() if self.probe is None else (self.probe,)), *self.further_probes)
+
     def input_ports(self) -> tuple[InputPort, ...]:
         """The inputs of the program."""
         return tuple(entry.input_port() for entry in self.inputs)
+
+
+def _partition(shared: Sequence[StageEntry]) -> None:
+    """Stages that share the loop compute the same, and their calls follow each other from the first."""
+    behind = 0
+    for stage in sorted(shared, key=lambda entry: entry.calls or (0, 0)):
+        first, stop = stage.calls or (0, 0)
+        if first != behind or stop <= first:
+            raise ValueError(
+                f"stage {stage.name!r} runs at calls {first} to {stop}; expected them to begin at {behind}"
+            )
+        if stage.outputs != shared[0].outputs:
+            raise ValueError(f"stage {stage.name!r} shares the loop with {shared[0].name!r} and has other outputs")
+        behind = stop
 
 
 def stepfold_version() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -57,9 +58,12 @@ class Bundle:
         return tables
 
     def probe(self) -> Probe | None:
-        """The recorded probe, if there is one."""
-        name = self.manifest.probe
-        return None if name is None else Probe.from_arrays(self.arrays(name))
+        """The first recorded probe, if there is one."""
+        return next(self.probes(), None)
+
+    def probes(self) -> Iterator[Probe]:
+        """Every recorded probe: one, or one for each stage that shares the loop."""
+        return (Probe.from_arrays(self.arrays(name)) for name in self.manifest.probes)
 
 
 def read(path: Path | str) -> Bundle:
@@ -89,7 +93,7 @@ def read_manifest(path: Path) -> Manifest:
         manifest = Manifest.model_validate(data)
     except ValidationError as error:
         raise BundleError(f"{path / MANIFEST}: {describe(error)}. {AGAIN}") from None
-    used = [stage.file for stage in manifest.stages] + ([manifest.probe] if manifest.probe else [])
+    used = [*(stage.file for stage in manifest.stages), *manifest.probes]
     for name in (*manifest.files, *used):
         inside(path, name)
     for name in used:

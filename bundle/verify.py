@@ -9,6 +9,7 @@ from ..loop.ports import BoundProgram, StageCallable
 from .bind import LoadSession, bind, check_values, fits
 from .files import AGAIN, listing, problem
 from .manifest import Manifest
+from .probe import Probe
 from .reader import Bundle, read_manifest
 from .tables import Tables
 
@@ -72,18 +73,17 @@ def _run(bundle: Bundle, load_session: LoadSession) -> tuple[list[str], list[str
     if len(sessions) < len(bundle.manifest.stages):
         return problems, [*not_checked_here, "probe: not replayed, because not every stage runs here."]
     program = bind(bundle, tables, lambda _, stage: sessions[stage.name])
-    replayed = _replay(bundle, program, tables)
-    return (problems + replayed, not_checked_here) if replayed is not None else (problems, ["probe: none recorded."])
+    if not bundle.manifest.probes:
+        return problems, ["probe: none recorded."]
+    return problems + [line for probe in bundle.probes() for line in _replay(probe, program, tables)], not_checked_here
 
 
-def _replay(bundle: Bundle, program: BoundProgram, tables: Tables) -> list[str] | None:
-    """Differences of a replay of the probe; None when the bundle has no probe."""
-    probe = bundle.probe()
-    if probe is None:
-        return None
+def _replay(probe: Probe, program: BoundProgram, tables: Tables) -> list[str]:
+    """Differences of a replay of a probe."""
     missing = [p.name for p in program.inputs if p.name not in probe.inputs or not fits(p.port, probe.inputs[p.name])]
     calls = tables.recurrence.calls if tables.recurrence is not None else 0
-    if missing or (program.tables and (probe.call is None or not 0 <= probe.call < calls)):
+    by_call = program.tables or any(stage.calls is not None for stage in program.stages)
+    if missing or (by_call and (probe.call is None or not 0 <= probe.call < calls)):
         return [f"probe: expected inputs {missing or 'and a grid call'}; it does not hold them. {AGAIN}"]
     outputs = program.evaluate({port.name: probe.inputs[port.name] for port in program.inputs}, probe.call)
     return probe.differences(dict(zip(program.outputs, outputs, strict=True)))

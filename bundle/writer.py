@@ -104,10 +104,13 @@ def write_tables(folder: Path, tables: Tables) -> None:
     _write_arrays(folder / TABLES, tables.arrays())
 
 
-def write_probe(folder: Path, probe: Probe) -> str:
-    """Write the probe and return its file name, for the manifest."""
-    _write_arrays(folder / PROBE, probe.arrays())
-    return PROBE
+def write_probe(folder: Path, probe: Probe, number: int = 0) -> str:
+    """Write one of the probes and return its file name, for the manifest."""
+    path = folder / PROBE
+    if number:
+        path = path.with_stem(f"{path.stem}_{number}")
+    _write_arrays(path, probe.arrays())
+    return path.name
 
 
 def write_schedule(folder: Path, tables: Tables, fitted_on: str, details: Mapping[str, Any]) -> None:

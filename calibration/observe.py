@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..ir.program import Program, Stage
-from ..loop.ports import BoundProgram, BoundStage, StageCallable
+from ..loop.ports import BoundProgram, StageCallable
 
 Array = np.ndarray
 
@@ -34,10 +34,7 @@ def watched_program(program: Program, watched: Mapping[fx.Node, Callable[[torch.
     """The PyTorch reference of a program with nodes of its step stage watched."""
     step = program.step
     observer = SiteObserver(step.graph, watched)
-    stages = tuple(
-        BoundStage(s.name, s.rate, s.inputs, s.outputs, _call(s, observer.run if s is step else s.graph))
-        for s in program.stages
-    )
+    stages = tuple(s.bound(_call(s, observer.run if s is step else s.graph)) for s in program.stages)
     return BoundProgram(program.inputs, program.outputs, stages, program.tables)
 
 

@@ -26,8 +26,12 @@ def stage_flops(stage: Stage) -> int:
 
 
 def program_flops(program: Program) -> int:
-    """FLOPs of one evaluation of the step stage for one sample."""
-    return stage_flops(program.step)
+    """FLOPs of one evaluation for one sample, on average over the calls of the loop."""
+    steps = program.steps
+    if len(steps) == 1:
+        return stage_flops(steps[0])
+    calls = [len(stage.calls or ()) for stage in steps]
+    return sum(stage_flops(stage) * n for stage, n in zip(steps, calls, strict=True)) // sum(calls)
 
 
 def stage_bytes(stage: Stage) -> int:

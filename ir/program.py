@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from ..loop.ports import BoundProgram, BoundStage, InputPort, Port, Rate
+from ..loop.ports import BoundProgram, BoundStage, InputPort, Port, Rate, StageCallable
 from ..loop.recurrence import Recurrence
 from ..loop.spec import LoopSpec
 from ..loop.table import FoldedTable
@@ -74,6 +74,10 @@ class Stage:
 
     `graph` takes one positional argument per input port and returns a tuple with one tensor per output port;
     weights are its attributes and every node carries its fake value in `node.meta["val"]`.
+
+    Attributes:
+        calls: grid calls it runs at, where several stages share the loop (early and late ones of other precision);
+            None for all.
     """
 
     name: str
@@ -81,6 +85,11 @@ class Stage:
     graph: fx.GraphModule
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
+    calls: range | None = None
+
+    def bound(self, call: StageCallable) -> BoundStage:
+        """The stage as something that can be called."""
+        return BoundStage(self.name, self.rate, self.inputs, self.outputs, call, self.calls)
 
     def parameters(self) -> int:
         """Number of weights the graph holds, buffers of floating point or quantized weights included."""
@@ -142,9 +151,14 @@ class Program:
     constants: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def steps(self) -> tuple[Stage, ...]:
+        """The stages that compute the prediction: one, or one for each part of the loop that has its own."""
+        return tuple(stage for stage in self.stages if any(port.name == self.outputs[0] for port in stage.outputs))
+
+    @property
     def step(self) -> Stage:
-        """The stage that computes the prediction, once per evaluation (the only stage of a component)."""
-        return next(stage for stage in self.stages if any(port.name == self.outputs[0] for port in stage.outputs))
+        """The stage that computes the prediction, once per evaluation; the first where parts of the loop differ."""
+        return self.steps[0]
 
     def with_stage(self, stage: Stage) -> Program:
         """This program with the stage of the same name replaced."""
@@ -159,7 +173,7 @@ class Program:
         return BoundProgram(
             self.inputs,
             self.outputs,
-            tuple(BoundStage(s.name, s.rate, s.inputs, s.outputs, reference(s)) for s in self.stages),
+            tuple(stage.bound(reference(stage)) for stage in self.stages),
             self.tables,
         )
 

@@ -37,12 +37,25 @@ def verify(program: Program) -> None:
         _verify_graph(stage)
         for port in stage.inputs:
             _verify_input(stage, port, known.get(port.name))
+        if stage.calls is not None and stage is not program.step:
+            continue  # its outputs are those of the first stage that shares the loop
         for port in stage.outputs:
             _require(port.name not in known, stage, f"output {port.name!r} exists already")
             known[port.name] = Source(port, stage.rate)
+    _verify_parts(program)
     for name in program.outputs:
         if name not in known:
             raise StepfoldError(f"program: output {name!r} is not produced by any stage.")
+
+
+def _verify_parts(program: Program) -> None:
+    """Stages with calls of their own compute the same, and one of them runs at every call."""
+    parts = [stage for stage in program.stages if stage.calls is not None]
+    covered = [call for stage in parts for call in stage.calls or ()]
+    for stage in parts:
+        _require(stage.outputs == program.step.outputs, stage, "it shares the loop with stages of other outputs")
+        whole = program.recurrence is not None and sorted(covered) == list(range(program.recurrence.calls))
+        _require(whole, stage, f"each call of the loop has one stage; calls with one are {sorted(covered)}")
 
 
 def _verify_input(stage: Stage, port: Port, source: Source | None) -> None:

@@ -76,7 +76,7 @@ class LoopRun:
         rows = self.batch * (2 if guided else 1)
         values = self._step_values(k, rows)
         for stage in self._program.stages:
-            if stage.rate is Rate.STEP:
+            if stage.rate is Rate.STEP and stage.runs_at(int(self._plan.positions[k])):
                 outputs = stage.call({port.name: values[port.name] for port in stage.inputs})
                 values.update(zip((port.name for port in stage.outputs), outputs, strict=True))
         prediction = values[self._program.outputs[0]]

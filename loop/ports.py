@@ -91,13 +91,30 @@ StageCallable = Callable[[Mapping[str, Array]], Sequence[Array]]
 
 @dataclass(frozen=True)
 class BoundStage:
-    """A stage that can be called: the PyTorch reference or a session of an engine."""
+    """A stage that can be called: the PyTorch reference or a session of an engine.
+
+    Attributes:
+        calls: grid calls it runs at, where several stages of one rate share the loop; None for all.
+    """
 
     name: str
     rate: Rate
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     call: StageCallable
+    calls: range | None = None
+
+    def runs_at(self, call: int | None) -> bool:
+        """Whether it is the stage of a grid call.
+
+        Raises:
+            ValueError: the stage has calls of its own and none is given.
+        """
+        if self.calls is None:
+            return True
+        if call is None:
+            raise ValueError("a program whose stages share the loop is evaluated at a grid call")
+        return call in self.calls
 
 
 @dataclass(frozen=True)
@@ -121,7 +138,7 @@ class BoundProgram:
 
         Args:
             inputs: name -> [B, ...] for every program input.
-            call: the grid call whose row of `tables` applies; needed only when there are tables.
+            call: the grid call whose row of `tables` applies and whose stages run; needed only when there are any.
         """
         values = dict(inputs)
         rows = len(next(iter(inputs.values())))
@@ -130,6 +147,8 @@ class BoundProgram:
                 raise ValueError("a program with timestep tables is evaluated at a grid call")
             values[name] = repeat_row(table[call], rows)
         for stage in self.stages:
+            if not stage.runs_at(call):
+                continue
             outputs = stage.call({port.name: values[port.name] for port in stage.inputs})
             values.update(zip((port.name for port in stage.outputs), outputs, strict=True))
         return [values[name] for name in self.outputs]

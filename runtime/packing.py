@@ -66,6 +66,7 @@ def pack(
     capability = shop.backend.capability()
     tensors = _constant_tensors(program)
     computed = [shop.backend.prepared(stage) for stage in program.stages]
+    probe, *further = _write_probes(folder, program, bound, computed)
     manifest = Manifest(
         stepfold_version=stepfold_version(),
         model=ModelEntry(class_name=program.model.class_name, weights_sha256=program.model.weights_sha256),
@@ -87,7 +88,8 @@ def pack(
         stages=stages,
         constants={name: value for name, value in program.constants.items() if name not in tensors},
         frozen_dimensions=tuple(FrozenDimensionEntry(**asdict(f)) for f in program.frozen),
-        probe=write_probe(folder, _probe(program, bound, computed)),
+        probe=probe,
+        further_probes=tuple(further),
     )
     return write_manifest(folder, manifest)
 
@@ -146,6 +148,7 @@ def _copy_stage(folder: Path, shop: Workshop, stage: Stage) -> StageEntry:
         file=f"stages/{files[0].name}",
         inputs=tuple(PortEntry.of(port) for port in stage.inputs),
         outputs=tuple(PortEntry.of(port) for port in stage.outputs),
+        calls=None if stage.calls is None else (stage.calls.start, stage.calls.stop),
     )
 
 
@@ -176,14 +179,19 @@ def _schedule(program: Program) -> ScheduleEntry | None:
     )
 
 
-def _probe(program: Program, bound: BoundProgram, computed: Sequence[Stage]) -> Probe:
+def _write_probes(folder: Path, program: Program, bound: BoundProgram, computed: Sequence[Stage]) -> list[str]:
+    """Record one evaluation by each step stage; returns the files."""
     from ..ir.probe import probe_calls, probe_inputs
 
-    call = probe_calls(program)[0]
-    inputs = probe_inputs(program, call)
-    outputs = dict(zip(program.outputs, bound.evaluate(inputs, call), strict=True))
     types = {str(tensor.dtype).removeprefix("torch.") for stage in computed for tensor in stage.tensors().values()}
-    return Probe(inputs, outputs, max(TOLERANCE[name] for name in ("float32", *types) if name in TOLERANCE), call)
+    tolerance = max(TOLERANCE[name] for name in ("float32", *types) if name in TOLERANCE)
+    files = []
+    for number, step in enumerate(program.steps):
+        call = probe_calls(program)[0] if step.calls is None else step.calls.start
+        inputs = probe_inputs(program, call)
+        outputs = dict(zip(program.outputs, bound.evaluate(inputs, call), strict=True))
+        files.append(write_probe(folder, Probe(inputs, outputs, tolerance, call), number))
+    return files
 
 
 def plain(value: Any) -> Any:

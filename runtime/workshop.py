@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..backends.registry import Backend, get
 from ..loop.errors import UsageError
-from ..loop.ports import BoundProgram, BoundStage, StageCallable
+from ..loop.ports import BoundProgram, StageCallable
 
 if TYPE_CHECKING:
     from ..ir.program import Program, Stage
@@ -48,11 +48,8 @@ class Workshop:
 
     def measured(self, program: Program) -> BoundProgram:
         """The program on the engine; where the engine cannot run, what it would compute, run by PyTorch and not built."""
-        stages = [
-            BoundStage(stage.name, stage.rate, stage.inputs, stage.outputs, self._callable(stage))
-            for stage in program.stages
-        ]
-        return BoundProgram(program.inputs, program.outputs, tuple(stages), program.tables)
+        stages = tuple(stage.bound(self._callable(stage)) for stage in program.stages)
+        return BoundProgram(program.inputs, program.outputs, stages, program.tables)
 
     def _callable(self, stage: Stage) -> StageCallable:
         if self.runs:

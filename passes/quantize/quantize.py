@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
+from ...ir.parts import alone, put_back, split
 from ...ir.program import Program, Refusal, Stage
 from ...loop.errors import UsageError, nearest
 from ..base import Context, Options, Pass, PassResult
@@ -29,7 +30,7 @@ QUANTIZED = (
     torch.ops.stepfold.decode_nvfp4.default,
     torch.ops.stepfold.decode_codebook.default,
 )
-CHOOSING = frozenset({"scheme", "include", "skip", "min_tokens", "hoisted", "max_drift"})
+CHOOSING = frozenset({"scheme", "include", "skip", "min_tokens", "part", "hoisted", "max_drift"})
 """Options that every scheme has."""
 WEIGHTS_ONLY: Mapping[str, type[Scheme]] = {"int8": Int8Weights, "int4": Int4}
 
@@ -57,6 +58,8 @@ class QuantizeOptions(Options):
         include: module patterns to quantize.
         skip: module patterns to leave alone.
         min_tokens: a linear layer applied to fewer rows per sample gains nothing.
+        part: of the loop, from 0 at the noise to 1 at the sample, whose evaluations are quantized; the others get a
+            stage of their own, which another `quantize` may treat.
         max_drift: largest drift of this pass on the probe.
     """
 
@@ -76,7 +79,16 @@ class QuantizeOptions(Options):
     include: tuple[str, ...] = ("*",)
     skip: tuple[str, ...] = ()
     min_tokens: int = Field(default=2, ge=1)
+    part: tuple[float, float] = (0.0, 1.0)
     max_drift: float | None = Field(default=None, gt=0)
+
+    @field_validator("part")
+    @classmethod
+    def _ascending(cls, part: tuple[float, float]) -> tuple[float, float]:
+        """Refuse what is no part of the loop; raises ValueError."""
+        if not 0 <= part[0] < part[1] <= 1:
+            raise ValueError("expected two numbers from 0 to 1, the first below the second")
+        return part
 
     @model_validator(mode="after")
     def _only_what_the_scheme_reads(self) -> QuantizeOptions:
@@ -136,13 +148,38 @@ class Quantize(Pass[QuantizeOptions]):
     def run(self, program: Program, context: Context) -> PassResult:
         """Quantize every accepted site."""
         scheme = SCHEMES[self.options.scheme](self.options)
-        groups, refused = find_groups(program.step, self._selection, scheme.unfit)
-        done = self._step(program, groups, scheme, context) if groups else _Done(program)
-        program, hoisted = self._hoisted(done.program)
-        changed = len(done.sites) + len(hoisted)
-        details = {**self._options_read(scheme), "sites": done.sites, "hoisted_sites": hoisted, **done.decided}
-        identity = not changed and _quantized(program.stages)
-        return PassResult(program, changed, (*refused, *done.refused), identity=identity, details=details)
+        program, stages = self._chosen(program)
+        sites, refused, decided = list[str](), list[Refusal](), dict[str, object]()
+        for stage in stages:
+            done = self._step(alone(program, stage), scheme, context, shared=len(program.steps) > 1)
+            program = put_back(program, stage, done.program)
+            sites, refused, decided = [*sites, *done.sites], [*refused, *done.refused], {**decided, **done.decided}
+        program, hoisted = self._hoisted(program)
+        changed = len(sites) + len(hoisted)
+        details = {**self._options_read(scheme), "sites": sites, "hoisted_sites": hoisted, **decided}
+        others = [stage for stage in program.stages if stage not in program.steps]
+        identity = not changed and _quantized([*stages, *others])
+        return PassResult(program, changed, tuple(refused), identity=identity, details=details)
+
+    def _chosen(self, program: Program) -> tuple[Program, list[Stage]]:
+        """The program cut at the ends of the part, and the step stages inside.
+
+        Raises:
+            UsageError: a part of a component, or one without a call of the loop.
+        """
+        if self.options.part == (0.0, 1.0):
+            return program, list(program.steps)
+        if program.recurrence is None:
+            raise UsageError("pass quantize: option 'part': expected a model with a loop; received a component.")
+        total = program.recurrence.calls
+        calls = range(*(round(end * total) for end in self.options.part))
+        if not calls:
+            raise UsageError(
+                f"pass quantize: option 'part': expected at least one of the {total} calls of the loop between "
+                f"{self.options.part[0]:g} and {self.options.part[1]:g}; received none. Widen it."
+            )
+        program = split(program, calls)
+        return program, [stage for stage in program.steps if (stage.calls or calls)[0] in calls]
 
     def _options_read(self, scheme: Scheme) -> dict[str, object]:
         """The options that had a say."""
@@ -154,13 +191,16 @@ class Quantize(Pass[QuantizeOptions]):
     def _selection(self) -> Selection:
         return Selection(self.options.include, self.options.skip, self.options.min_tokens)
 
-    def _step(self, program: Program, groups: list[Group], scheme: Scheme, context: Context) -> _Done:
+    def _step(self, program: Program, scheme: Scheme, context: Context, shared: bool) -> _Done:
         """Scale what groups of the step stage read, then replace their layers."""
+        groups, refused = find_groups(program.step, self._selection, scheme.unfit)
+        if not groups:
+            return _Done(program, refused=refused)
         inputs = known_inputs(program, groups, scheme.need, context)
         scales = _scales(scheme, groups, inputs, context)
-        refused: list[Refusal] = []
         if scales:
-            program, smoothed, refused = smooth(program, groups, scales, scheme.scales_at_run_time)
+            program, smoothed, unscaled = smooth(program, groups, scales, scheme.scales_at_run_time, shared)
+            refused += unscaled
             inputs |= {key: inputs[key].divided(scales[key]) for key in smoothed}
             groups, _ = find_groups(program.step, self._selection, scheme.unfit)
         decided = dict(scheme.prepare(program, groups, inputs, context))
@@ -186,7 +226,7 @@ class Quantize(Pass[QuantizeOptions]):
         kind, names = WEIGHTS_ONLY[self.options.hoisted], list[str]()
         scheme = kind(QuantizeOptions.model_validate({"scheme": kind.name, "activations": "float"}))
         for stage in program.stages:
-            if stage is program.step:
+            if stage in program.steps:
                 continue
             groups, _ = find_groups(stage, replace(self._selection, predicts=False), scheme.unfit)
             if groups:

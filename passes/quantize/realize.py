@@ -27,6 +27,7 @@ class Place:
         source: the value they read.
         layers: the linear nodes that are replaced.
         names: module path of each.
+        stage: name of the stage.
         tables: what the stage is to read from tables, added by realizations: name -> [buckets].
     """
 
@@ -34,6 +35,7 @@ class Place:
     source: fx.Node
     layers: Sequence[fx.Node]
     names: Sequence[str]
+    stage: str
     tables: dict[str, torch.Tensor]
 
     def add(self, before: fx.Node, target: Callable[..., object], *arguments: object) -> fx.Node:
@@ -48,6 +50,7 @@ class Place:
 
     def tabulate(self, name: str, values: torch.Tensor) -> fx.Node:
         """A new input of the stage [B] that is the value [] of the bucket that is run."""
+        name = f"{self.stage}.{name}"  # a part of the loop with a stage of its own has scales of its own
         self.tables[name] = values
         behind = self.graph.graph.find_nodes(op="placeholder")[-1]
         with self.graph.graph.inserting_after(behind):

@@ -31,12 +31,13 @@ def replaced_in(
     tables: dict[str, torch.Tensor] = {}
     for group, realization in zip(groups, realizations, strict=True):
         if realization is not None:
-            _replace(graph, twins, group, realization, tables)
+            _replace(stage.name, graph, twins, group, realization, tables)
     ports = tuple(Port(name, (None,), str(v.dtype).removeprefix("torch.")) for name, v in tables.items())
     return finish(replace(stage, inputs=(*stage.inputs, *ports)), graph), tables
 
 
 def _replace(
+    stage: str,
     graph: fx.GraphModule,
     twins: dict[fx.Node, fx.Node],
     group: Group,
@@ -44,7 +45,7 @@ def _replace(
     tables: dict[str, torch.Tensor],
 ) -> None:
     layers = [twins[layer.node] for layer in group.layers]
-    place = Place(graph, twins[group.source], layers, [layer.name for layer in group.layers], tables)
+    place = Place(graph, twins[group.source], layers, [layer.name for layer in group.layers], stage, tables)
     for old, layer, value in zip(group.layers, layers, realization.insert(place), strict=True):
         value.meta.update(layer.meta)
         layer.replace_all_uses_with(value)

@@ -32,6 +32,7 @@ def smooth(
     groups: Sequence[Group],
     scales: Mapping[str, torch.Tensor],
     at_run_time: Callable[[Group], bool] = lambda group: False,
+    shared: bool = False,
 ) -> tuple[Program, set[str], list[Refusal]]:
     """Divide what groups read.
 
@@ -40,11 +41,12 @@ def smooth(
         groups: layers that read one value.
         scales: key of a group -> positive scale [M]; groups without one are left alone.
         at_run_time: whether a multiplication may be inserted for a group that has no fold.
+        shared: whether stages that are not in the program read what its step stage reads, which then stays as it is.
 
     Returns:
         The program, the keys of the groups that now read the divided value, and why the others do not.
     """
-    fold = _Fold(program, at_run_time)
+    fold = _Fold(program, at_run_time, shared)
     for group in groups:
         if group.key in scales:
             fold.divide(group, scales[group.key])
@@ -55,7 +57,7 @@ def smooth(
 class _Fold:
     """The edited copy of the step stage."""
 
-    def __init__(self, program: Program, at_run_time: Callable[[Group], bool]):
+    def __init__(self, program: Program, at_run_time: Callable[[Group], bool], shared: bool):
         stage = program.step
         self.graph = copy_graph(stage)
         self.at_run_time = at_run_time
@@ -63,7 +65,11 @@ class _Fold:
         self.refused: list[Refusal] = []
         self.at_source: dict[str, torch.Tensor] = {}
         self._twins = dict(zip(stage.graph.graph.nodes, self.graph.graph.nodes, strict=True))
-        self._given = _program_inputs(program)
+        self._given = {port.name for port in stage.inputs} if shared else {i.name for i in program.inputs}
+        self._ports = {
+            node.name: port.name
+            for node, port in zip(stage.graph.graph.find_nodes(op="placeholder"), stage.inputs, strict=True)
+        }
 
     def divide(self, group: Group, scale: torch.Tensor) -> None:
         """Divide what a group reads, or say why not."""
@@ -86,8 +92,9 @@ class _Fold:
 
     def _divide_vector(self, operand: fx.Node, reader: fx.Node, scale: torch.Tensor) -> None:
         """Divide a vector of a modulation: where it is computed when it is a stage input read once, else here."""
-        if operand.op == "placeholder" and len(operand.users) == 1 and operand.name not in self._given:
-            self.at_source[operand.name] = scale
+        port = self._ports.get(operand.name) if len(operand.users) == 1 else None
+        if port is not None and port not in self._given:  # what the caller gives, nothing computes or can divide
+            self.at_source[port] = scale
             return
         with self.graph.graph.inserting_before(reader):
             buffer = self.graph.graph.get_attr(add_buffer(self.graph, f"{operand.name}.smooth", 1 / scale))
@@ -132,27 +139,14 @@ def _is_vector(node: object) -> bool:
     return isinstance(node, fx.Node) and all(size == 1 for size in node.meta["shape"][1:-1])
 
 
-def _program_inputs(program: Program) -> set[str]:
-    """Names of the nodes of the step stage that the caller supplies: nothing computes them, so nothing can divide."""
-    names = {i.name for i in program.inputs}
-    placeholders = program.step.graph.graph.find_nodes(op="placeholder")
-    return {node.name for node, port in zip(placeholders, program.step.inputs, strict=True) if port.name in names}
-
-
 def _divide_at_source(program: Program, divided: Mapping[str, torch.Tensor]) -> Program:
-    """Divide hoisted values in the stage or table that holds them; exact, and free at every step."""
-    placeholders = [node.name for node in program.step.graph.graph.find_nodes(op="placeholder")]
-    by_port = {
-        port.name: divided[name]
-        for name, port in zip(placeholders, program.step.inputs, strict=True)
-        if name in divided
-    }
+    """Divide hoisted values, by port, in the stage or table that holds them; exact, and free at every step."""
     tables = {
-        name: value / by_port[name].numpy() if name in by_port else value for name, value in program.tables.items()
+        name: value / divided[name].numpy() if name in divided else value for name, value in program.tables.items()
     }
     program = replace(program, tables=tables)
     for stage in program.stages:
-        targets = {port.name: by_port[port.name] for port in stage.outputs if port.name in by_port}
+        targets = {port.name: divided[port.name] for port in stage.outputs if port.name in divided}
         if targets:
             program = program.with_stage(_divide_outputs(stage, targets))
     return program

@@ -49,6 +49,11 @@ class Hoist(Pass[HoistOptions]):
 
     def requires(self, program: Program) -> None:
         """A scale taken over a whole batch would be taken over another one in a stage of lower rate."""
+        if len(program.steps) > 1:
+            raise UsageError(
+                "hoist: expected one step stage; received one for each of several parts of the loop. Put hoist before "
+                "quantize in the recipe."
+            )
         nodes = [node for stage in program.stages for node in stage.graph.graph.nodes]
         if any(node.target is torch.ops.stepfold.quantize_dynamic.default for node in nodes):
             raise UsageError(
