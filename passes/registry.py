@@ -9,7 +9,7 @@ from .base import Pass
 from .fuse.onnxruntime import FuseOnnxRuntime
 from .quantize.quantize import Quantize
 from .schedule.hoist import Hoist
-from .schedule.search import SearchSchedule
+from .schedule.schedule import SearchSchedule
 
 PASSES: tuple[type[Pass[Any]], ...] = (Hoist, Quantize, FuseOnnxRuntime, SearchSchedule)
 

@@ -30,7 +30,7 @@ from .quality import measure
 if TYPE_CHECKING:
     from ..ir.program import Program, Schedule
     from ..passes.base import Context
-    from ..passes.schedule.search import ScheduleOptions
+    from ..passes.schedule.options import ScheduleOptions
 
 
 REPORT = ("report.json", "report.html")
@@ -88,7 +88,7 @@ def refit(bundle: Path, checkpoint: Path, min_psnr: float | None, progress: Prog
 
 def _options(engine: Engine, min_psnr: float | None) -> ScheduleOptions:
     """The options of the `schedule` pass the bundle was built with; a budget replaces a number of evaluations."""
-    from ..passes.schedule.search import ScheduleOptions
+    from ..passes.schedule.options import ScheduleOptions
 
     manifest = engine.manifest
     recipe = manifest.recipe if isinstance(manifest.recipe, dict) else {}
@@ -168,7 +168,7 @@ def _fit(engine: Engine, original: Program, options: ScheduleOptions, context: C
         tables[key] = chosen.table
         details[str(scale)] = {
             "chosen": chosen.row(),
-            "tried": [candidate.row() for candidate in search.tried],
+            "tried": [candidate.row() for candidate in search.trials.tried],
         }
         searched = searched or again
     return Refitted(Schedule(tables, "engine", details), searched)

@@ -21,7 +21,10 @@ from stepfold.loop.noise import SampleSet
 from stepfold.loop.table import FoldedTable, fold
 from stepfold.passes.base import Context, PassResult
 from stepfold.passes.schedule.fit import Fitter
-from stepfold.passes.schedule.search import Candidate, ScheduleOptions, ScheduleSearch, SearchSchedule
+from stepfold.passes.schedule.options import ScheduleOptions
+from stepfold.passes.schedule.schedule import SearchSchedule
+from stepfold.passes.schedule.search import ScheduleSearch
+from stepfold.passes.schedule.trials import Candidate
 
 STEPS = 12
 QUICK = {"samples": 12, "search_samples": 8, "moves": 6}
@@ -222,6 +225,38 @@ def test_a_loop_without_guidance(cache: Path) -> None:
     assert not fitted[1.0].guided.any() and not fitted[1.0].unconditional.any()
 
 
+@pytest.mark.parametrize("budget", [26.0, 32.0, 38.0, 44.0])
+def test_the_unconditional_branch_is_left_out_where_the_budget_allows(cache: Path, budget: float) -> None:
+    """One more evaluation without it would miss the budget on the samples that order them, or on validation."""
+    result = search(cache, min_psnr=budget)
+    (table,) = tables(result).values()
+    assert lower_bound(quality(table, cache)) >= budget
+    chosen = result.details["2.0"]["chosen"]
+    assert chosen["unguided"] == [int(p) for p in table.positions[~table.guided]]
+    assert len(chosen["unguided"]) == table.evaluations - table.guided_evaluations < table.evaluations
+
+
+def test_some_budget_needs_fewer_branches_than_evaluations(cache: Path) -> None:
+    found = [next(iter(tables(search(cache, min_psnr=float(budget))).values())) for budget in range(24, 48, 2)]
+    assert any(table.guided_evaluations < table.evaluations for table in found)
+
+
+@pytest.mark.parametrize("options", [{"evaluations": 6}, {"evaluations": 6, "min_psnr": 10.0}])
+def test_a_number_of_evaluations_keeps_both_branches(cache: Path, options: dict[str, Any]) -> None:
+    (table,) = tables(search(cache, **options)).values()
+    assert table.guided.all()
+
+
+def test_a_refit_keeps_the_branches(cache: Path) -> None:
+    (table,) = tables(search(cache, evaluations=6)).values()
+    guided = table.guided & ~np.isin(np.arange(6), [0, 5])
+    unconditional = np.where(guided[None], table.unconditional, 0.0)
+    candidate, searched = refit(
+        cache, replace(table, guided=guided, unconditional=unconditional), Counter(), min_psnr=15.0
+    )
+    assert not searched and (candidate.table.guided == guided).all()
+
+
 # -- the same again
 
 
@@ -243,7 +278,7 @@ def test_the_moves_are_those_of_the_seed(cache: Path) -> None:
         options = ScheduleOptions.model_validate(QUICK | {"evaluations": 6})
         one = ScheduleSearch(options, program, Counter().bound(), context, 2.0)
         one.run()
-        return list(one.scores)
+        return [plan.positions for plan in one.trials.scores]
 
     assert scored(0) == scored(0) != scored(1)
 

@@ -1,0 +1,36 @@
+"""Options of the schedule pass."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ..base import Options
+
+MINIMUM_VALIDATION = 64
+"""A budget is met when the lower 95 % bound of the mean over at least so many validation samples meets it."""
+
+
+class ScheduleOptions(Options):
+    """Options of `schedule`.
+
+    Attributes:
+        evaluations: denoiser calls in the table, or `auto` for the fewest that meet `min_psnr`.
+        min_psnr: quality budget in dB against the full loop, on validation samples.
+        samples: calibration samples the updates are fitted on.
+        search_samples: how many of them score a candidate during the search.
+        validation: samples that choose between schedules.
+        outputs: newest guided outputs an update may weigh.
+        directions: newest guidance directions an update may weigh beside them.
+        moves: random moves of positions that are tried for one number of evaluations.
+    """
+
+    evaluations: int | Literal["auto"] = "auto"
+    min_psnr: float | None = Field(default=40.0, gt=0)
+    samples: int = Field(default=40, ge=4)
+    search_samples: int = Field(default=16, ge=2)
+    validation: int = Field(default=MINIMUM_VALIDATION, ge=MINIMUM_VALIDATION)
+    outputs: int = Field(default=3, ge=1, le=8)
+    directions: int = Field(default=2, ge=0, le=8)
+    moves: int = Field(default=64, ge=0, le=10_000)

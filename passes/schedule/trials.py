@@ -1,0 +1,138 @@
+"""What the search tries: plans fitted on one engine, scored on a few samples, measured on those that choose."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...calibration.trajectories import Trajectories, first, trajectories
+from ...ir.program import Program
+from ...loop.metrics import lower_bound, psnr
+from ...loop.noise import SampleSet
+from ...loop.ports import BoundProgram
+from ...loop.table import FoldedTable, fold
+from ..base import Context
+from .fit import Fit, Fitter, Plan
+from .options import ScheduleOptions
+from .polish import polish
+from .positions import Positions
+from .terms import Terms
+
+logger = logging.getLogger(__name__)
+
+POLISHED = 20
+"""A longer table is not polished: the work grows with the square of the evaluations, and the gain shrinks."""
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A table with its quality on the validation samples."""
+
+    table: FoldedTable
+    origin: str
+    mean: float
+    low: float
+    calibration: float
+
+    def row(self) -> dict[str, Any]:
+        """For the record."""
+        return {
+            "origin": self.origin,
+            "evaluations": self.table.evaluations,
+            "positions": [int(p) for p in self.table.positions],
+            "unguided": [int(p) for p in self.table.positions[~self.table.guided]],
+            "validation_psnr_db": round(self.mean, 3),
+            "validation_low_db": round(self.low, 3),
+            "calibration_psnr_db": round(self.calibration, 3),
+        }
+
+
+class Trials:
+    """Plans that were scored, fitted, polished and measured for one guidance scale; each is tried once.
+
+    Attributes:
+        recurrence: the sampler.
+        tried: every candidate that was measured on the validation samples.
+        scores: of plans on the search samples, in the order in which they were asked for.
+    """
+
+    def __init__(
+        self, options: ScheduleOptions, program: Program, bound: BoundProgram, context: Context, scale: float | None
+    ):
+        """Run the reference along all the samples that are needed, or take it from the cache."""
+        assert program.loop is not None and program.recurrence is not None
+        self.recurrence = program.recurrence
+        self.tried: list[Candidate] = []
+        self.scores: dict[Plan, float] = {}
+        self._context, self._scale = context, scale
+        self._data = self._trajectories("calibration", options.samples, whole=True)
+        self._validation = self._trajectories("validation", options.validation, whole=False)
+        few = first(self._data, options.search_samples)
+        self._quick = Fitter(bound, program.loop, self.recurrence, scale, few)
+        self._full = Fitter(bound, program.loop, self.recurrence, scale, self._data)
+        self._terms = Terms(options.outputs, options.directions if scale else 0)
+        self._fits: dict[Plan, tuple[Fit, Candidate]] = {}
+        self._polished: set[Plan] = set()
+
+    def score(self, plan: Plan) -> float:
+        """Mean PSNR of the closed-loop fit on the search samples."""
+        if plan not in self.scores:
+            fit = self._quick.fit(plan, self._terms)
+            self.scores[plan] = float(psnr(fit.samples, self._quick.data.latents[-1]).mean())
+        return self.scores[plan]
+
+    def fitted(self, plan: Plan) -> Candidate:
+        """The sequential fit of a plan on all calibration samples."""
+        if plan not in self._fits:
+            fit = self._full.fit(plan, self._terms)
+            self._fits[plan] = fit, self.measure(fit.table, "fitted", self._calibration(fit))
+        return self._fits[plan][1]
+
+    def polished(self, plan: Plan) -> Candidate:
+        """The better of a fit and its polish."""
+        candidate = self.fitted(plan)
+        if len(plan.positions) <= POLISHED and plan not in self._polished:
+            self._polished.add(plan)
+            fit, _ = self._fits[plan]
+            task = f"polishing {len(plan.positions)} evaluations"
+            better = polish(self._full, fit, self._terms, lambda done, total: self._context.progress(task, done, total))
+            if better is not fit:
+                polished = self.measure(better.table, "polished", self._calibration(better))
+                candidate = max(candidate, polished, key=lambda one: one.mean)
+                self._fits[plan] = fit, candidate
+        return candidate
+
+    def unfitted(self, positions: Positions) -> None:
+        """Measure the sampler's own updates between these positions."""
+        for origin, order in (("fewer steps", 0), ("forecast", 1)):
+            self.measure(fold(self.recurrence, self._scale, positions, order), origin)
+
+    def measure(self, table: FoldedTable, origin: str, calibration: float = float("nan")) -> Candidate:
+        """Quality on the validation samples, for the record; a table that was measured before is not run again."""
+        for known in self.tried:
+            same = np.array_equal(known.table.guided, table.guided)
+            if same and known.origin == origin and np.array_equal(known.table.positions, table.positions):
+                return known
+        values = psnr(self._full.samples(table, self._validation), self._validation.latents[-1])
+        candidate = Candidate(table, origin, float(values.mean()), lower_bound(values), calibration)
+        self.tried.append(candidate)
+        logger.info("%d evaluations, %s: %.2f dB on validation", table.evaluations, origin, candidate.mean)
+        return candidate
+
+    def _calibration(self, fit: Fit) -> float:
+        return float(psnr(fit.samples, self._data.latents[-1]).mean())
+
+    def _trajectories(self, name: str, count: int, whole: bool) -> Trajectories:
+        context = self._context
+        return trajectories(
+            context.original,
+            context.reference(),
+            SampleSet(name, context.seed, count),
+            self._scale,
+            context.cache,
+            lambda done, total: context.progress(f"reference trajectories ({name})", done, total),
+            whole=whole,
+        )
