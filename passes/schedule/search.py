@@ -23,6 +23,9 @@ POLISH_REACH = 4.0
 RIVAL_DB = 0.5
 """Of two sets of positions, the one whose fit is worse by more is not polished: it hardly ever ends in front."""
 
+SCORE_DB = 1.0
+"""How far the score of the few search samples may be wrong about the many."""
+
 LADDER = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 15, 17, 20, 25, 30, 40, 50, 65, 80, 100)
 """Numbers of evaluations the search tries first."""
 
@@ -66,7 +69,9 @@ class ScheduleSearch:
             return self._best(self._options.evaluations)
         if self._budget is None:
             raise UsageError("schedule: evaluations `auto` needs a budget: set min_psnr or a number of evaluations.")
-        return self._thinned(self._fewest(self._budget), self._budget)
+        best = self._fewest(self._budget)
+        thinned = self._thinned(best, self._budget)
+        return self._best(best.table.evaluations) if thinned is None else thinned
 
     def refit(self, table: FoldedTable) -> tuple[Candidate, bool]:
         """Fit the updates of a table again where it evaluates; search only when the budget is missed then.
@@ -110,7 +115,7 @@ class ScheduleSearch:
             if candidate.low < budget:
                 break
             best = candidate
-        return self._best(best.table.evaluations)
+        return self._best(best.table.evaluations, budget)
 
     def _missed(self, budget: float) -> GateError:
         reached = max(self.trials.tried, key=lambda candidate: candidate.low)
@@ -142,21 +147,22 @@ class ScheduleSearch:
         same = [candidate for candidate in self.trials.tried if candidate.table.evaluations == evaluations]
         return max(same, key=lambda candidate: candidate.mean)
 
-    def _thinned(self, best: Candidate, budget: float) -> Candidate:
-        """The table without the unconditional branch at as many evaluations as the budget allows.
+    def _thinned(self, best: Candidate, budget: float) -> Candidate | None:
+        """The table without the unconditional branch at as many evaluations as the budget allows, if at any.
 
-        The fit weighs the guidance directions that remain in the place of those that are left out.
+        The fit weighs the guidance directions that remain in the place of those that are left out. It has to meet the
+        budget alone: only what is shipped is polished.
         """
         positions = tuple(best.table.positions.tolist())
         if not best.table.guided.all() or len(positions) > POLISHED:
-            return best
-        spare = best.low - budget
+            return None
+        spare = best.low - budget + SCORE_DB
         for plan in reversed(self._sparser(positions, self._score(positions) - spare)):
-            if self.trials.fitted(plan).low > budget - POLISH_REACH:
-                found = self.trials.polished(plan)
-                if found.low >= budget:
-                    return found
-        return best
+            fit = self.trials.fitted(plan)
+            if fit.low >= budget:
+                polished = self.trials.polished(plan)
+                return polished if polished.low >= budget else fit
+        return None
 
     def _sparser(self, positions: Positions, least: float) -> list[Plan]:
         """Plans with one, two, ... evaluations of one branch only, as long as their scores on the search samples last.
