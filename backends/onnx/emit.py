@@ -6,9 +6,7 @@ validates it), translated by the dynamo exporter, cleaned with onnx-ir and check
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +16,13 @@ import torch
 from torch import fx
 
 from ...ir.program import Stage
-from ...ir.shapes import example
 from ...loop.errors import StepfoldError
+from ..export import Lowerings, export_again, lowered, where
 
 OPSET = 23
 EXTERNAL_DATA_BYTES = 1 << 30  # a protobuf ends at 2 GiB; keep well below
 
 NORMS = ("RMSNormalization", "LayerNormalization")
-
-Lowerings = Mapping[Any, Callable[..., Any]]
 
 
 def emit(stage: Stage, path: Path, lowerings: Lowerings) -> None:
@@ -41,7 +37,7 @@ def emit(stage: Stage, path: Path, lowerings: Lowerings) -> None:
     Raises:
         StepfoldError: an operator has no ONNX form; the message names node, module and source line.
     """
-    exported = _export_again(stage, lowered(stage, lowerings))
+    exported = export_again(stage, lowered(stage, lowerings))
     program = _translate(stage, exported)
     model = program.model
     _require_dynamic_batch(stage, model)
@@ -54,34 +50,6 @@ def emit(stage: Stage, path: Path, lowerings: Lowerings) -> None:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
         raise StepfoldError(f"stage {stage.name}: the emitted ONNX file is not valid: {error}") from error
-
-
-def lowered(stage: Stage, lowerings: Lowerings) -> fx.GraphModule:
-    """The stage's graph with every operator that has a lowering replaced; weights are shared, not copied."""
-    graph = fx.GraphModule(stage.graph, copy.deepcopy(stage.graph.graph))
-    for node in graph.graph.nodes:
-        if node.op == "call_function" and node.target in lowerings:
-            node.target = lowerings[node.target]
-        elif getattr(node.target, "namespace", None) == "stepfold":
-            raise StepfoldError(f"stage {stage.name}: {where(node)}: {node.target} has no lowering for this engine.")
-    graph.recompile()
-    return graph
-
-
-def where(node: fx.Node) -> str:
-    """A node as a user can find it: its name, module path and source line."""
-    modules = list((node.meta.get("nn_module_stack") or {}).values())
-    path = modules[-1][0] if modules else "top level"
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
-    return f"node {node.name} ({path or 'top level'}; {lines[-1] if lines else 'no source line'})"
-
-
-def _export_again(stage: Stage, graph: fx.GraphModule) -> torch.export.ExportedProgram:
-    arguments = tuple(example(port) for port in stage.inputs)
-    dynamic = tuple({0: torch.export.Dim.AUTO} if port.shape[:1] == (None,) else None for port in stage.inputs)
-    with torch.no_grad():
-        # the generated forward has named parameters, so the dynamic shapes are given one for each of them
-        return torch.export.export(graph.eval(), arguments, dynamic_shapes=dynamic, strict=False)
 
 
 def _translate(stage: Stage, exported: torch.export.ExportedProgram) -> Any:

@@ -14,8 +14,9 @@ from ...bundle.manifest import PortEntry
 from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
 from ...ir.program import Stage, attribute
 from ...loop.errors import StepfoldError
+from ..export import where
 from ..onnx.decoded import PAIRS, decode_codebook
-from ..onnx.emit import emit, where
+from ..onnx.emit import emit
 from ..onnx.precision import at_precision
 from .build import BuildFailure, Plan, build
 from .description import PlanDescription
