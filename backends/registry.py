@@ -15,6 +15,7 @@ from ..loop.errors import UsageError, nearest
 from ..loop.options import Options, option_problem
 from ..loop.ports import Port, StageCallable
 from .capability import Capability
+from .inductor.options import InductorOptions
 from .openvino.options import OpenvinoOptions
 from .tensorrt.options import TensorrtOptions
 
@@ -118,6 +119,7 @@ BACKENDS = (
     Backend("onnxruntime", ".onnx"),
     Backend("openvino", ".xml", OpenvinoOptions()),
     Backend("tensorrt", ".engine", TensorrtOptions(), "cuda"),
+    Backend("inductor", ".so", InductorOptions()),
 )
 
 

@@ -1,0 +1,206 @@
+"""Every stepfold:: operator compiled by Inductor equals its reference; what the written files are like."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from blocks import block, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from programs import Modulated, component, denoiser, modulated_example
+from stages import STAGES, arrays
+
+from stepfold.backends.export import lowered
+from stepfold.backends.inductor import description
+from stepfold.backends.inductor.capability import capability
+from stepfold.backends.inductor.lower import LOWERINGS, lower, prepare, refuse_calls_back
+from stepfold.backends.inductor.options import InductorOptions
+from stepfold.backends.inductor.session import open_session
+from stepfold.ir.operators import OPERATORS
+from stepfold.ir.program import Stage, reference
+from stepfold.loop.errors import StepfoldError
+from stepfold.loop.metrics import drift
+
+pytestmark = pytest.mark.skipif(not capability().can_build, reason=capability().reason or "it builds here")
+
+FLOAT = 1e-4  # relative; kernels choose the order of their sums
+FEW = settings(max_examples=10)
+OPTIONS = InductorOptions()
+Run = Callable[[str, dict[str, np.ndarray]], list[tuple[np.ndarray, np.ndarray]]]
+
+
+def opened(stage: Stage, folder: Path, options: InductorOptions = OPTIONS) -> Any:
+    folder.mkdir(exist_ok=True)
+    return open_session(lower(stage, folder, options=options), stage.inputs, stage.outputs, threads=1, options=options)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Outputs of a stage in Inductor beside those of its reference."""
+    sessions: dict[str, Any] = {}
+
+    def run(name: str, inputs: dict[str, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        stage = STAGES[name][1]
+        if name not in sessions:
+            sessions[name] = opened(stage, tmp_path_factory.mktemp("stage"))
+        return list(zip(sessions[name](inputs), reference(stage)(inputs), strict=True))
+
+    return run
+
+
+def test_every_operator_is_lowered() -> None:
+    assert set(LOWERINGS) == set(OPERATORS)
+
+
+@pytest.mark.parametrize("name", STAGES)
+@FEW
+@given(data=st.data(), batch=st.integers(1, 4))
+def test_what_is_compiled_computes_what_the_operator_does(name: str, data: st.DataObject, batch: int) -> None:
+    """Run by PyTorch, without compiling it."""
+    stage = STAGES[name][1]
+    inputs = {item.name: arrays(item, batch, data) for item in stage.inputs}
+    results = reference(replace(stage, graph=lowered(stage, LOWERINGS)))(inputs)
+    for received, wanted in zip(results, reference(stage)(inputs), strict=True):
+        assert_same(received, wanted)
+
+
+def assert_same(received: np.ndarray, wanted: np.ndarray) -> None:
+    assert received.dtype == wanted.dtype and received.shape == wanted.shape
+    if wanted.dtype == np.uint8:  # a value between two levels may go either way
+        assert np.abs(received.astype(int) - wanted).max(initial=0) <= 1
+        assert (received != wanted).mean() <= 0.2
+    else:
+        np.testing.assert_allclose(received, wanted, rtol=FLOAT, atol=FLOAT * max(1, np.abs(wanted).max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STAGES)
+@FEW
+@given(data=st.data(), batch=st.integers(1, 4))
+def test_operators_equal_their_reference(both: Run, name: str, data: st.DataObject, batch: int) -> None:
+    inputs = {item.name: arrays(item, batch, data) for item in STAGES[name][1].inputs}
+    for received, wanted in both(name, inputs):
+        assert_same(received, wanted)
+
+
+@pytest.mark.slow
+def test_one_object_serves_any_batch(tmp_path: Path) -> None:
+    stage = denoiser(Modulated(), *modulated_example()).step
+    call = opened(stage, tmp_path)
+    for batch in (1, 5, 2, 1):
+        values = {item.name: value.numpy() for item, value in zip(stage.inputs, modulated_example(batch), strict=True)}
+        np.testing.assert_allclose(call(values)[0], reference(stage)(values)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_transformer_block(tmp_path: Path, precision: str) -> None:
+    stage, options = block().step, InductorOptions.model_validate({"precision": precision})
+    call = opened(stage, tmp_path, options)
+    for batch in (1, 3):
+        values = {stage.inputs[0].name: tokens(batch)}
+        (received,) = call(values)
+        (exact,), (prepared,) = reference(stage)(values), reference(prepare(stage, options))(values)
+        if precision == "fp32":
+            assert drift(received, exact) < FLOAT
+        else:
+            assert drift(received, prepared) < 1e-2 and 1e-4 < drift(received, exact) < 2e-2
+
+
+@pytest.mark.slow
+def test_files_and_description(tmp_path: Path) -> None:
+    stage = denoiser(Modulated(), *modulated_example()).step
+    values = {item.name: value.numpy() for item, value in zip(stage.inputs, modulated_example(3), strict=True)}
+    results = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        file = lower(stage, tmp_path / name, options=OPTIONS)
+        assert sorted(path.name for path in file.parent.iterdir()) == ["step.so", "step.so.description.json"]
+        session = open_session(file, stage.inputs, stage.outputs, threads=1, options=OPTIONS)
+        results.append(session(values)[0])
+    np.testing.assert_array_equal(*results, "builds agree, though their files hold names of temporary folders")
+    found = description.read(tmp_path / "a" / "step.so")
+    assert (found.input_ports(), found.output_ports()) == (stage.inputs, stage.outputs)
+    assert found.torch == torch.__version__
+    able = torch.cpu.get_capabilities()
+    assert all(able[name] for name in found.instructions)
+
+
+@pytest.mark.slow
+def test_outputs_that_are_one_value_an_input_or_a_weight(tmp_path: Path) -> None:
+    class Odd(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.arange(3.0))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            y = x * 2
+            return x, y, y, self.table.expand(x.shape[0], 3)
+
+    stage = component(Odd(), torch.randn(2, 3)).step
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    call = opened(stage, tmp_path)
+    for _ in range(2):
+        outputs = call({stage.inputs[0].name: x})
+        for received, wanted in zip(outputs, (x, 2 * x, 2 * x, np.tile(np.arange(3.0), (2, 1))), strict=True):
+            np.testing.assert_array_equal(received, wanted)
+            received[:] = 9  # outputs are the caller's own
+    np.testing.assert_array_equal(x, np.arange(6).reshape(2, 3))
+
+
+# -- what has no form
+
+
+def test_a_batch_that_the_exporter_fixes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = component(lambda x: x.relu(), torch.randn(2, 3)).step
+    export = torch.export.export
+    monkeypatch.setattr(torch.export, "export", lambda *a, dynamic_shapes, **more: export(*a, **more))
+    with pytest.raises(StepfoldError, match=r"stage forward: expected a dynamic batch; .* 'x' with batch 2 only"):
+        lower(stage, tmp_path, options=OPTIONS)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_list_of_operators_to_call_back(tmp_path: Path, listed: bool) -> None:
+    stage = component(torch.nn.Linear(4, 3), torch.randn(2, 4)).step
+    nodes = [{"name": "n", "node": {"target": "mine.twice"}}] if listed else []
+    (tmp_path / "a.wrapper.json").write_text(json.dumps({"nodes": nodes}))
+    (tmp_path / "a.wrapper_metadata.json").write_text(json.dumps({"AOTI_DEVICE_KEY": "cpu"}))
+    if not listed:
+        return refuse_calls_back(stage, tmp_path / "forward.so")
+    with pytest.raises(StepfoldError, match=r"that Inductor has in C\+\+; mine\.twice would be called back by name"):
+        refuse_calls_back(stage, tmp_path / "forward.so")
+    return None
+
+
+@pytest.mark.slow
+def test_an_operator_that_would_be_called_back_is_refused(tmp_path: Path) -> None:
+    @torch.library.custom_op("stepfold_tests::twice", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    twice.register_fake(torch.empty_like)
+    stage = component(lambda x: twice(x) + 1, torch.randn(2, 3)).step
+    with pytest.raises(StepfoldError, match=r"stage forward: expected operators that Inductor has in C\+\+; .*twice"):
+        lower(stage, tmp_path, options=OPTIONS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_compiler_says_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import exc
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise exc.CppCompileError(["g++", "x.cpp"], "x.cpp:1: error: expected ';'")
+
+    monkeypatch.setattr(torch._inductor, "aot_compile", fails)
+    stage = component(torch.nn.Linear(4, 3), torch.randn(2, 4)).step
+    with pytest.raises(StepfoldError, match="stage forward: Inductor cannot compile it: ") as caught:
+        lower(stage, tmp_path, options=OPTIONS)
+    assert len(str(caught.value).splitlines()) == 1
