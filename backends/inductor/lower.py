@@ -99,6 +99,7 @@ def _warn_of_float(stage: Stage) -> None:
 
 
 def _compile(stage: Stage, exported: torch.export.ExportedProgram, target: Path) -> None:
+    assert exported.example_inputs is not None
     arguments = exported.example_inputs[0]
     settings = {**SETTINGS, "aot_inductor.output_path": str(target)}
     try:

@@ -125,7 +125,8 @@ def test_files_and_description(tmp_path: Path) -> None:
         assert sorted(path.name for path in file.parent.iterdir()) == ["step.so", "step.so.description.json"]
         session = open_session(file, stage.inputs, stage.outputs, threads=1, options=OPTIONS)
         results.append(session(values)[0])
-    np.testing.assert_array_equal(*results, "builds agree, though their files hold names of temporary folders")
+    first, second = results
+    np.testing.assert_array_equal(first, second)  # though the files hold names of temporary folders
     found = description.read(tmp_path / "a" / "step.so")
     assert (found.input_ports(), found.output_ports()) == (stage.inputs, stage.outputs)
     assert found.torch == torch.__version__
