@@ -9,12 +9,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import JsonValue, ValidationError
 
 from ..loop.errors import UsageError, nearest
 from ..loop.options import Options, option_problem
 from ..loop.ports import Port, StageCallable
 from .capability import Capability
+from .identity import code, packages, processor
 from .inductor.options import InductorOptions
 from .openvino.options import OpenvinoOptions
 from .tensorrt.options import TensorrtOptions
@@ -106,6 +107,25 @@ class Backend:
             )
         keywords = {"threads": threads, "device": device or self.device, **self._keyword()}
         return self.module("session").open_session(file, inputs, outputs, **keywords)
+
+    def identity(self) -> dict[str, JsonValue] | None:
+        """What a compiled stage depends on beside the stage; None where the code of the engine cannot be read.
+
+        An engine whose files are for more than this processor says for what in `capability.target(options)`.
+        """
+        source = getattr(self.module("lower"), "__file__", None)
+        if source is None:
+            return None
+        engine = self.module("capability")
+        return {
+            "backend": self.name,
+            "options": self.options.model_dump(mode="json"),
+            "version": self.capability_here().version,
+            "packages": dict(packages()),
+            "code": code(Path(source).parent),
+            "processor": dict(processor()),
+            "target": engine.target(self.options) if hasattr(engine, "target") else None,
+        }
 
     def module(self, name: str) -> ModuleType:
         """`capability`, `session` or `lower` of the engine (the last needs the extra `compile`)."""

@@ -15,6 +15,7 @@ from .console import console, print_json, table, working
 from .options import Json, MinPsnr, check_min_psnr
 
 REASONS = 3  # refused sites that are named for each pass
+STAGES = ("stage", "rate", "engine file", "bytes", "FLOPs")
 
 
 def optimize(
@@ -94,11 +95,15 @@ def print_summary(document: Mapping[str, Any]) -> None:
     screen.print(table("Passes", ("pass", "outcome", *numbers), rows, numbers))
     for line in refusals(document["passes"]):
         screen.print(escape(line))
-    stages = [(s["name"], s["rate"], f"{s['bytes']:,}", f"{s['flops']:,}") for s in document["stages"]]
-    screen.print(table("Stages", ("stage", "rate", "bytes", "FLOPs"), stages, ("bytes", "FLOPs")))
+    screen.print(table("Stages", STAGES, list(map(_stage_row, document["stages"])), ("bytes", "FLOPs")))
     for line in (schedule_line(document["schedule"]), quality_line(document["quality"])):
         screen.print(escape(line))
     screen.print(f"Bundle: {document['bundle']} ({document['seconds']:.0f} s)", markup=False, soft_wrap=True)
+
+
+def _stage_row(stage: Mapping[str, Any]) -> tuple[str, ...]:
+    made = "reused" if stage["reused"] else "compiled"
+    return stage["name"], stage["rate"], made, f"{stage['bytes']:,}", f"{stage['flops']:,}"
 
 
 def _pass_row(entry: Mapping[str, Any], cost: float | None) -> tuple[str, ...]:

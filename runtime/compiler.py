@@ -17,6 +17,7 @@ from ..backends import registry
 from ..bundle.manifest import Manifest
 from ..bundle.writer import check_out, writing
 from ..loop.errors import UsageError
+from .artifacts import ArtifactCache
 from .quality import check_budget, measure, quality_of_pass
 from .workshop import Workshop, workshop
 
@@ -40,9 +41,14 @@ Settings = Sequence[tuple[str, str, Any]]
 
 
 def cache_folder() -> Path:
-    """Where reference trajectories are kept: `$STEPFOLD_CACHE`, or `stepfold` in the user's cache folder."""
+    """Where trajectories and compiled stages are kept: `$STEPFOLD_CACHE`, or `stepfold` in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stepfold"
     return Path(os.environ.get("STEPFOLD_CACHE") or default)
+
+
+def compiled_stages() -> ArtifactCache:
+    """The stages that earlier builds compiled."""
+    return ArtifactCache(cache_folder() / "stages")
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ def optimize(job: Job, progress: Progress, finish: Finish | None = None) -> dict
     steps = recipe.steps()
     engine = registry.get(job.backend or recipe.backend or DEFAULT_BACKEND).name
     statistics = open_finished(job.calibration) if job.calibration is not None else None
-    with workshop(engine, _backend_options(job, engine)) as shop:
+    with workshop(engine, _backend_options(job, engine), compiled_stages()) as shop:
         progress("loading", 0, 1)
         checkpoint = load_checkpoint(job.checkpoint, loop=job.loop, inputs=job.inputs)
         progress("capturing", 0, 1)
@@ -120,7 +126,7 @@ def optimize(job: Job, progress: Progress, finish: Finish | None = None) -> dict
         check_budget(program, entry, job.min_psnr)
         with writing(job.out, job.overwrite) as folder:
             manifest = pack(folder, program, bound, shop, recipe, entry, job.seed)
-            document = summary(job.out, manifest, program, time.perf_counter() - start)
+            document = summary(job.out, manifest, program, shop, time.perf_counter() - start)
             if finish is not None:
                 pictures = quality.pictures(PICTURES) if quality else {}
                 finish(folder, manifest, document, pictures, inspect_program(original))
@@ -223,7 +229,7 @@ def apply(
 
     loaded = load_recipe(recipe)
     statistics = open_store(Path(calibration), program) if calibration is not None else None
-    with workshop(backend or loaded.backend or DEFAULT_BACKEND, options) as shop:
+    with workshop(backend or loaded.backend or DEFAULT_BACKEND, options, compiled_stages()) as shop:
         result = run_passes(program, loaded.steps(), make_context(program, shop, seed, None, silent, statistics))
     return result, result.records[len(program.records) :]
 
@@ -254,7 +260,7 @@ def lower(
 
     path = Path(out)
     check_out(path, overwrite)
-    with workshop(backend, options) as shop:
+    with workshop(backend, options, compiled_stages()) as shop:
         bound = shop.open(program)
         with writing(path, overwrite) as folder:
             pack(folder, program, bound, shop, Recipe("python", "", {}, ()), None, None)

@@ -103,7 +103,7 @@ def batch_invariant(stages: Iterable[Stage]) -> bool:
     return not any(str(node.target) == COUPLING for stage in stages for node in stage.graph.graph.nodes)
 
 
-def summary(path: Path, manifest: Manifest, program: Program, seconds: float) -> dict[str, Any]:
+def summary(path: Path, manifest: Manifest, program: Program, shop: Workshop, seconds: float) -> dict[str, Any]:
     """The object of `optimize --json`."""
     from ..ir.cost import stage_flops
 
@@ -117,7 +117,7 @@ def summary(path: Path, manifest: Manifest, program: Program, seconds: float) ->
                 "rate": stage.rate.value,
                 "bytes": sum(f.bytes for name, f in manifest.files.items() if name.startswith(f"stages/{stage.name}.")),
                 "flops": stage_flops(stage),
-                "reused": False,
+                "reused": shop.reused(stage),
             }
             for stage in program.stages
         ],

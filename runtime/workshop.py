@@ -9,36 +9,53 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import JsonValue
+
 from ..backends.registry import Backend, get
 from ..loop.errors import UsageError
 from ..loop.ports import BoundProgram, StageCallable
+from .artifacts import ArtifactCache, key_of
 
 if TYPE_CHECKING:
     from ..ir.program import Program, Stage
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A compiled stage: its files, the engine file first, and whether an earlier build had compiled it."""
+
+    stage: Stage
+    files: list[Path]
+    reused: bool
 
 
 @dataclass
 class Workshop:
     """Compiles stages into a folder, each once, and opens them.
 
-    A stage is immutable, so its identity is the key: the bundle takes the artifacts the schedule was fitted on. Where
-    the engine builds and cannot run (`runs` is false), PyTorch stands in for it.
+    A stage is immutable, so its identity is the key: the bundle takes the artifacts the schedule was fitted on. What
+    was compiled by earlier builds is taken from a cache, by the hash of all that went into it. Where the engine builds
+    and cannot run (`runs` is false), PyTorch stands in for it.
     """
 
     backend: Backend
     folder: Path
     runs: bool = True
-    _built: dict[int, tuple[Stage, list[Path]]] = field(default_factory=dict)
+    cache: ArtifactCache | None = None
+    _built: dict[int, _Built] = field(default_factory=dict)
+    _keys: set[str] = field(default_factory=set)  # of stages that were compiled here
 
     def build(self, stage: Stage) -> list[Path]:
         """The files of a compiled stage, the engine file first."""
         if id(stage) not in self._built:
             target = self.folder / f"{len(self._built)}"
             target.mkdir()
-            main = self.backend.lower(stage, target)
-            others = [path for path in sorted(target.iterdir()) if path != main]
-            self._built[id(stage)] = (stage, [main, *others])
-        return self._built[id(stage)][1]
+            self._built[id(stage)] = self._taken(stage, target)
+        return self._built[id(stage)].files
+
+    def reused(self, stage: Stage) -> bool:
+        """Whether an earlier build had compiled a stage that was built here."""
+        return self._built[id(stage)].reused
 
     def open(self, program: Program) -> BoundProgram:
         """The program, built, as `measured` gives it."""
@@ -51,6 +68,31 @@ class Workshop:
         stages = tuple(stage.bound(self._callable(stage)) for stage in program.stages)
         return BoundProgram(program.inputs, program.outputs, stages, program.tables)
 
+    def _taken(self, stage: Stage, target: Path) -> _Built:
+        """A stage from the cache, or compiled and put there."""
+        parts = self._parts(stage)
+        if self.cache is None or parts is None:
+            return _Built(stage, self._compiled(stage, target), False)
+        key = key_of(parts)
+        files = self.cache.take(key, target)
+        if files is not None:
+            return _Built(stage, files, key not in self._keys)
+        files = self._compiled(stage, target)
+        self.cache.keep(key, stage.name, parts, files)
+        self._keys.add(key)
+        return _Built(stage, files, False)
+
+    def _compiled(self, stage: Stage, target: Path) -> list[Path]:
+        main = self.backend.lower(stage, target)
+        return [main, *(path for path in sorted(target.iterdir()) if path != main)]
+
+    def _parts(self, stage: Stage) -> dict[str, JsonValue] | None:
+        """All that a compiled stage depends on; None where it cannot be told."""
+        from ..ir.digest import stage_digest
+
+        digest, identity = stage_digest(stage), self.backend.identity()
+        return None if digest is None or identity is None else {"stage": digest, **identity}
+
     def _callable(self, stage: Stage) -> StageCallable:
         if self.runs:
             return self.backend.open_session(self.build(stage)[0], stage.inputs, stage.outputs)
@@ -60,12 +102,15 @@ class Workshop:
 
 
 @contextmanager
-def workshop(backend: str, options: Mapping[str, Any] | None = None) -> Iterator[Workshop]:
+def workshop(
+    backend: str, options: Mapping[str, Any] | None = None, cache: ArtifactCache | None = None
+) -> Iterator[Workshop]:
     """A workshop in a temporary folder.
 
     Args:
         backend: name of the engine.
         options: of the engine, in the place of its defaults.
+        cache: of stages that earlier builds compiled; without one every stage is compiled.
 
     Raises:
         UsageError: the backend is unknown or cannot build here, or lacks an option.
@@ -77,4 +122,4 @@ def workshop(backend: str, options: Mapping[str, Any] | None = None) -> Iterator
             f"backend {backend!r} cannot build here: {capability.reason}. Install it: {capability.install}"
         )
     with tempfile.TemporaryDirectory(prefix="stepfold-") as folder:
-        yield Workshop(engine, Path(folder), capability.can_run)
+        yield Workshop(engine, Path(folder), capability.can_run, cache)

@@ -59,3 +59,10 @@ def _unable_to_run(chosen: Provider, wanted: str | None = None) -> str:
 
 def _install(chosen: Provider) -> str:
     return f"pip install 'stepfold[compile]' and {chosen.install}"
+
+
+def target(options: TensorrtOptions) -> dict[str, str | None]:
+    """What engines built here with these options are for: the package that runs them, and the GPU of this machine."""
+    found, _ = gpus()
+    here = f"{found[0].name} {found[0].capability}" if found else None
+    return {"provider": provider(options.provider).name, "gpu": here}

@@ -70,6 +70,8 @@ def test_summary(stepfold, tiny_checkpoint: Path, out: Path) -> None:
     assert (result.code, result.err) == (0, "")
     for text in ("hoist", "once×timestep", "Schedule: none", "126.02 dB PSNR", f"Bundle: {out}"):
         assert text in result.out
+    again = stepfold("optimize", tiny_checkpoint, "--out", out, "--recipe", HOIST, "--overwrite")
+    assert "reused" in again.out and "compiled" not in again.out
 
 
 def test_overwrite(stepfold, tiny_checkpoint: Path, bundle_folder: Path) -> None:

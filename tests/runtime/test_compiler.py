@@ -308,6 +308,7 @@ def test_the_same_seed_gives_the_same_bytes(
     stage as quantize left it, whose samples are measured, and as fuse left it."""
     from stepfold.backends.onnxruntime import lower as module
 
+    monkeypatch.setenv("STEPFOLD_CACHE", str(tmp_path / "cache"))  # else nothing would be compiled
     names: list[str] = []
     real = module.lower
     monkeypatch.setattr(module, "lower", lambda stage, folder: names.append(stage.name) or real(stage, folder))
@@ -341,7 +342,9 @@ def test_options_progress_and_cache(tiny_checkpoint: Path, tmp_path: Path, monke
     for name in ("calibration", "validation", "held-out"):
         assert f"reference trajectories ({name})" in tasks
     assert all(0 <= done <= max(total, 1) for _, done, total in told)
-    assert len(list((tmp_path / "cache").iterdir())) == 3
+    assert len(list((tmp_path / "cache").glob("trajectories-*"))) == 3
+    assert {stage["reused"] for stage in document["stages"]} == {False}
+    assert len(list((tmp_path / "cache" / "stages").iterdir())) >= len(document["stages"])
 
 
 # -- what goes wrong leaves nothing
