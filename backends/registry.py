@@ -17,6 +17,7 @@ from ..loop.ports import Port, StageCallable
 from .capability import Capability
 from .identity import code, packages, processor
 from .inductor.options import InductorOptions
+from .onnxruntime.options import OnnxruntimeOptions
 from .openvino.options import OpenvinoOptions
 from .tensorrt.options import TensorrtOptions
 
@@ -39,6 +40,11 @@ class Backend:
     suffix: str
     options: Options = NO_OPTIONS
     device: str = "cpu"
+
+    @property
+    def default_device(self) -> str:
+        """The device it runs on with these options, where no other is asked for."""
+        return getattr(self.options, "device", self.device)
 
     def capability(self) -> Capability:
         """What it can do on this machine."""
@@ -105,7 +111,7 @@ class Backend:
             raise UsageError(
                 f"backend {self.name!r} cannot run here: {capability.reason}. Install it: {capability.install}"
             )
-        keywords = {"threads": threads, "device": device or self.device, **self._keyword()}
+        keywords = {"threads": threads, "device": device or self.default_device, **self._keyword()}
         return self.module("session").open_session(file, inputs, outputs, **keywords)
 
     def identity(self) -> dict[str, JsonValue] | None:
@@ -136,7 +142,7 @@ class Backend:
 
 
 BACKENDS = (
-    Backend("onnxruntime", ".onnx"),
+    Backend("onnxruntime", ".onnx", OnnxruntimeOptions()),
     Backend("openvino", ".xml", OpenvinoOptions()),
     Backend("tensorrt", ".engine", TensorrtOptions(), "cuda"),
     Backend("inductor", ".so", InductorOptions()),

@@ -75,7 +75,7 @@ def pack(
         backend=BackendEntry(
             name=shop.backend.name,
             version=capability.version or "unknown",
-            device=shop.backend.device,
+            device=shop.backend.default_device,
             options=shop.backend.options.model_dump(mode="json"),
         ),
         batch_invariant=batch_invariant(computed),

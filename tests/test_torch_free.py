@@ -29,7 +29,7 @@ for package in ("loop", "bundle", "runtime", "backends"):
     module = importlib.import_module(f"stepfold.{package}")
     if package != "backends":  # the lowerings need torch
         names += [item.name for item in pkgutil.walk_packages(module.__path__, f"stepfold.{package}.")]
-for engine in ("onnxruntime", "openvino"):
+for engine in ("onnxruntime", "openvino", "inductor"):
     names += [f"stepfold.backends.{engine}.capability", f"stepfold.backends.{engine}.session"]
 for name in names:
     importlib.import_module(name)

@@ -10,9 +10,13 @@ import torch
 
 from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
 from ...ir.program import Stage
+from ...loop.errors import StepfoldError
+from ..export import where
 from ..onnx.decoded import DECODED
 from ..onnx.emit import emit
 from .census import require_integer_products
+from .options import OnnxruntimeOptions
+from .session import DEFAULTS
 
 aten = torch.ops.aten
 
@@ -117,6 +121,12 @@ def _fast_gelu(x: torch.Tensor) -> torch.Tensor:
     return torch.onnx.ops.symbolic("com.microsoft::FastGelu", (x,), dtype=x.dtype, shape=x.shape, version=1)
 
 
+ON_CPU_ONLY = (
+    torch.ops.stepfold.quantize_dynamic.default,
+    torch.ops.stepfold.qlinear.default,
+)
+"""Operators whose form here has no kernel for GPUs."""
+
 LOWERINGS: dict[Any, Callable[..., Any]] = {
     **DECODED,
     torch.ops.stepfold.quantize_dynamic.default: _quantize_dynamic,
@@ -129,13 +139,27 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
 }
 
 
-def lower(stage: Stage, folder: Path) -> Path:
+def lower(stage: Stage, folder: Path, *, options: OnnxruntimeOptions = DEFAULTS) -> Path:
     """Write the stage as `<name>.onnx` into a folder and return the file.
 
     Raises:
-        StepfoldError: the stage has no ONNX form, or ONNX Runtime runs its quantized layers in float.
+        StepfoldError: the stage has no ONNX form, or ONNX Runtime runs its quantized layers in float, or, with the
+            provider of a GPU, on the CPU.
     """
+    if options.provider != "cpu":
+        _refuse_integers(stage, options)
     path = folder / f"{stage.name}.onnx"
     emit(stage, path, LOWERINGS)
     require_integer_products(stage, path)
     return path
+
+
+def _refuse_integers(stage: Stage, options: OnnxruntimeOptions) -> None:
+    """Raise StepfoldError where a layer has a kernel on the CPU only, to which ONNX Runtime would copy its input."""
+    nodes = [node for node in stage.graph.graph.nodes if node.target in ON_CPU_ONLY]
+    if nodes:
+        raise StepfoldError(
+            f"stage {stage.name}: {where(nodes[0])}: expected operators that the provider {options.provider!r} has; "
+            f"{nodes[0].target} and {len(nodes) - 1} more would run on the CPU. Take --recipe fp32, or --backend "
+            "tensorrt for quantized layers."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,16 @@ import numpy as np
 from ...loop.errors import BundleError, StepfoldError, UsageError
 from ...loop.ports import Port, StageCallable
 from ..ports import check_ports, first_line, shapes
+from .options import OnnxruntimeOptions, Provider
 
 Array = np.ndarray
 ERRORS_ONLY = 3  # log severity
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+PROVIDERS: dict[Provider, tuple[str, ...]] = {"cpu": (CPU,), "cuda": (CUDA,), "tensorrt": (TENSORRT, CUDA)}
+"""What runs a stage, in the order of preference; the first has to start. ONNX Runtime adds the CPU at the end."""
+DEVICES = ("cpu", "cuda")
+GPU = 0  # the first that the process may use
+DEFAULTS = OnnxruntimeOptions()
 ELEMENT_TYPES = {
     "tensor(float16)": "float16",
     "tensor(float)": "float32",
@@ -38,6 +45,7 @@ def open_session(
     *,
     threads: int | None = None,
     device: str = "cpu",
+    options: OnnxruntimeOptions = DEFAULTS,
 ) -> StageCallable:
     """Open an `.onnx` file, with the external data that lies beside it.
 
@@ -46,44 +54,59 @@ def open_session(
         inputs: what it must read.
         outputs: what it must compute.
         threads: for one operator; None leaves the number to ONNX Runtime.
-        device: `cpu` or `cuda`.
+        device: `cpu` or `cuda`; where it is not the one of the provider, the provider of that name is taken.
+        options: of the engine.
 
     Returns:
-        A function from name -> array to the outputs in the order of `outputs`.
+        A function from name -> array to the outputs in the order of `outputs`. On a GPU, threads that share it take
+        turns.
 
     Raises:
-        UsageError: the device is unknown or the installed package lacks it.
+        UsageError: the device is unknown or the installed package lacks the provider.
         BundleError: ONNX Runtime cannot load the file, or it has other inputs or outputs.
     """
     import onnxruntime
 
-    provider = _provider(device, onnxruntime.get_available_providers())
+    names = providers(device, options, onnxruntime.get_available_providers())
     try:
-        session = onnxruntime.InferenceSession(str(file), session_options(threads), providers=[provider])
+        session = onnxruntime.InferenceSession(str(file), session_options(threads), providers=list(names))
     except Exception as error:  # ONNX Runtime has a dozen error classes without a common base
         raise BundleError(
             f"{file}: ONNX Runtime {onnxruntime.__version__} cannot load it: {first_line(error)}"
         ) from error
-    if provider not in session.get_providers():
+    if names[0] not in session.get_providers():
         raise UsageError(
-            f"device {device!r}: expected a working {provider}; ONNX Runtime could not start it. Check that the CUDA "
-            "and cuDNN libraries of this onnxruntime-gpu are installed, or use the device 'cpu'."
+            f"device {device!r}: expected a working {names[0]}; ONNX Runtime could not start it. Check that the "
+            "libraries of this onnxruntime-gpu (CUDA and cuDNN, TensorRT) are installed, or use the device 'cpu'."
         )
     check_ports(file, "input", _ports(session.get_inputs()), inputs)
     check_ports(file, "output", _ports(session.get_outputs()), outputs)
-    return _callable(session, file.name, inputs, [port.name for port in outputs])
+    if names[0] == CPU:
+        return _callable(session, file.name, inputs, [port.name for port in outputs])
+    return BoundSession(session, file.name, inputs, outputs, "cuda")
 
 
-def _provider(device: str, available: Sequence[str]) -> str:
-    if device not in PROVIDERS:
-        raise UsageError(f"device: expected one of {', '.join(PROVIDERS)}; received {device!r}.")
-    provider = PROVIDERS[device]
-    if provider not in available:
+def providers(device: str, options: OnnxruntimeOptions, available: Sequence[str]) -> tuple[str, ...]:
+    """The execution providers of a session.
+
+    Args:
+        device: `cpu` or `cuda`.
+        options: of the engine.
+        available: to the installed package.
+
+    Raises:
+        UsageError: the device is unknown or the package lacks the provider.
+    """
+    if device not in DEVICES:
+        raise UsageError(f"device: expected one of {', '.join(DEVICES)}; received {device!r}.")
+    chosen: Provider = options.provider if options.device == device else "cuda" if device == "cuda" else "cpu"
+    names = PROVIDERS[chosen]
+    if names[0] not in available:
         raise UsageError(
-            f"device {device!r}: the installed onnxruntime has no {provider}, only {', '.join(available)}. "
+            f"device {device!r}: the installed onnxruntime has no {names[0]}, only {', '.join(available)}. "
             "Replace it: pip uninstall onnxruntime && pip install onnxruntime-gpu"
         )
-    return provider
+    return tuple(name for name in names if name in available)
 
 
 def session_options(threads: int | None) -> Any:
@@ -116,3 +139,58 @@ def _callable(session: Any, name: str, inputs: tuple[Port, ...], outputs: list[s
             raise StepfoldError(f"{name}: ONNX Runtime failed on {shapes(feed)}: {first_line(error)}") from error
 
     return call
+
+
+class BoundSession:
+    """A session on a device, whose inputs lie in buffers there that are written again for every call of their shape."""
+
+    def __init__(self, session: Any, name: str, inputs: tuple[Port, ...], outputs: tuple[Port, ...], device: str):
+        """Bind outputs to the device; see `open_session`.
+
+        Args:
+            session: an `onnxruntime.InferenceSession`.
+            name: of the file, for messages.
+            inputs: what it reads.
+            outputs: what it computes.
+            device: `cuda`, or `cpu`, where tests bind.
+        """
+        self._session = session
+        self._name = name
+        self._inputs = inputs
+        self._outputs = [port.name for port in outputs]
+        self._device = device
+        self._buffers: dict[str, tuple[tuple[Any, ...], Any]] = {}  # name -> shape and type, buffer
+        self._lock = threading.Lock()
+
+    def __call__(self, values: Mapping[str, Array]) -> list[Array]:
+        """Name -> array to the outputs in order; both are the caller's own."""
+        feed = {port.name: np.asarray(values[port.name], order="C") for port in self._inputs}
+        with self._lock:
+            try:
+                return self._run(feed)
+            except Exception as error:  # ONNX Runtime has a dozen error classes without a common base
+                self._buffers.clear()
+                raise StepfoldError(
+                    f"{self._name}: ONNX Runtime failed on {shapes(feed)}: {first_line(error)}"
+                ) from error
+
+    def _run(self, feed: Mapping[str, Array]) -> list[Array]:
+        binding = self._session.io_binding()
+        for name, value in feed.items():
+            binding.bind_ortvalue_input(name, self._written(name, value))
+        for name in self._outputs:
+            binding.bind_output(name, self._device, GPU)
+        self._session.run_with_iobinding(binding)
+        return list(binding.copy_outputs_to_cpu())
+
+    def _written(self, name: str, value: Array) -> Any:
+        """The buffer of an input with this value in it."""
+        import onnxruntime
+
+        held = self._buffers.get(name)
+        if held is None or held[0] != (value.shape, value.dtype):
+            # not from the array: on the CPU the buffer would be the caller's own memory, which is written to below
+            empty = onnxruntime.OrtValue.ortvalue_from_shape_and_type(value.shape, value.dtype, self._device, GPU)
+            held = self._buffers[name] = ((value.shape, value.dtype), empty)
+        held[1].update_inplace(value)
+        return held[1]

@@ -72,7 +72,9 @@ def test_options_are_recorded_and_given_again(seen: list, program: Program, tmp_
 def test_defaults_are_recorded_too(seen: list, program: Program, tmp_path: Path) -> None:
     out = stepfold.lower(program, "tunable", out=tmp_path / "bundle")
     assert stepfold.load(out).manifest.backend.options == {"level": 1}
-    assert stepfold.load(stepfold.lower(program, out=tmp_path / "other")).manifest.backend.options == {}
+    assert stepfold.load(stepfold.lower(program, out=tmp_path / "other")).manifest.backend.options == {
+        "provider": "cpu"
+    }
 
 
 def test_options_of_the_command_line(seen: list, tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def each_stage_once(compiled_stages: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     real = module.lower
 
-    def lower(stage: Stage, folder: Path) -> Path:
+    def lower(stage: Stage, folder: Path, **_: Any) -> Path:
         if id(stage) not in _STAGES:
             kept = compiled_stages / str(len(_STAGES))
             kept.mkdir()
@@ -311,7 +311,7 @@ def test_the_same_seed_gives_the_same_bytes(
     monkeypatch.setenv("STEPFOLD_CACHE", str(tmp_path / "cache"))  # else nothing would be compiled
     names: list[str] = []
     real = module.lower
-    monkeypatch.setattr(module, "lower", lambda stage, folder: names.append(stage.name) or real(stage, folder))
+    monkeypatch.setattr(module, "lower", lambda stage, folder, **_: names.append(stage.name) or real(stage, folder))
     build(tiny_checkpoint, tmp_path / "again")
     before, after = hashes(optimized[0]), hashes(tmp_path / "again")
     assert before.keys() == after.keys()
