@@ -55,23 +55,24 @@ def draw_rows(seed: int, samples: int, evaluations: int, branches: int) -> Draws
     return Draws(dict(places))
 
 
-def gram_tokens(values: torch.Tensor, seed: int, at: tuple[int, int, int, int]) -> torch.Tensor:
-    """At most `TOKENS` rows of each sample, for a Gram matrix.
+def gram_tokens(values: torch.Tensor, seed: int, at: tuple[int, int, int, int], most: int = TOKENS) -> torch.Tensor:
+    """At most `most` rows of each sample, for a Gram matrix.
 
     Args:
         values: [B, T, M].
         seed: of the run.
         at: site, branch, call, and the number of the first sample.
+        most: rows of a sample.
 
     Returns:
         [rows, M]; all rows where there are few.
     """
     samples, tokens, width = values.shape
-    if tokens <= TOKENS:
+    if tokens <= most:
         return values.reshape(-1, width)
     site, branch, call, first = at
     chosen = [
-        np.sort(np.random.default_rng([seed, site, branch, call, first + i]).permutation(tokens)[:TOKENS])
+        np.sort(np.random.default_rng([seed, site, branch, call, first + i]).permutation(tokens)[:most])
         for i in range(samples)
     ]
     index = torch.from_numpy(np.stack(chosen))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,6 +26,47 @@ class Need(IntEnum):
     STATISTICS = 2
 
 
+class Moments(Protocol):
+    """What methods that judge by outputs ask of a value: a site of a calibration store has it, `Measured` too."""
+
+    def gram(self) -> np.ndarray:
+        """[M, M] mean of x x^T."""
+        ...
+
+    def rows(self) -> np.ndarray:
+        """[rows, M] a choice of rows."""
+        ...
+
+    def mean_abs(self) -> np.ndarray:
+        """[M] mean magnitude of each channel."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Moments that were taken or computed here.
+
+    Attributes:
+        second: [M, M] float64, mean of x x^T.
+        kept: [rows, M] float32, a choice of rows.
+    """
+
+    second: torch.Tensor
+    kept: torch.Tensor
+
+    def gram(self) -> np.ndarray:
+        """See `Moments.gram`."""
+        return self.second.numpy()
+
+    def rows(self) -> np.ndarray:
+        """See `Moments.rows`."""
+        return self.kept.numpy()
+
+    def mean_abs(self) -> np.ndarray:
+        """See `Moments.mean_abs`; of the rows that were kept."""
+        return self.kept.abs().mean(dim=0).numpy()
+
+
 @dataclass(frozen=True, eq=False)
 class Inputs:
     """A value [..., M] that layers read, divided by the scale that smoothing has given it.
@@ -32,14 +74,14 @@ class Inputs:
     Attributes:
         low: [buckets, M] smallest value of each channel in each timestep bucket.
         high: [buckets, M] largest value.
-        scale: [M] that the calibrated value is divided by.
-        statistics: of a calibration store; None where only ranges are known.
+        scale: [M] that the value of the moments is divided by.
+        moments: of a calibration store; None where only ranges are known.
     """
 
     low: torch.Tensor
     high: torch.Tensor
     scale: torch.Tensor
-    statistics: SiteStatistics | None = None
+    moments: Moments | None = None
 
     @property
     def salience(self) -> torch.Tensor:
@@ -74,9 +116,9 @@ class Inputs:
         return replace(self, low=self.low / scale, high=self.high / scale, scale=self.scale * scale)
 
     @property
-    def _known(self) -> SiteStatistics:
-        assert self.statistics is not None, "a scheme that reads statistics declares that it needs them"
-        return self.statistics
+    def _known(self) -> Moments:
+        assert self.moments is not None, "a scheme that reads statistics declares that it needs them"
+        return self.moments
 
 
 def known_inputs(program: Program, groups: Sequence[Group], need: Need, context: Context) -> dict[str, Inputs]:

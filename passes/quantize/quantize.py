@@ -16,11 +16,13 @@ from ...loop.errors import UsageError, nearest
 from ..base import Context, Options, Pass, PassResult
 from .inputs import Inputs, known_inputs
 from .layers import LINEAR, Group, Selection, find_groups, named
+from .realize import Realization
 from .repair import repair_pairs
 from .rewrite import replaced, replaced_in
-from .scheme import RoundingScheme, Scheme
+from .scheme import SEQUENTIAL, RoundingScheme, Scheme
 from .schemes import SCHEMES
 from .schemes.blocks import Int4, Int8Weights
+from .sequence import realized_in_sequence
 from .smooth import smooth
 
 QUANTIZED = (
@@ -47,7 +49,8 @@ class QuantizeOptions(Options):
         smooth: what layers read is divided by a scale for each channel: the SmoothQuant exponent from 0 (activations
             keep the difficulty) to 1, `search` for the exponent of least output error of each site, `salience` for
             that of PTQ4DiT, `awq` for the scale that protects 4-bit weights; null leaves it as it is.
-        rounding: weights go to the nearest number, or are compensated by `gptq`.
+        rounding: weights go to the nearest number, or are compensated by `gptq` under the moments of what their layers
+            read in floats, or by `sequential-gptq` under those that the quantized layers before them leave.
         group: input channels that share a scale in 4-bit weights.
         rank: of the branch in full precision.
         residual: format of what the branch leaves.
@@ -69,7 +72,7 @@ class QuantizeOptions(Options):
     weights: Literal["per_channel"] = "per_channel"
     activations: Literal["dynamic", "static", "symmetric", "float"] = "dynamic"
     smooth: float | Literal["search", "salience", "awq"] | None = Field(default=None)
-    rounding: Literal["nearest", "gptq"] = "nearest"
+    rounding: Literal["nearest", "gptq", "sequential-gptq"] = "nearest"
     group: int = Field(default=64, ge=16)
     rank: int = Field(default=32, ge=1)
     residual: Literal["int4", "int8"] = "int4"
@@ -106,6 +109,11 @@ class QuantizeOptions(Options):
                     f"pass quantize: option {option!r}: expected {' or '.join(reads[option])} with scheme "
                     f"{self.scheme}; received {value!r}."
                 )
+        if self.rounding == SEQUENTIAL and self.repair is not None:
+            raise UsageError(
+                f"pass quantize: option 'repair': expected null with rounding {SEQUENTIAL}, which knows what weights "
+                f"become only when those before them have; received {self.repair!r}."
+            )
         return self
 
 
@@ -209,10 +217,7 @@ class Quantize(Pass[QuantizeOptions]):
             program, refused = repairs.program, [*refused, *repairs.refused]
             decided["repaired"] = repairs.errors
             groups, _ = find_groups(program.step, self._selection, scheme.unfit)
-        realizations = []
-        for i, group in enumerate(groups):
-            context.progress("quantizing", i, len(groups))
-            realizations.append(scheme.realize(group, inputs.get(group.key)))
+        realizations = _realizations(program, groups, inputs, scheme, context)
         pairs = list(zip(groups, realizations, strict=True))
         left = named(group for group, item in pairs if item is None)
         refused += [Refusal(name, "left in full precision by the scheme") for name in left]
@@ -247,6 +252,19 @@ def _scales(
             scale = scheme.scale(group, inputs[group.key])
             if scale is not None:
                 found[group.key] = scale
+    return found
+
+
+def _realizations(
+    program: Program, groups: Sequence[Group], inputs: Mapping[str, Inputs], scheme: Scheme, context: Context
+) -> list[Realization | None]:
+    """What takes the place of each group, None where the scheme leaves it."""
+    if scheme.in_sequence:
+        return realized_in_sequence(program, groups, inputs, scheme.realize, context.seed, context.progress)
+    found = []
+    for i, group in enumerate(groups):
+        context.progress("quantizing", i, len(groups))
+        found.append(scheme.realize(group, inputs.get(group.key)))
     return found
 
 

@@ -31,12 +31,12 @@ def replaced_in(
     tables: dict[str, torch.Tensor] = {}
     for group, realization in zip(groups, realizations, strict=True):
         if realization is not None:
-            _replace(stage.name, graph, twins, group, realization, tables)
+            replace_group(stage.name, graph, twins, group, realization, tables)
     ports = tuple(Port(name, (None,), str(v.dtype).removeprefix("torch.")) for name, v in tables.items())
     return finish(replace(stage, inputs=(*stage.inputs, *ports)), graph), tables
 
 
-def _replace(
+def replace_group(
     stage: str,
     graph: fx.GraphModule,
     twins: dict[fx.Node, fx.Node],
@@ -44,6 +44,16 @@ def _replace(
     realization: Realization,
     tables: dict[str, torch.Tensor],
 ) -> None:
+    """Put a realization in the place of a group.
+
+    Args:
+        stage: name of the stage of the group.
+        graph: a copy of it, which is edited.
+        twins: node of the stage -> what stands for it in the copy; the layers get their replacements.
+        group: of the stage.
+        realization: of the group.
+        tables: gets what the copy is to read from tables, name -> [buckets].
+    """
     layers = [twins[layer.node] for layer in group.layers]
     place = Place(graph, twins[group.source], layers, [layer.name for layer in group.layers], stage, tables)
     for old, layer, value in zip(group.layers, layers, realization.insert(place), strict=True):

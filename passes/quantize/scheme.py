@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from ..base import Context
     from .quantize import QuantizeOptions
 
+SEQUENTIAL = "sequential-gptq"
+"""GPTQ in the order of the graph, each layer under the moments that the layers before it leave to it."""
+
 
 class Scheme(ABC):
     """A way to quantize the layers that read one value.
@@ -47,6 +50,11 @@ class Scheme(ABC):
     def need(self) -> Need:
         """What it has to know about the inputs of layers."""
         return Need.NOTHING
+
+    @property
+    def in_sequence(self) -> bool:
+        """Whether each group is realized under what it reads behind the groups before it, already realized."""
+        return self.options.rounding == SEQUENTIAL
 
     def scales_at_run_time(self, group: Group) -> bool:
         """Whether a scale that cannot be folded is worth a multiplication at run time."""

@@ -74,3 +74,12 @@ def test_the_tokens_of_a_sample_do_not_depend_on_its_shard() -> None:
     values = torch.arange(3 * 2 * TOKENS * 1.0).reshape(3, 2 * TOKENS, 1)
     whole = gram_tokens(values, 7, (0, 0, 0, 10)).reshape(3, -1)
     assert torch.equal(whole[1:].flatten(), gram_tokens(values[1:], 7, (0, 0, 0, 11)).flatten())
+
+
+def test_more_rows_where_they_are_asked_for() -> None:
+    values = torch.arange(4 * TOKENS * 1.0).reshape(1, -1, 1)
+    assert [len(gram_tokens(values, 0, (0, 0, 0, 0), most)) for most in (8, 2 * TOKENS, 9 * TOKENS)] == [
+        8,
+        2 * TOKENS,
+        4 * TOKENS,
+    ]

@@ -15,7 +15,7 @@ from ..algebra.packing import SMALLEST_BLOCK, to_matmul_nbits
 from ..inputs import Inputs, Need
 from ..layers import Group, LinearLayer
 from ..realize import BlockedProducts, Realization
-from ..scheme import RoundingScheme
+from ..scheme import SEQUENTIAL, RoundingScheme
 
 
 class Blocked(RoundingScheme):
@@ -26,7 +26,7 @@ class Blocked(RoundingScheme):
         "group": (),
         "activations": ("dynamic", "float"),
         "smooth": ("awq", "null"),
-        "rounding": ("nearest", "gptq"),
+        "rounding": ("nearest", "gptq", SEQUENTIAL),
         "repair": (),
     }
 
@@ -62,7 +62,7 @@ class Blocked(RoundingScheme):
     def _weights(self, group: Group, inputs: Inputs | None) -> list[Quantized]:
         grid = self.grid(group)
         gram = inputs.gram() if inputs is not None else None
-        compensate = self.options.rounding == "gptq"
+        compensate = self.options.rounding != "nearest"
         return [round_weight(layer.weight, grid, gram, compensate, layer.name) for layer in group.layers]
 
     def grid(self, group: Group) -> IntegerGrid:

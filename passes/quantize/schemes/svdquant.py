@@ -14,7 +14,7 @@ from ..algebra.svdquant import SvdquantSettings, branch_and_residual, branch_smo
 from ..inputs import Inputs, Need
 from ..layers import Group, LinearLayer
 from ..realize import BlockedProducts, DynamicActivation, IntegerProducts, Realization, WithBranch
-from ..scheme import Scheme
+from ..scheme import SEQUENTIAL, Scheme
 from .blocks import block_of
 from .int8 import UINT8_TENSOR
 
@@ -27,7 +27,7 @@ class Svdquant(Scheme):
     reads: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "group": (),
         "rank": (),
-        "rounding": ("nearest", "gptq"),
+        "rounding": ("nearest", "gptq", SEQUENTIAL),
         "residual": ("int4", "int8"),
     }
 
@@ -58,7 +58,7 @@ class Svdquant(Scheme):
     def realize(self, group: Group, inputs: Inputs | None) -> Realization:
         """See `Scheme.realize`."""
         assert inputs is not None
-        compensate = self.options.rounding == "gptq"
+        compensate = self.options.rounding != "nearest"
         settings = replace(self._settings(group.weight.shape[1]), clip=compensate)
         gram = inputs.gram() if compensate else None
         split = branch_and_residual(group.weight, inputs.rows(), settings, gram, group.name)
