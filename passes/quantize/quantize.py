@@ -75,7 +75,7 @@ class QuantizeOptions(Options):
     rounding: Literal["nearest", "gptq", "sequential-gptq"] = "nearest"
     group: int = Field(default=64, ge=16)
     rank: int = Field(default=32, ge=1)
-    residual: Literal["int4", "int8"] = "int4"
+    residual: Literal["int4", "int8", "fp8"] = "int4"
     repair: Literal["data-free"] | None = None
     bits: float = Field(default=8.5, gt=0)
     hoisted: Literal["int8", "int4"] | None = None

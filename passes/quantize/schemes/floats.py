@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -47,14 +47,17 @@ class Fp8(SmallFloats):
     def realize(self, group: Group, inputs: Inputs | None) -> Realization:
         """See `Scheme.realize`."""
         assert inputs is not None
-        weights = []
-        for layer in group.layers:
-            rounded = Quantized.of(layer.weight, FP8_CHANNEL)
-            codes = (rounded.weight / rounded.scales.scale).to(torch.float8_e4m3fn)
-            weights.append({"fp8": codes, "scale": rounded.scales.scale[:, 0].contiguous()})
-        scale = positive(inputs.largest.amax() / E4M3.largest)
-        round_input = (torch.ops.stepfold.round_fp8.default, scale)
-        return Reconstructed(torch.ops.stepfold.decode_fp8.default, weights, round_input)
+        return fp8_products([Quantized.of(layer.weight, FP8_CHANNEL) for layer in group.layers], inputs)
+
+
+def fp8_products(weights: Sequence[Quantized], inputs: Inputs) -> Realization:
+    """Products of FP8 weights, each on `FP8_CHANNEL`, with activations under one scale that covers their range."""
+    held = []
+    for rounded in weights:
+        codes = (rounded.weight / rounded.scales.scale).to(torch.float8_e4m3fn)
+        held.append({"fp8": codes, "scale": rounded.scales.scale[:, 0].contiguous()})
+    round_input = (torch.ops.stepfold.round_fp8.default, positive(inputs.largest.amax() / E4M3.largest))
+    return Reconstructed(torch.ops.stepfold.decode_fp8.default, held, round_input)
 
 
 class Nvfp4(SmallFloats):

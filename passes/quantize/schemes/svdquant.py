@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
 import torch
 
-from ..algebra.grids import INT8_CHANNEL, Grid, IntegerGrid
+from ..algebra.grids import FP8_CHANNEL, FP8_TENSOR, INT8_CHANNEL, Grid, IntegerGrid, Quantized
 from ..algebra.packing import to_matmul_nbits
 from ..algebra.svdquant import SvdquantSettings, branch_and_residual, branch_smoothing
 from ..inputs import Inputs, Need
@@ -16,7 +16,11 @@ from ..layers import Group, LinearLayer
 from ..realize import BlockedProducts, DynamicActivation, IntegerProducts, Realization, WithBranch
 from ..scheme import SEQUENTIAL, Scheme
 from .blocks import block_of
+from .floats import fp8_products
 from .int8 import UINT8_TENSOR
+
+GRIDS: Mapping[str, tuple[Grid, Grid]] = {"int8": (INT8_CHANNEL, UINT8_TENSOR), "fp8": (FP8_CHANNEL, FP8_TENSOR)}
+"""What the residual and what it reads are rounded to, by its format; `int4` has blocks that fit the layer."""
 
 
 class Svdquant(Scheme):
@@ -28,7 +32,7 @@ class Svdquant(Scheme):
         "group": (),
         "rank": (),
         "rounding": ("nearest", "gptq", SEQUENTIAL),
-        "residual": ("int4", "int8"),
+        "residual": ("int4", "int8", "fp8"),
     }
 
     @property
@@ -64,16 +68,20 @@ class Svdquant(Scheme):
         split = branch_and_residual(group.weight, inputs.rows(), settings, gram, group.name)
         sizes = [layer.weight.shape[0] for layer in group.layers]
         parts = [split.residual.of_rows(first, first + size) for first, size in zip(_starts(sizes), sizes, strict=True)]
+        return WithBranch(self._products(parts, inputs), split.down, list(split.up.split(sizes)))
+
+    def _products(self, residuals: Sequence[Quantized], inputs: Inputs) -> Realization:
+        """What computes with the rounded residual of each layer."""
+        if self.options.residual == "fp8":
+            return fp8_products(residuals, inputs)
         if self.options.residual == "int8":
-            weights = [(part.codes.T.contiguous(), part.scales.scale[:, 0]) for part in parts]
-            residual: Realization = IntegerProducts(DynamicActivation(), weights)
-        else:
-            residual = BlockedProducts([to_matmul_nbits(part) for part in parts], round_activations=True)
-        return WithBranch(residual, split.down, list(split.up.split(sizes)))
+            weights = [(part.codes.T.contiguous(), part.scales.scale[:, 0]) for part in residuals]
+            return IntegerProducts(DynamicActivation(), weights)
+        return BlockedProducts([to_matmul_nbits(part) for part in residuals], round_activations=True)
 
     def _settings(self, M: int) -> SvdquantSettings:
-        if self.options.residual == "int8":
-            return SvdquantSettings(INT8_CHANNEL, UINT8_TENSOR, self.options.rank)
+        if self.options.residual != "int4":
+            return SvdquantSettings(*GRIDS[self.options.residual], self.options.rank)
         block = block_of(M, self.options.group)
         assert block is not None
         activations: Grid = IntegerGrid(8, block)

@@ -47,7 +47,12 @@ def types(plan: PlanDescription, kind: str) -> Counter[str]:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize(
-    ("scheme", "element"), [({"scheme": "fp8"}, "fp8"), ({"scheme": "int8", "activations": "symmetric"}, "int8")]
+    ("scheme", "element"),
+    [
+        ({"scheme": "fp8"}, "fp8"),
+        ({"scheme": "int8", "activations": "symmetric"}, "int8"),
+        ({"scheme": "svdquant", "residual": "fp8", "rank": 4}, "fp8"),
+    ],
 )
 def test_products_read_what_was_asked_for(tmp_path: Path, scheme: dict[str, Any], element: str, precision: str) -> None:
     plan = plan_of(tmp_path, TensorrtOptions(capability="SM89", precision=precision), **scheme)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from quantization_fixtures import GROUP, Layer, outlier
 from stepfold.loop.errors import StepfoldError, UsageError
 from stepfold.passes.quantize.algebra.errors import drift, mean_gram
 from stepfold.passes.quantize.algebra.gptq import gptq
-from stepfold.passes.quantize.algebra.grids import NVFP4, Grid, IntegerGrid, Scales
+from stepfold.passes.quantize.algebra.grids import FP8_CHANNEL, FP8_TENSOR, NVFP4, Grid, IntegerGrid, Scales
 from stepfold.passes.quantize.algebra.lowrank import truncated
 from stepfold.passes.quantize.algebra.svdquant import LowRankSplit, SvdquantSettings, svdquant
 
@@ -89,6 +89,16 @@ def test_another_grid(layer: Layer) -> None:
     nearest = drift(NVFP4.nearest(layer.test) @ NVFP4.nearest(layer.weight).T, layer.test @ layer.weight.T)
     found = split(layer, activation=NVFP4, weight_grid=NVFP4, iterations=1)
     assert found.residual.grid == NVFP4 and held_out(layer, found, NVFP4) <= 0.5 * nearest
+
+
+def test_an_fp8_residual_beats_plain_fp8(layer: Layer) -> None:
+    """The branch takes the outliers of the weight, smoothing those of the activations: 0.0365 becomes 0.0054."""
+    plain = drift(FP8_TENSOR.nearest(layer.test) @ FP8_CHANNEL.nearest(layer.weight).T, layer.test @ layer.weight.T)
+    found = split(layer, weight_grid=FP8_CHANNEL, activation=FP8_TENSOR)
+    compensated = split(layer, gram=True, clip=True, weight_grid=FP8_CHANNEL, activation=FP8_TENSOR)
+    assert found.residual.grid == FP8_CHANNEL
+    assert held_out(layer, found, FP8_TENSOR) < 0.25 * plain
+    assert held_out(layer, compensated, FP8_TENSOR) < held_out(layer, found, FP8_TENSOR)
 
 
 def test_weights_alone_gain_with_the_rank(layer: Layer) -> None:
