@@ -115,6 +115,10 @@ class Inputs:
         """The same value divided by a scale [M] of positive numbers."""
         return replace(self, low=self.low / scale, high=self.high / scale, scale=self.scale * scale)
 
+    def less(self, offset: float) -> Inputs:
+        """The ranges of the same value less a constant; its moments are others and not known."""
+        return replace(self, low=self.low - offset, high=self.high - offset, moments=None)
+
     @property
     def _known(self) -> Moments:
         assert self.moments is not None, "a scheme that reads statistics declares that it needs them"

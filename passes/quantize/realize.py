@@ -5,13 +5,14 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
 
 from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
 from ...ir.edit import add_buffer
+from ...ir.program import attribute
 from .algebra.packing import BlockedWeight
 from .layers import mark_branch
 
@@ -29,6 +30,7 @@ class Place:
         names: module path of each.
         stage: name of the stage.
         tables: what the stage is to read from tables, added by realizations: name -> [buckets].
+        biases: of layers that get another than their own.
     """
 
     graph: fx.GraphModule
@@ -37,6 +39,7 @@ class Place:
     names: Sequence[str]
     stage: str
     tables: dict[str, torch.Tensor]
+    biases: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
 
     def add(self, before: fx.Node, target: Callable[..., object], *arguments: object) -> fx.Node:
         """A call in front of a node."""
@@ -58,7 +61,7 @@ class Place:
 
     def bias(self, layer: fx.Node) -> object:
         """The bias of a layer, or None."""
-        return layer.args[2] if len(layer.args) > 2 else None
+        return self.biases.get(layer, layer.args[2] if len(layer.args) > 2 else None)
 
 
 class Realization(ABC):
@@ -156,6 +159,47 @@ class IntegerProducts(Realization):
             arguments = (*rounded, weight, weight_scale, place.bias(layer))
             results.append(place.add(layer, torch.ops.stepfold.qlinear.default, *arguments))
         return results
+
+
+@dataclass(frozen=True, eq=False)
+class Shifted(Realization):
+    """Products of the value less a constant, which their biases make up for (F7 of the method cards).
+
+    linear(x, W) + b -> linear(x - c, W) + (b + c W 1). Whatever else reads the value, such as the branch beside a
+    residual, reads it as it is.
+
+    Attributes:
+        products: of the shifted value.
+        offset: c.
+        sums: W 1 [N] of each layer, with the weight that its products are made with: a rounded one, so that its
+            rounding errors do not add up to a constant.
+    """
+
+    products: Realization
+    offset: float
+    sums: Sequence[torch.Tensor]
+
+    def insert(self, place: Place) -> list[fx.Node]:
+        """See `Realization.insert`."""
+        first = place.layers[0]
+        shifted = place.add(first, aten.sub.Tensor, place.source, self.offset)
+        biases = {
+            layer: self._moved_bias(place, layer, name, self.offset * total)
+            for layer, name, total in zip(place.layers, place.names, self.sums, strict=True)
+        }
+        return self.products.insert(replace(place, source=shifted, biases=biases))
+
+    @staticmethod
+    def _moved_bias(place: Place, layer: fx.Node, name: str, added: torch.Tensor) -> fx.Node:
+        """b + c W 1 [N], stored where b is."""
+        bias, label = place.bias(layer), f"{name}.shifted_bias"
+        if bias is None:
+            return place.hold(layer, label, added)
+        assert isinstance(bias, fx.Node)
+        if bias.op != "get_attr":
+            return place.add(layer, aten.add.Tensor, bias, place.hold(layer, label, added))
+        stored = attribute(place.graph, str(bias.target)).detach()
+        return place.hold(layer, label, (stored.to(torch.float64) + added.to(torch.float64)).to(stored.dtype))
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from torch import fx
 
-from ....frontend.sites.walk import NORMS
+from ....frontend.sites.walk import ACTIVATIONS, LAYOUT, NORMS
+from ....ir.program import Program
 from ..algebra.buckets import plan_activations
 from ..algebra.gptq import gptq
 from ..algebra.grids import INT8_CHANNEL, IntegerGrid, Quantized
-from ..algebra.int8 import LEVELS, activation_range, positive, quantize_weight
+from ..algebra.int8 import LEVELS, activation_range, centring_offset, positive, quantize_weight
 from ..algebra.smoothing import balanced_scale, exponent_scale, smoothquant
 from ..inputs import Inputs, Need
 from ..layers import Group
-from ..realize import Activation, BucketedActivation, DynamicActivation, IntegerProducts, Realization, StaticActivation
+from ..realize import (
+    Activation,
+    BucketedActivation,
+    DynamicActivation,
+    IntegerProducts,
+    Realization,
+    Shifted,
+    StaticActivation,
+)
 from ..scheme import RoundingScheme
 
+if TYPE_CHECKING:
+    from ...base import Context
+
 UINT8_TENSOR = IntegerGrid(8, "tensor", symmetric=False)
+ACTIVATED = ACTIVATIONS | {torch.ops.stepfold.fast_gelu.default}
+"""Functions whose values may lie on one side of zero."""
 
 
 class Int8(RoundingScheme):
@@ -64,9 +79,27 @@ class Int8(RoundingScheme):
         """
         return group.source.target in NORMS
 
+    def prepare(
+        self, program: Program, groups: Sequence[Group], inputs: Mapping[str, Inputs], context: Context
+    ) -> Mapping[str, object]:
+        """Say which values are shifted, and how far."""
+        offsets = {group.name: self._offset(group, inputs.get(group.key)) for group in groups}
+        shifted = {name: offset for name, offset in offsets.items() if offset is not None}
+        return {"shifted": shifted} if shifted else {}
+
     def realize(self, group: Group, inputs: Inputs | None) -> Realization:
         """See `Scheme.realize`."""
-        return IntegerProducts(self._activation(inputs), self._weights(group, inputs))
+        weights, offset = self._weights(group, inputs), self._offset(group, inputs)
+        if inputs is None or offset is None:
+            return IntegerProducts(self._activation(inputs), weights)
+        sums = [codes.sum(dim=0) * scale for codes, scale in weights]
+        return Shifted(IntegerProducts(self._activation(inputs.less(offset)), weights), offset, sums)
+
+    def _offset(self, group: Group, inputs: Inputs | None) -> float | None:
+        """What is taken from the value so that symmetric codes are not wasted, None where they are not."""
+        if self.options.activations != "symmetric" or inputs is None or not _is_activated(group.source):
+            return None
+        return centring_offset(float(inputs.low.amin()), float(inputs.high.amax()))
 
     def rounded(self, group: Group, inputs: Inputs | None) -> Sequence[torch.Tensor]:
         """See `RoundingScheme.rounded`."""
@@ -94,3 +127,10 @@ def _rounded(weight: torch.Tensor, gram: torch.Tensor | None, name: str) -> tupl
         return quantize_weight(weight)
     found: Quantized = gptq(weight, gram, INT8_CHANNEL, site=name).quantized
     return found.codes.T.contiguous(), found.scales.scale[:, 0].to(torch.float32)
+
+
+def _is_activated(value: fx.Node) -> bool:
+    """Whether an activation function writes a value, layouts aside."""
+    while value.target in LAYOUT and isinstance(value.args[0], fx.Node):
+        value = value.args[0]
+    return value.target in ACTIVATED

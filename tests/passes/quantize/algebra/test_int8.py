@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from stepfold.ir import operators  # noqa: F401  (registers the stepfold:: operators)
-from stepfold.passes.quantize.algebra.int8 import LEVELS, activation_range, quantize_weight
+from stepfold.passes.quantize.algebra.int8 import LEVELS, activation_range, centring_offset, quantize_weight
 
 WEIGHTS = hnp.arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 6)), elements=st.floats(-8, 8, width=16))
 
@@ -71,3 +71,30 @@ def test_the_ends_of_a_range_do_not_saturate(first: float, second: float) -> Non
     back = scale * (q.float() - zero.float())
     assert (back - x).abs().max() <= scale * 1.01
     assert back[2] == 0  # zero is exact: padding and masks stay what they are
+
+
+# -- one-sided values
+
+
+def test_offset_by_hand() -> None:
+    """low = 0: exactly half of the range, 127 steps. low = -high / 5: k = floor(127 * 4 / 6) = 84, s = high / 211."""
+    assert centring_offset(0.0, 254.0) == pytest.approx(127.0)
+    assert centring_offset(-42.2, 211.0) == pytest.approx(84.0)
+    assert centring_offset(3.0, 254.0) == pytest.approx(127.0)  # zero is always covered
+
+
+@given(st.floats(0, 0.25), st.floats(0.01, 1000))
+def test_a_shifted_value_uses_all_codes_and_zero_is_one_of_them(part: float, high: float) -> None:
+    low = -part * high
+    offset = centring_offset(low, high)
+    assert offset is not None
+    scale = (high - offset) / LEVELS
+    assert offset / scale == pytest.approx(round(offset / scale), abs=1e-6)
+    assert -LEVELS * (1 + 1e-9) <= (low - offset) / scale <= -LEVELS + 2  # within two steps of the end
+    assert scale <= 0.63 * high / LEVELS
+    assert centring_offset(-high, -low) == -offset
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (-1.0, 3.9), (-3.9, 1.0), (0.0, 0.0)])
+def test_other_values_stay(low: float, high: float) -> None:
+    assert centring_offset(low, high) is None
