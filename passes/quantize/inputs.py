@@ -119,6 +119,12 @@ class Inputs:
         """The ranges of the same value less a constant; its moments are others and not known."""
         return replace(self, low=self.low - offset, high=self.high - offset, moments=None)
 
+    def rotated(self, matrix: torch.Tensor) -> Inputs:
+        """The same value times an orthogonal matrix [M, M]; its ranges are those of the rows that are known."""
+        rows = self.rows() @ matrix.to(torch.float32)
+        moments = Measured(matrix.T @ self.gram() @ matrix, rows)
+        return Inputs(rows.amin(dim=0, keepdim=True), rows.amax(dim=0, keepdim=True), torch.ones(len(matrix)), moments)
+
     @property
     def _known(self) -> Moments:
         assert self.moments is not None, "a scheme that reads statistics declares that it needs them"

@@ -11,6 +11,7 @@ import torch
 from .inputs import Inputs, Need
 from .layers import Group, LinearLayer
 from .realize import Realization
+from .rotate import Rotation
 
 if TYPE_CHECKING:
     from ...ir.program import Program
@@ -67,6 +68,16 @@ class Scheme(ABC):
     def scale(self, group: Group, inputs: Inputs) -> torch.Tensor | None:
         """The scale [M] that what a group reads is to be divided by, or None for no change."""
         return None
+
+    def rotations(self, groups: Sequence[Group], inputs: Mapping[str, Inputs], seed: int) -> Mapping[str, Rotation]:
+        """Rotations within the heads of attentions, by the key of the group that reads the result.
+
+        Args:
+            groups: of the step stage, behind the scales.
+            inputs: of the groups, by key.
+            seed: of what is random.
+        """
+        return {}
 
     def prepare(
         self, program: Program, groups: Sequence[Group], inputs: Mapping[str, Inputs], context: Context

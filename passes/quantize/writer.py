@@ -55,6 +55,48 @@ def find_writer(value: fx.Node) -> Writer | None:
     return Writer(linear, channels[0].clone())
 
 
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """The value side of an attention whose result is a value, head by head.
+
+    Attributes:
+        linear: the value projection.
+        rows: [H, K] the outputs of the projection that each head consists of.
+        columns: [H, K] the channels of the result that they reach.
+    """
+
+    linear: fx.Node
+    rows: torch.Tensor
+    columns: torch.Tensor
+
+    def spread(self, matrix: torch.Tensor) -> torch.Tensor:
+        """[M, M] that acts on the channels of each head as the matrix [K, K] does."""
+        M = self.columns.numel()
+        whole = torch.zeros(M, M, dtype=matrix.dtype)
+        for columns in self.columns:
+            whole[columns[:, None], columns[None, :]] = matrix
+        return whole
+
+
+def find_heads(value: fx.Node) -> Heads | None:
+    """The heads of the attention whose result a value is; None where anything but layouts lies around it."""
+    writer, path = find_writer(value), _path(value)
+    if writer is None or path is None or [node.target for node in path if node.target not in LAYOUT] != [SDPA, LINEAR]:
+        return None
+    numbers: Any = torch.arange(writer.linear.meta["val"].shape[-1]).expand(writer.linear.meta["val"].shape)
+    for before, node in pairwise(reversed(path)):
+        if node.target is SDPA:
+            break
+        numbers = _passed(node, before, numbers)
+    rows = numbers[0, :, 0, :]  # [B, H, T, K]
+    if numbers.ndim != 4 or (numbers != rows[None, :, None, :]).any() or rows.numel() != writer.channels.numel():
+        return None
+    places = torch.full((writer.linear.meta["val"].shape[-1],), -1)
+    places[writer.channels] = torch.arange(writer.channels.numel())
+    columns = places[rows]
+    return None if (columns < 0).any() else Heads(writer.linear, rows.clone(), columns)
+
+
 def _path(value: fx.Node) -> list[fx.Node] | None:
     """From the value up to a stored linear layer, every node but the value read once."""
     if value.target is LINEAR:

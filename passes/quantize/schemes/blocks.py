@@ -9,12 +9,14 @@ import torch
 
 from ..algebra.awq import awq
 from ..algebra.clipping import clipped_scales
+from ..algebra.errors import relative_error
 from ..algebra.gptq import gptq
 from ..algebra.grids import IntegerGrid, Quantized
 from ..algebra.packing import SMALLEST_BLOCK, to_matmul_nbits
 from ..inputs import Inputs, Need
 from ..layers import Group, LinearLayer
 from ..realize import BlockedProducts, Realization
+from ..rotate import Rotation, tried_rotations
 from ..scheme import SEQUENTIAL, RoundingScheme
 
 
@@ -47,7 +49,8 @@ class Blocked(RoundingScheme):
         """See `Scheme.scale`."""
         if self.options.smooth is None:
             return None
-        found = awq(group.weight, inputs.mean_magnitude, inputs.gram(), self.grid(group), site=group.name)
+        weight, grid = group.weight, self.grid(group.weight.shape[1])
+        found = awq(weight, inputs.mean_magnitude, inputs.gram(), grid, site=group.name)
         return found.scale if found.ratio > 0 else None
 
     def realize(self, group: Group, inputs: Inputs | None) -> Realization:
@@ -60,14 +63,22 @@ class Blocked(RoundingScheme):
         return [weight.weight for weight in self._weights(group, inputs)]
 
     def _weights(self, group: Group, inputs: Inputs | None) -> list[Quantized]:
-        grid = self.grid(group)
         gram = inputs.gram() if inputs is not None else None
-        compensate = self.options.rounding != "nearest"
-        return [round_weight(layer.weight, grid, gram, compensate, layer.name) for layer in group.layers]
+        return [self._round(layer.weight, gram, layer.name) for layer in group.layers]
 
-    def grid(self, group: Group) -> IntegerGrid:
-        """What the weights of a group are rounded to."""
-        block = block_of(group.weight.shape[1], self.options.group)
+    def _round(self, weight: torch.Tensor, gram: torch.Tensor | None, name: str) -> Quantized:
+        """A weight [N, M]: nearest, or with the Gram of its input under clipped ranges, or by GPTQ."""
+        grid = self.grid(weight.shape[1])
+        if gram is None:
+            return Quantized.of(weight, grid)
+        scales = clipped_scales(weight, grid, gram.to(weight.dtype))
+        if self.options.rounding == "nearest":
+            return Quantized.of(weight, grid, scales)
+        return gptq(weight, gram, grid, scales, site=name).quantized
+
+    def grid(self, M: int) -> IntegerGrid:
+        """What weights of M inputs are rounded to."""
+        block = block_of(M, self.options.group)
         assert block is not None
         return IntegerGrid(self.bits, block)
 
@@ -78,6 +89,21 @@ class Int4(Blocked):
     name = "int4"
     source = "ONNX Runtime MatMulNBits; AWQ, arXiv 2306.00978; GPTQ, arXiv 2210.17323"
     bits = 4
+    reads: ClassVar[Mapping[str, tuple[str, ...]]] = {**Blocked.reads, "rotate": ("heads", "null")}
+
+    @property
+    def need(self) -> Need:
+        """Statistics for rotations too, which are judged by outputs."""
+        return Need.STATISTICS if self.options.rotate is not None else super().need
+
+    def rotations(self, groups: Sequence[Group], inputs: Mapping[str, Inputs], seed: int) -> Mapping[str, Rotation]:
+        """See `Scheme.rotations`."""
+        return tried_rotations(groups, inputs, self._error, seed) if self.options.rotate is not None else {}
+
+    def _error(self, weight: torch.Tensor, gram: torch.Tensor) -> float:
+        """Relative output error of a rounded weight."""
+        rounded = self._round(weight, gram, "weight").weight
+        return relative_error(rounded.to(gram.dtype), weight.to(gram.dtype), gram)
 
 
 class Int8Weights(Blocked):
@@ -96,13 +122,3 @@ def block_of(M: int, wanted: int) -> int | None:
             return block
         block //= 2
     return None
-
-
-def round_weight(
-    weight: torch.Tensor, grid: IntegerGrid, gram: torch.Tensor | None, compensate: bool, name: str
-) -> Quantized:
-    """A weight [N, M] on a grid: nearest, or with the Gram of its input under clipped ranges, or by GPTQ."""
-    if gram is None:
-        return Quantized.of(weight, grid)
-    scales = clipped_scales(weight, grid, gram.to(weight.dtype))
-    return gptq(weight, gram, grid, scales, site=name).quantized if compensate else Quantized.of(weight, grid, scales)

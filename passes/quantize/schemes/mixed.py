@@ -119,7 +119,7 @@ def _bits(group: Group, format: str, int4: Int4) -> int:
         return FLOAT_BITS * N * M
     if format == "int8":
         return 8 * N * M + FLOAT_BITS * N
-    return round(int4.grid(group).bits_per_weight(N, M) * N * M)
+    return round(int4.grid(M).bits_per_weight(N, M) * N * M)
 
 
 def _candidates(choices: Mapping[str, Sequence[Choice]], budget: int) -> list[Allocation]:

@@ -264,3 +264,14 @@ def test_int8_both_sides_on_a_gaussian() -> None:
     weight, x = torch.randn(512, 512, generator=generator), torch.randn(1024, 512, generator=generator)
     rounded = IntegerGrid(8, "tensor", symmetric=False).nearest(x) @ INT8_CHANNEL.nearest(weight).T
     assert drift(rounded, x @ weight.T) <= 0.015
+
+
+@pytest.mark.parametrize(
+    "grid", [INT8_CHANNEL, FP8_CHANNEL, IntegerGrid(4, 8), IntegerGrid(4, 8, symmetric=False)], ids=str
+)
+def test_scales_of_rows_are_invariant_to_a_scale_of_rows(grid: Grid) -> None:
+    """Why no scheme scales queries against keys (F6): it rescales rows, and each row has scales of its own."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 32, generator=generator, dtype=torch.float64)
+    factor = torch.exp2(torch.randint(-3, 4, (6, 1), generator=generator).double())
+    assert torch.equal(grid.nearest(weight * factor), grid.nearest(weight) * factor)
