@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from stepfold.loop.errors import StepfoldError
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "examples" / "mnist_dit"
+SHARDS = 20
+"""Of the store of a command that is killed again and again."""
 
 
 def test_progress_counts_what_is_missing(tmp_path: Path) -> None:
@@ -139,6 +144,42 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_bytes(tiny_checkpoint: 
     assert len(found) == 10 and all(same for *_, same in found)
     assert sum(killed for killed, *_ in found) >= 5  # most were still running
     assert len({resumed for _, _, resumed, _ in found}) >= 2  # at different stages
+
+
+def started(checkpoint: Path, out: Path) -> subprocess.Popen[str]:
+    """The real command, past its plan: what follows is the work."""
+    command = [sys.executable, "-m", "stepfold", "calibrate", str(checkpoint), "--out", str(out)]
+    command += ["--samples", str(8 * SHARDS), "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    lines: list[str] = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("Disk: "):
+            return process
+    raise AssertionError("".join(lines))
+
+
+@pytest.mark.slow
+def test_a_command_that_is_killed_ten_times_ends_with_the_same_bytes(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """One store, and `kill -9` at ten seeded moments of the work; each time the same command goes on."""
+    process, begin = started(tiny_checkpoint, tmp_path / "whole"), time.perf_counter()
+    process.communicate()
+    assert process.returncode == 0
+    length, out = time.perf_counter() - begin, tmp_path / "killed"
+    chance, killed, kept = random.Random(0), 0, []
+    for _ in range(10):
+        process = started(tiny_checkpoint, out)
+        time.sleep(chance.uniform(0, length / 6))  # of which ten are less than the whole
+        process.kill()
+        process.communicate()
+        killed += process.returncode == -signal.SIGKILL
+        kept.append(len(list((out / "shards").glob("*.safetensors"))))
+    last, _ = started(tiny_checkpoint, out).communicate()
+    assert json.loads(last)["resumed"] == kept[-1]
+    assert content(out) == content(tmp_path / "whole")
+    assert kept == sorted(kept) and len(set(kept)) >= 3  # what was finished stays, and more came at most starts
+    assert killed >= 5  # most were still running
 
 
 # -- memory
