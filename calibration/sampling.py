@@ -55,19 +55,22 @@ def draw_rows(seed: int, samples: int, evaluations: int, branches: int) -> Draws
     return Draws(dict(places))
 
 
-def gram_tokens(values: torch.Tensor, seed: int, at: tuple[int, int, int, int], most: int = TOKENS) -> torch.Tensor:
-    """At most `most` rows of each sample, for a Gram matrix.
+def gram_tokens(
+    values: torch.Tensor, seed: int, at: tuple[int, int, int, int], most: int | None = None
+) -> torch.Tensor:
+    """At most so many rows of each sample, for a Gram matrix.
 
     Args:
         values: [B, T, M].
         seed: of the run.
         at: site, branch, call, and the number of the first sample.
-        most: rows of a sample.
+        most: rows of a sample; `TOKENS` by default.
 
     Returns:
         [rows, M]; all rows where there are few.
     """
     samples, tokens, width = values.shape
+    most = TOKENS if most is None else most
     if tokens <= most:
         return values.reshape(-1, width)
     site, branch, call, first = at

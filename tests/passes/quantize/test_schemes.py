@@ -252,7 +252,7 @@ def growing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Program]
 
 def test_a_range_that_drifts_gets_a_scale_for_each_bucket(growing: tuple[Program, Program]) -> None:
     _, quantized = growing
-    scales, zeros = (quantized.tables[f"layer.input_{what}"] for what in ("scale", "zero"))
+    scales, zeros = (quantized.tables[f"step.layer.input_{what}"] for what in ("scale", "zero"))
     assert scales.shape == zeros.shape == (4,) and zeros.dtype == np.uint8
     assert len(set(scales.tolist())) == 4 and scales.max() > 4 * scales.min()
     assert batch_invariant(quantized.stages)
