@@ -105,6 +105,10 @@ class LoopRun:
             if table.last_reader(j) <= k:
                 self.forget(j)
 
+    def stand_where(self, other: LoopRun) -> None:
+        """Take latent and history of a run of the same request."""
+        self.latent, self.history = other.latent, dict(other.history)
+
     def fork(self) -> LoopRun:
         """A run that stands where this one does and goes on by itself."""
         twin = copy(self)

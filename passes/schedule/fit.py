@@ -8,8 +8,9 @@ arXiv 2403.01329, without gradients).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import numpy as np
 
@@ -41,6 +42,29 @@ class Fit:
     samples: Array
 
 
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """A fit as it went, so that another that begins alike may go on from where they part.
+
+    Attributes:
+        plan: that was fitted.
+        fit: its result.
+        stands: the runs after each evaluation and before its update.
+    """
+
+    plan: Plan
+    fit: Fit
+    stands: tuple[tuple[LoopRun, ...], ...]
+
+    def shared(self, plan: Plan) -> int:
+        """How many evaluations of a plan are those of this fit: each is at a position the updates before it aimed at."""
+        alike = (
+            mine == other and (mine in self.plan.unguided) == (other in plan.unguided)
+            for mine, other in zip(self.plan.positions, plan.positions, strict=False)
+        )
+        return sum(1 for _ in takewhile(bool, alike))
+
+
 class Fitter:
     """Fits plans on one engine, one guidance scale and one set of reference trajectories."""
 
@@ -52,14 +76,35 @@ class Fitter:
 
     def fit(self, plan: Plan, terms: Terms) -> Fit:
         """Solve for every update of a plan, one after the other, in the closed loop."""
+        return self._fit(plan, terms, None, lambda runs: None)
+
+    def traced(self, plan: Plan, terms: Terms, like: Trace | None = None) -> Trace:
+        """`fit`, going on from where a fit with the same terms parts from this one. Holds every output."""
+        known = 0 if like is None else like.shared(plan)
+        stands = [] if like is None else list(like.stands[: max(0, known - 1)])
+        fit = self._fit(plan, terms, like, lambda runs: stands.append(tuple(run.fork() for run in runs)))
+        return Trace(plan, fit, tuple(stands))
+
+    def _fit(self, plan: Plan, terms: Terms, like: Trace | None, keep: Callable[[list[LoopRun]], None]) -> Fit:
+        """Fit a plan; `keep` sees the runs after each evaluation that is not taken from another fit."""
         prior = fold(self.recurrence, self.scale, plan.positions, order=1)
         table = _with_branches(prior, plan)
-        N = table.evaluations
+        N, known = table.evaluations, 0 if like is None else like.shared(plan)
         runs = self.runs(table)
         state, conditional, unconditional = np.ones(N), np.zeros((N, N)), np.zeros((N, N))
-        for k in range(N):
+        first = max(0, known - 1)  # the update behind the last evaluation that both have aims elsewhere
+        if like is not None and known:
+            before = like.fit.table
+            state[:first] = before.state[:first]
+            conditional[:first, :first] = before.conditional[:first, :first]
+            unconditional[:first, :first] = before.unconditional[:first, :first]
+            for run, stand in zip(runs, like.stands[first], strict=True):
+                run.stand_where(stand)
+        for k in range(first, N):
             for run in runs:
-                run.evaluate(k)
+                if k >= known:
+                    run.evaluate(k)
+            keep(runs)
             target = self.data.latents[table.landings[k]]
             chosen = basis(k, table.guided, terms)
             weights = self._solve(runs, chosen, target, prior, k)

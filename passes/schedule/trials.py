@@ -15,7 +15,7 @@ from ...loop.noise import SampleSet
 from ...loop.ports import BoundProgram
 from ...loop.table import FoldedTable, fold
 from ..base import Context
-from .fit import Fit, Fitter, Plan
+from .fit import Fit, Fitter, Plan, Trace
 from .options import ScheduleOptions
 from .polish import polish
 from .positions import Positions
@@ -76,13 +76,23 @@ class Trials:
         self._terms = Terms(options.outputs, options.directions if scale else 0)
         self._fits: dict[Plan, tuple[Fit, Candidate]] = {}
         self._polished: set[Plan] = set()
+        self._model: Trace | None = None
 
     def score(self, plan: Plan) -> float:
         """Mean PSNR of the closed-loop fit on the search samples."""
         if plan not in self.scores:
-            fit = self._quick.fit(plan, self._terms)
-            self.scores[plan] = float(psnr(fit.samples, self._quick.data.latents[-1]).mean())
+            trace = self._quick.traced(plan, self._terms, self._model)
+            self.scores[plan] = float(psnr(trace.fit.samples, self._quick.data.latents[-1]).mean())
+            if not plan.unguided and self._is_model(plan):
+                self._model = trace
         return self.scores[plan]
+
+    def _is_model(self, plan: Plan) -> bool:
+        """Whether plans to come are likely to begin like this one: it is the best so far of its length."""
+        model = self._model
+        if model is None or len(model.plan.positions) != len(plan.positions):
+            return True
+        return self.scores[plan] > self.scores[model.plan]
 
     def fitted(self, plan: Plan) -> Candidate:
         """The sequential fit of a plan on all calibration samples."""

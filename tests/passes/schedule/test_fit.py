@@ -178,3 +178,41 @@ def test_an_unguided_evaluation_runs_one_branch(data: Trajectories) -> None:
     np.testing.assert_array_equal(one.samples(table), fit.samples)
     halves = one.fit(Plan((0, 6)), Terms(outputs=2, directions=1))
     assert error(fit.samples, data) < error(halves.samples, data)
+
+
+# -- going on from another fit
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    """Positions from 0, some of them with one branch; the first is guided, as in every table that weighs directions."""
+    positions = (0, *sorted(draw(st.sets(st.integers(1, STEPS - 1), min_size=1, max_size=6))))
+    return Plan(positions, frozenset(draw(st.sets(st.sampled_from(positions[1:]), max_size=2))))
+
+
+@settings(max_examples=40, deadline=None)
+@given(plans(), plans(), st.integers(0, 2))
+def test_a_fit_that_goes_on_from_another_is_the_same_fit(
+    data: Trajectories, model: Plan, plan: Plan, directions: int
+) -> None:
+    one, terms = fitter(data), Terms(outputs=2, directions=directions)
+    wanted = one.fit(plan, terms)
+    found = one.traced(plan, terms, one.traced(model, terms))
+    for name, value in wanted.table.arrays().items():
+        np.testing.assert_array_equal(found.fit.table.arrays()[name], value, err_msg=name)
+    np.testing.assert_array_equal(found.fit.samples, wanted.samples)
+    again = one.traced(plan, terms, found)
+    np.testing.assert_array_equal(again.fit.samples, wanted.samples)
+
+
+@pytest.mark.parametrize(
+    ("positions", "saved"), [((0, 3, 6, 9), 4), ((0, 3, 6, 10), 3), ((0, 3, 6), 3), ((0, 4, 6, 9), 1)]
+)
+def test_what_both_evaluate_is_evaluated_once(data: Trajectories, positions: tuple[int, ...], saved: int) -> None:
+    counter = Counter()
+    one = Fitter(counter.bound(), loop(2.0), euler(STEPS), 2.0, data)
+    terms = Terms(outputs=2, directions=1)
+    model = one.traced(Plan((0, 3, 6, 9)), terms)
+    before = counter.rows
+    one.traced(Plan(positions), terms, model)
+    assert counter.rows - before == 2 * COUNT * (len(positions) - saved)

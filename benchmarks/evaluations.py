@@ -1,0 +1,81 @@
+"""What an evaluation costs: programs without a schedule, so that all evaluate every call of the sampler.
+
+Nothing is fitted to their errors. Bundles and baselines run in processes of their own and take turns. Quality is over
+samples of a seed used for nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepfold.report.bench import bench
+from stepfold.runtime.compiler import Job, cache_folder, optimize
+
+REFERENCE = Path(__file__).resolve().parents[1] / "examples" / "mnist_dit"
+STEPS = 50
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table.
+
+    Attributes:
+        name: of the folder of its bundle.
+        passes: as in a recipe.
+        backend: engine.
+        settings: of the backend, as `--set` has them.
+    """
+
+    name: str
+    passes: Sequence[Mapping[str, Any]]
+    backend: str = "onnxruntime"
+    settings: Sequence[tuple[str, str, Any]] = ()
+
+    def build(self, folder: Path) -> Path:
+        """Compile it and return the bundle."""
+        out = folder / self.name
+        recipe = {"name": "benchmark", "passes": list(self.passes)}
+        job = Job(REFERENCE, out, recipe=recipe, backend=self.backend, settings=self.settings)
+        optimize(job, lambda task, done, total: None)
+        return out
+
+
+def run(description: str, rows: Mapping[str, Row], baselines: Sequence[str]) -> None:
+    """Build the rows that the command line names, measure them in one run and print the table."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--rows", default=";".join(rows))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=12345)
+    options = parser.parse_args()
+    chosen = {name: rows[name] for name in options.rows.split(";")}
+    with tempfile.TemporaryDirectory() as scratch:
+        bundles = [row.build(Path(scratch)) for row in chosen.values()]
+        found = bench(
+            bundles,
+            reference=REFERENCE,
+            baselines=tuple(baselines),
+            count=10,
+            repeats=options.repeats,
+            seed=options.seed,
+            cache=cache_folder(),
+        ).document()
+    measured = {row["name"]: row for row in found["rows"]}
+    print_table({name: measured[row.name] for name, row in chosen.items()} | {f"*{b}*": measured[b] for b in baselines})
+
+
+def print_table(rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Milliseconds of an evaluation, its ratio to the first baseline, quality and size."""
+    whole = next(row["latency_ms"]["median"] for name, row in rows.items() if name.startswith("*"))
+    print("| program | ms for an evaluation, batch 20 | over plain float32 | PSNR | bytes |")
+    print("|---|---|---|---|---|")
+    for name, row in rows.items():
+        milliseconds = row["latency_ms"]["median"]
+        print(
+            f"| {name} | {milliseconds / STEPS:.1f} | {whole / milliseconds:.2f}x | {row['psnr_db']['mean']:.1f} dB | "
+            f"{row['size_bytes'] / 1e6:.1f} MB |"
+        )
