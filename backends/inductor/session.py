@@ -16,7 +16,7 @@ import numpy as np
 from ...loop.errors import BundleError, StepfoldError, UsageError
 from ...loop.ports import Port, StageCallable
 from ..ports import check_ports, first_line, shapes
-from .description import ObjectDescription, read
+from .description import ObjectDescription
 from .options import InductorOptions
 
 Array = np.ndarray
@@ -51,7 +51,7 @@ def open_session(
     """
     if device != "cpu":
         raise UsageError(f"device: expected cpu, the one this backend runs on; received {device!r}.")
-    description = read(file)
+    description = ObjectDescription.read(file)
     check_ports(file, "input", _ports(description.input_ports()), inputs)
     check_ports(file, "output", _ports(description.output_ports()), outputs)
     _require_machine(file, description)

@@ -13,7 +13,6 @@ import numpy as np
 
 from ...loop.errors import BundleError, StepfoldError, UsageError
 from ...loop.ports import Port, StageCallable
-from . import description
 from .cuda import Driver, Gpu, open_driver
 from .description import PlanDescription
 from .options import TensorrtOptions
@@ -51,7 +50,7 @@ def open_session(
     """
     if device != DEVICE:
         raise UsageError(f"device: expected {DEVICE}, the only one of TensorRT; received {device!r}.")
-    plan = description.read(file)
+    plan = PlanDescription.read(file)
     check_ports(file, plan, inputs, outputs)
     provider = next((candidate for candidate in PROVIDERS if candidate.name == plan.provider), None)
     if provider is None:

@@ -18,8 +18,8 @@ from programs import Modulated, component, denoiser, modulated_example
 from stages import STAGES, arrays
 
 from stepfold.backends.export import lowered
-from stepfold.backends.inductor import description
 from stepfold.backends.inductor.capability import capability
+from stepfold.backends.inductor.description import ObjectDescription
 from stepfold.backends.inductor.lower import LOWERINGS, lower, prepare, refuse_calls_back
 from stepfold.backends.inductor.options import InductorOptions
 from stepfold.backends.inductor.session import open_session
@@ -127,7 +127,7 @@ def test_files_and_description(tmp_path: Path) -> None:
         results.append(session(values)[0])
     first, second = results
     np.testing.assert_array_equal(first, second)  # though the files hold names of temporary folders
-    found = description.read(tmp_path / "a" / "step.so")
+    found = ObjectDescription.read(tmp_path / "a" / "step.so")
     assert (found.input_ports(), found.output_ports()) == (stage.inputs, stage.outputs)
     assert found.torch == torch.__version__
     able = torch.cpu.get_capabilities()

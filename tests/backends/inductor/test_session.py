@@ -18,7 +18,7 @@ from programs import component
 
 from stepfold.backends.inductor import session
 from stepfold.backends.inductor.capability import capability
-from stepfold.backends.inductor.description import beside
+from stepfold.backends.inductor.description import ObjectDescription
 from stepfold.backends.inductor.options import InductorOptions
 from stepfold.ir.program import Stage
 from stepfold.loop.errors import BundleError, StepfoldError, UsageError
@@ -183,7 +183,7 @@ def test_other_ports_are_refused(file: Path, stage: Stage, ports: dict[str, Any]
 
 
 def describe(file: Path, **changes: Any) -> None:
-    path = beside(file)
+    path = ObjectDescription.beside(file)
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
@@ -208,9 +208,9 @@ def test_code_for_another_machine_is_not_opened(
 
 @pytest.mark.parametrize("content", [None, "{", "{}"], ids=["missing", "half", "empty"])
 def test_a_description_that_cannot_be_read(copied: Path, stage: Stage, content: str | None) -> None:
-    beside(copied).unlink()
+    ObjectDescription.beside(copied).unlink()
     if content is not None:
-        beside(copied).write_text(content)
+        ObjectDescription.beside(copied).write_text(content)
     with pytest.raises(BundleError, match=r"expected the description of forward\.so; .* Build it again\.$"):
         opened(copied, stage)
 
@@ -243,9 +243,9 @@ torch._C._pickle_load_obj = never
 from pathlib import Path
 import numpy as np
 from stepfold.backends import get
-from stepfold.backends.inductor.description import read
+from stepfold.backends.inductor.description import ObjectDescription
 file = Path(sys.argv[1])
-found = read(file)
+found = ObjectDescription.read(file)
 call = get("inductor").open_session(file, found.input_ports(), found.output_ports(), threads=1)
 print(call({"x": np.ones((3, 2), np.float32), "index": np.zeros(3, np.int64)})[0].tolist())
 print([name for name in sys.modules if name.startswith(("stepfold.ir", "torch._inductor", "torch._dynamo."))])

@@ -15,7 +15,7 @@ from zoo import DIT, FLUX, PIXART, QWENIMAGE, SD3, UNET, ZooModel
 
 import stepfold
 from stepfold.backends.registry import Backend, get
-from stepfold.backends.tensorrt import description
+from stepfold.backends.tensorrt.description import PlanDescription
 from stepfold.backends.tensorrt.lower import lower
 from stepfold.backends.tensorrt.options import TensorrtOptions
 from stepfold.bundle.manifest import Manifest
@@ -34,7 +34,7 @@ no_gpu = pytest.mark.skipif(get("tensorrt").capability().can_run, reason="a GPU 
 
 
 def types(folder: Path, stage: str) -> set[str]:
-    plan = description.read(folder / "stages" / f"{stage}.engine")
+    plan = PlanDescription.read(folder / "stages" / f"{stage}.engine")
     return {name for layer in plan.layers if layer.kind == "MATRIX_MULTIPLY" for name in layer.types}
 
 
@@ -112,7 +112,7 @@ def test_the_reference_checkpoint_becomes_a_bundle(tmp_path: Path, monkeypatch: 
     (table,) = json.loads((tmp_path / "bundle" / "schedule.json").read_text())["scales"]
     assert table["fitted_on"] == "reference"
     for name in ("once", "once_timestep", "step"):
-        assert description.read(tmp_path / "bundle" / "stages" / f"{name}.engine").capability == "SM89"
+        assert PlanDescription.read(tmp_path / "bundle" / "stages" / f"{name}.engine").capability == "SM89"
 
 
 class Layered(torch.nn.Module):
@@ -153,6 +153,6 @@ def test_models_of_the_zoo(model: ZooModel, precision: str, name: str, tmp_path:
     stage = capture(model.build(), model.kwargs(2), model.loop()).step
     (tmp_path / "stages").mkdir()
     options = TensorrtOptions.model_validate({**SM89, "precision": precision})
-    plan = description.read(lower(stage, tmp_path / "stages", options))
+    plan = PlanDescription.read(lower(stage, tmp_path / "stages", options))
     assert set(plan.input_ports()) == set(stage.inputs) and plan.output_ports() == stage.outputs
     assert types(tmp_path, "step") - {"int64", "int32"} == {name}

@@ -9,7 +9,6 @@ import pytest
 import torch
 from tensorrt_stages import SM89, block, needs_rtx, stage_of, symmetric_int8
 
-from stepfold.backends.tensorrt import description
 from stepfold.backends.tensorrt.description import Batch, PlanDescription
 from stepfold.backends.tensorrt.lower import lower
 from stepfold.backends.tensorrt.options import TensorrtOptions
@@ -23,7 +22,7 @@ PRODUCTS = ("MATRIX_MULTIPLY", "CONVOLUTION")
 
 def built(stage: Stage, folder: Path, options: TensorrtOptions = SM89) -> PlanDescription:
     folder.mkdir()
-    return description.read(lower(stage, folder, options))
+    return PlanDescription.read(lower(stage, folder, options))
 
 
 def types(plan: PlanDescription, *kinds: str) -> Counter:

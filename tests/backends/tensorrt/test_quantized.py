@@ -11,7 +11,6 @@ import torch
 from programs import component, context_of
 from tensorrt_stages import SM89, Block, needs_rtx
 
-from stepfold.backends.tensorrt import description
 from stepfold.backends.tensorrt.description import PlanDescription
 from stepfold.backends.tensorrt.lower import lower
 from stepfold.backends.tensorrt.options import TensorrtOptions
@@ -38,7 +37,7 @@ def plan_of(folder: Path, options: TensorrtOptions = SM89, **scheme: Any) -> Pla
     program = component(Head(), x, shift, torch.tensor([700.5, 33.0]))
     operation = Quantize(QuantizeOptions.model_validate(scheme))
     quantized = operation.run(program, context_of(program, folder / "cache")).program
-    return description.read(lower(quantized.step, folder, options))
+    return PlanDescription.read(lower(quantized.step, folder, options))
 
 
 def types(plan: PlanDescription, kind: str) -> Counter[str]:

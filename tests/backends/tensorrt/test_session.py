@@ -13,7 +13,7 @@ from stepfold.backends.tensorrt import cuda as driver_module
 from stepfold.backends.tensorrt import provider as provider_module
 from stepfold.backends.tensorrt import session
 from stepfold.backends.tensorrt.cuda import Driver, Gpu
-from stepfold.backends.tensorrt.description import Batch, PlanDescription, beside
+from stepfold.backends.tensorrt.description import Batch, PlanDescription
 from stepfold.backends.tensorrt.provider import RTX, Provider
 from stepfold.bundle.manifest import PortEntry
 from stepfold.loop.errors import BundleError, StepfoldError, UsageError
@@ -229,8 +229,8 @@ def test_a_plan_with_other_ports(file: Path, inputs: tuple, outputs: tuple, kind
     ],
 )
 def test_a_damaged_description(file: Path, content: str | None, message: str) -> None:
-    beside(file).unlink()
+    PlanDescription.beside(file).unlink()
     if content is not None:
-        beside(file).write_text(content)
+        PlanDescription.beside(file).write_text(content)
     with pytest.raises(BundleError, match=message):
         session.open_session(file, INPUTS, OUTPUTS)
