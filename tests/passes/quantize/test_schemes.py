@@ -190,6 +190,11 @@ def test_the_branch_is_two_plain_layers(results: dict[str, PassResult]) -> None:
     assert found["linear.default"] == 4 + 6 + 1 and found["stepfold.blocked_linear.default"] == 6
 
 
+def test_what_an_activation_writes_is_shifted_for_symmetric_codes(results: dict[str, PassResult]) -> None:
+    assert results["int8 symmetric"].details["shifted"].keys() == {"down"}
+    assert operators(results["int8 symmetric"].program.step).count("sub.Tensor") == 1
+
+
 def test_mixed_spends_what_it_may(program: Program, context: Context, results: dict[str, PassResult]) -> None:
     details = results["mixed"].details
     assert details["bits"] <= 7.0 and set(details["formats"]) == {"q", "out", "up", "down"}
