@@ -105,47 +105,6 @@ def test_without_gram_matrices(tmp_path: Path) -> None:
 # -- killed
 
 
-KILLED = """
-import json, os, random, signal, sys, time
-from pathlib import Path
-import torch
-torch.set_num_threads(1)  # no thread pool exists when this process forks
-sys.path.insert(0, sys.argv[1])
-from calibrated import calibrated, content
-from stepfold.frontend.load import load_checkpoint
-
-checkpoint, out, moments = Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
-program = load_checkpoint(checkpoint).capture()
-start = time.perf_counter()
-calibrated(program, out / "whole", 24)
-length, expected = time.perf_counter() - start, content(out / "whole")
-chance, found = random.Random(0), []
-for n in range(moments):
-    child = os.fork()
-    if child == 0:
-        calibrated(program, out / str(n), 24)
-        os._exit(0)
-    time.sleep(chance.uniform(0, length))
-    os.kill(child, signal.SIGKILL)
-    killed = os.waitpid(child, 0)[1] != 0
-    left = content(out / str(n)) if (out / str(n)).exists() else {}
-    resumed = calibrated(program, out / str(n), 24).resumed
-    found.append([killed, len(left), resumed, content(out / str(n)) == expected])
-print(json.dumps(found))
-"""
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_and_resumed_gives_the_same_bytes(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLED, str(ROOT / "tests"), str(tiny_checkpoint), str(tmp_path), "10"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 10 and all(same for *_, same in found)
-    assert sum(killed for killed, *_ in found) >= 5  # most were still running
-    assert len({resumed for _, _, resumed, _ in found}) >= 2  # at different stages
-
-
 def started(checkpoint: Path, out: Path) -> subprocess.Popen[str]:
     """The real command, past its plan: what follows is the work."""
     command = [sys.executable, "-m", "stepfold", "calibrate", str(checkpoint), "--out", str(out)]
