@@ -163,6 +163,35 @@ class FrozenDimensionEntry(Strict):
     source: str
 
 
+class TokenizerEntry(Strict):
+    """A tokenizer, as its `tokenizer.json`: padding and truncation included."""
+
+    input: str
+    file: str
+
+
+class PipelineEntry(Strict):
+    """What a diffusers pipeline does around the loop.
+
+    Attributes:
+        tokenizers: one for each input of `text`: the token numbers [B, T] of a prompt.
+        text: folder of a bundle within this one, from token numbers to conditions; None where there are no prompts.
+        decoder: folder of a bundle within this one, from latents to images in [-1, 1]; None where latents are images.
+        given: conditions that the pipeline sets itself, name -> the value of one sample.
+    """
+
+    class_name: str = Field(validation_alias=AliasChoices("class", "class_name"), serialization_alias="class")
+    tokenizers: tuple[TokenizerEntry, ...] = ()
+    text: str | None = None
+    decoder: str | None = None
+    given: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The bundles within this one."""
+        return tuple(folder for folder in (self.text, self.decoder) if folder is not None)
+
+
 class FileEntry(Strict):
     """Digest and size of a file."""
 
@@ -179,6 +208,7 @@ class Manifest(Strict):
         constants: keyword arguments baked in at capture.
         probe: the file with recorded inputs and outputs, replayed by `verify`.
         further_probes: one more for each further stage that shares the loop.
+        pipeline: what surrounds the loop in a diffusers pipeline.
         files: digest of every file but the manifest, by relative POSIX path.
     """
 
@@ -200,6 +230,7 @@ class Manifest(Strict):
     frozen_dimensions: tuple[FrozenDimensionEntry, ...] = ()
     probe: str | None = None
     further_probes: tuple[str, ...] = ()
+    pipeline: PipelineEntry | None = None
     files: dict[str, FileEntry] = Field(default_factory=dict)
 
     @model_validator(mode="after")

@@ -57,6 +57,19 @@ class Bundle:
             raise BundleError(f"{self.path}: expected {TABLES} with the recurrence of the loop. {AGAIN}")
         return tables
 
+    def within(self, folder: str) -> Bundle:
+        """A bundle that lies within this one, whose files were checked with it.
+
+        Raises:
+            BundleError: its manifest cannot be used, or names a file that this one does not.
+        """
+        path = self.file(f"{folder}/{MANIFEST}").parent
+        manifest = read_manifest(path)
+        for name, entry in manifest.files.items():
+            if self.manifest.files.get(f"{folder}/{name}") != entry:
+                raise BundleError(f"{path}: {name!r} is not what the manifest of {self.path} says. {AGAIN}")
+        return Bundle(path, manifest)
+
     def probe(self) -> Probe | None:
         """The first recorded probe, if there is one."""
         return next(self.probes(), None)
@@ -93,13 +106,21 @@ def read_manifest(path: Path) -> Manifest:
         manifest = Manifest.model_validate(data)
     except ValidationError as error:
         raise BundleError(f"{path / MANIFEST}: {describe(error)}. {AGAIN}") from None
-    used = [*(stage.file for stage in manifest.stages), *manifest.probes]
+    used = [*(stage.file for stage in manifest.stages), *manifest.probes, *_around(manifest)]
     for name in (*manifest.files, *used):
         inside(path, name)
     for name in used:
         if name not in manifest.files:
             raise BundleError(f"{path / MANIFEST}: {name!r} has no hash among the files. {AGAIN}")
     return manifest
+
+
+def _around(manifest: Manifest) -> list[str]:
+    """The files of what surrounds the loop that the manifest names."""
+    if manifest.pipeline is None:
+        return []
+    tokenizers = [entry.file for entry in manifest.pipeline.tokenizers]
+    return tokenizers + [f"{folder}/{MANIFEST}" for folder in manifest.pipeline.folders]
 
 
 def _json(path: Path) -> Any:

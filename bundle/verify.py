@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..loop.errors import BundleError, StepfoldError, UsageError
@@ -36,11 +37,22 @@ def verify(path: Path | str, load_session: LoadSession) -> tuple[list[str], list
     problems = damaged + unknown_files(path, manifest)
     if damaged:
         return problems, ["stages and probe: not run from damaged files."]
+    not_checked_here = list[str]()
     try:
-        found, not_checked_here = _run(Bundle(path, manifest), load_session)
+        for prefix, bundle in _bundles(Bundle(path, manifest)):
+            found, left = _run(bundle, load_session)
+            problems += [f"{prefix}{line}" for line in found]
+            not_checked_here += [f"{prefix}{line}" for line in left]
     except StepfoldError as error:
-        return [*problems, str(error)], ["probe: not replayed."]
-    return problems + found, not_checked_here
+        return [*problems, str(error)], [*not_checked_here, "probe: not replayed."]
+    return problems, not_checked_here
+
+
+def _bundles(bundle: Bundle) -> Iterator[tuple[str, Bundle]]:
+    """The bundle, and those of a pipeline that lie within it, each with what its lines begin with."""
+    yield "", bundle
+    for folder in bundle.manifest.pipeline.folders if bundle.manifest.pipeline else ():
+        yield f"{folder}: ", bundle.within(folder)
 
 
 def file_problems(path: Path, manifest: Manifest) -> list[str]:

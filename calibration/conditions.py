@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from ..ir.program import Program
 from ..loop.classes import class_conditions, class_input
@@ -16,7 +17,8 @@ def sample_request(program: Program, samples: SampleSet) -> Request:
     """Noise and conditions of a sample set.
 
     A class index takes its valid values in turn; any other condition cycles through the rows of the example the
-    program was captured with. In the unconditional branch a condition without a declared value keeps its value.
+    program was captured with, and so does the other branch where a pipeline gave it values of its own; elsewhere in
+    that branch a condition without a declared value keeps its value, or is zero where the caller has to give it.
     """
     loop = program.loop
     if loop is None:
@@ -24,17 +26,17 @@ def sample_request(program: Program, samples: SampleSet) -> Request:
     if class_input(program.inputs, loop) is not None:
         conditions = class_conditions(program.inputs, loop, samples.count)
     else:
-        conditions = {i.name: _cycle(program, i.name, samples.count) for i in program.inputs if i.role == "condition"}
+        names = [port.name for port in program.inputs if port.role == "condition"]
+        conditions = {name: _cycle(program.example[name], samples.count) for name in names}
     unconditional = None
     if loop.guidance is not None:
         given = loop.guidance.unconditional
         values = given if isinstance(given, dict) else dict.fromkeys(conditions, 0)
         unconditional = {
             name: np.full_like(value, values[name]) if name in values else value for name, value in conditions.items()
-        }
+        } | {name: _cycle(rows, samples.count) for name, rows in program.unconditional.items()}
     return Request(samples.noise(loop.latent.shape), conditions, unconditional)
 
 
-def _cycle(program: Program, name: str, count: int) -> Array:
-    rows = program.example[name].numpy()
-    return rows[np.arange(count) % len(rows)]
+def _cycle(rows: torch.Tensor, count: int) -> Array:
+    return rows.numpy()[np.arange(count) % len(rows)]

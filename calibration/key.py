@@ -85,6 +85,7 @@ def _conditions(program: Program) -> str:
     elif class_input(program.inputs, program.loop) is None:
         named = [item.name for item in program.inputs if item.role == "condition"]
         values |= {f"condition {name}": program.example[name] for name in named}
+        values |= {f"unconditional {name}": value for name, value in program.unconditional.items()}
     digest = hashlib.sha256()
     for name, value in sorted(values.items()):
         if isinstance(value, torch.Tensor):

@@ -129,7 +129,8 @@ def _key(program: Program, samples: SampleSet, scale: float | None, whole: bool)
         json.dumps([samples.entropy, samples.count, scale, whole]),
     ]
     digest = hashlib.sha256("\n".join(parts).encode())
-    for name, value in sorted({**program.constants, **program.example}.items()):
+    other = {f"unconditional {name}": value for name, value in program.unconditional.items()}
+    for name, value in sorted({**program.constants, **program.example, **other}.items()):
         digest.update(
             f"{name} {tuple(value.shape)}".encode() if isinstance(value, torch.Tensor) else repr(value).encode()
         )

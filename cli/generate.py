@@ -14,6 +14,7 @@ from ..loop.classes import class_conditions
 from ..loop.errors import UsageError
 from ..loop.noise import noise as seeded_noise
 from ..loop.spec import LoopSpec
+from ..runtime.prompts import draw
 from .console import console, working
 from .options import BUNDLE_OR_CHECKPOINT, Guidance, Seed, is_bundle
 
@@ -46,25 +47,41 @@ def generate(
     noise: Annotated[
         Path | None, typer.Option("--noise", metavar="FILE.npy", help="Noise to start from: float32 [B, C, H, W].")
     ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", metavar="TEXT", help="What to draw; several are taken in turn."),
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option("--negative-prompt", metavar="TEXT", help="What to keep away from.")
+    ] = None,
     guidance: Guidance = None,
 ) -> None:
     """Sample from a bundle with its engine, or from a checkpoint with PyTorch and every call of the loop.
 
     Without --classes, sample i has class i modulo the number of classes. The same seed gives both the same noise.
+    A bundle of a text-to-image pipeline takes --prompt.
 
     $ stepfold generate out/mnist --out digits.png --count 20 --seed 7
     """
     _check_targets(out, npy)
     chosen = None if classes is None else parse_classes(classes)
     given = None if noise is None else read_noise(noise)
-    wanted = _count(count, chosen, given)
+    if prompt and chosen is not None:
+        raise UsageError("--classes: expected --classes or --prompt; received both. Leave one of them out.")
+    if negative_prompt is not None and not prompt:
+        raise UsageError("--negative-prompt: expected a --prompt beside it; received none.")
+    wanted = _count(count, chosen or prompt, given)
     with working() as progress:
         progress("loading", 0, 1)
         sampler = _open(model)
-        loop = _looped(model, sampler.loop, drawn=out is not None)
+        loop = _looped(model, sampler, drawn=out is not None)
         start = seeded_noise(seed, (wanted, *loop.latent.shape)) if given is None else given
-        conditions = class_conditions(sampler.program.inputs, loop, wanted, chosen)
-        samples = sampler.sample(start, guidance, progress.task("sampling"), conditions=conditions)
+        told = progress.task("sampling")
+        if prompt:
+            samples = draw(sampler, loop, sampler.ends, start, prompt, negative_prompt, guidance, told)
+        else:
+            conditions = class_conditions(sampler.program.inputs, loop, wanted, chosen)
+            samples = sampler.ends.images(sampler.sample(start, guidance, told, conditions=conditions))
     _write(samples, out, npy)
 
 
@@ -104,12 +121,12 @@ def _check_targets(out: Path | None, npy: Path | None) -> None:
             raise UsageError(f"{option}: expected a file; received the folder {path}.")
 
 
-def _count(count: int | None, classes: Sequence[int] | None, noise: Array | None) -> int:
+def _count(count: int | None, chosen: Sequence[object] | None, noise: Array | None) -> int:
     """How many samples to make."""
     rows = None if noise is None or noise.ndim == 0 else len(noise)
     if rows is not None and count not in (None, rows):
         raise UsageError(f"--count: expected {rows}, the samples of --noise; received {count}. Leave one of them out.")
-    return count or rows or len(classes or ()) or 1
+    return count or rows or len(chosen or ()) or 1
 
 
 def _open(model: Path) -> Engine | Unoptimized:
@@ -122,12 +139,13 @@ def _open(model: Path) -> Engine | Unoptimized:
     return load_unoptimized(model)
 
 
-def _looped(model: Path, loop: LoopSpec | None, drawn: bool) -> LoopSpec:
+def _looped(model: Path, sampler: Engine | Unoptimized, drawn: bool) -> LoopSpec:
     """The loop; refuses, before anything is computed, what has none or cannot be drawn."""
+    loop = sampler.loop
     if loop is None:
         raise UsageError(f"{model}: expected a model with a loop; received a component, which makes no samples.")
     shape = loop.latent.shape
-    if drawn and not (len(shape) == 3 and shape[0] in (1, 3)):
+    if drawn and sampler.ends.decoder is None and not (len(shape) == 3 and shape[0] in (1, 3)):
         raise UsageError(
             f"--out: expected a model whose latents are images, [1 or 3, H, W]; its latents are {list(shape)}. Save "
             "the numbers instead: --npy FILE.npy"

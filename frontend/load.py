@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ import torch
 from ..ir.program import ModelIdentity, Program
 from ..loop.errors import UsageError
 from ..loop.spec import ComponentFile, LoopSpec, read_loop
+from .calling import flatten
 from .capture import capture
 from .examples import TEXT_ENCODERS, example_kwargs, read_tensors, unknown_inputs
 from .identity import weights_hash
+from .surroundings import Surroundings
+from .surroundings.ends import Ends, capture_ends
 from .weights import find_weights, model_class, read_model
 
 logger = logging.getLogger(__name__)
@@ -26,6 +29,14 @@ CONFIG_FILE = "config.json"
 LOOP_FILE = "loop.yaml"
 INPUTS_FILE = "inputs.safetensors"
 PIPELINE_FILE = "model_index.json"
+
+
+@dataclass(frozen=True)
+class Around:
+    """What a pipeline does around its loop, and the prompts that it was run with: None where it got embeddings."""
+
+    surroundings: Surroundings
+    prompts: Sequence[str] | None
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,8 @@ class Checkpoint:
         kwargs: one example call: a row for each row of the example inputs, two where none were given.
         weights_sha256: hash of the weights (in float32).
         config: the content of `config.json`.
+        unconditional: conditions [B, ...] of the other branch in that call, where a pipeline gave them.
+        around: what a pipeline does before and behind the loop, where stepfold knows it.
     """
 
     path: Path
@@ -51,6 +64,8 @@ class Checkpoint:
     kwargs: dict[str, Any]
     weights_sha256: str
     config: dict[str, Any]
+    unconditional: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    around: Around | None = None
 
     @property
     def method(self) -> str:
@@ -60,7 +75,16 @@ class Checkpoint:
     def capture(self) -> Program:
         """Capture the model as its loop, or its caller, calls it."""
         identity = ModelIdentity(self.class_name, self.weights_sha256)
-        return capture(self.model, self.kwargs, self.loop, method=self.method, identity=identity)
+        program = capture(self.model, self.kwargs, self.loop, method=self.method, identity=identity)
+        return replace(program, unconditional=self.unconditional)
+
+    def capture_ends(self) -> Ends | None:
+        """Capture what surrounds the loop in a pipeline, None where nothing is known about it; raises as it does."""
+        if self.around is None or self.loop is None:
+            return None
+        tensors, _ = flatten(self.kwargs)
+        conditions = {name: tensors[name] for name, spec in self.loop.inputs.items() if spec.role == "condition"}
+        return capture_ends(self.around.surroundings, self.around.prompts, conditions, self.loop.latent.shape)
 
 
 def load_checkpoint(path: Path, *, loop: Path | None = None, inputs: Path | None = None) -> Checkpoint:

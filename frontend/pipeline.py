@@ -14,9 +14,20 @@ import torch
 from ..loop.errors import UsageError, nearest
 from .examples import BATCH, read_tensors
 from .identity import weights_hash
-from .load import INPUTS_FILE, LOOP_FILE, PIPELINE_FILE, Checkpoint, class_of, load_checkpoint, loop_lines, read_config
+from .load import (
+    INPUTS_FILE,
+    LOOP_FILE,
+    PIPELINE_FILE,
+    Around,
+    Checkpoint,
+    class_of,
+    load_checkpoint,
+    loop_lines,
+    read_config,
+)
 from .recorder import Recording, recording
 from .roles import infer
+from .surroundings import SURROUNDINGS
 from .weights import LOADING_ERRORS, PICKLES, find_weights, read_model
 
 logger = logging.getLogger(__name__)
@@ -58,7 +69,8 @@ def load_pipeline(path: Path, *, loop: Path | None = None, inputs: Path | None =
     denoiser = read_model(path / role, class_name, library, find_weights(path / role))
     pipeline = _pipeline(path, components, role, denoiser)
     given = read_tensors(inputs or path / INPUTS_FILE) if inputs or (path / INPUTS_FILE).is_file() else {}
-    recorded = _record(path, pipeline, denoiser, _arguments(path, pipeline, given))
+    arguments = _arguments(path, pipeline, given)
+    recorded = _record(path, pipeline, denoiser, arguments)
     steps = _default(pipeline, "num_inference_steps", 50)
     inferred = infer(recorded, pipeline.scheduler, BATCH, steps)
     return Checkpoint(
@@ -70,7 +82,18 @@ def load_pipeline(path: Path, *, loop: Path | None = None, inputs: Path | None =
         kwargs=inferred.kwargs,
         weights_sha256=weights_hash(denoiser),
         config=config,
+        unconditional=inferred.unconditional,
+        around=_around(pipeline, arguments),
     )
+
+
+def _around(pipeline: Any, arguments: Mapping[str, Any]) -> Around | None:
+    """What surrounds the loop, where stepfold knows pipelines of this class."""
+    name = type(pipeline).__name__
+    if name not in SURROUNDINGS:
+        logger.info("%s: prompts and images of this pipeline are not compiled, only its denoiser", name)
+        return None
+    return Around(SURROUNDINGS[name](pipeline), arguments.get("prompt"))
 
 
 def _components(path: Path) -> dict[str, Any]:

@@ -40,10 +40,12 @@ class Inferred:
     Attributes:
         loop: roles, sampler and guidance.
         kwargs: one example call of the conditional branch.
+        unconditional: conditions of the other branch in that call, where the caller supplies them.
     """
 
     loop: LoopSpec
     kwargs: dict[str, Any]
+    unconditional: dict[str, torch.Tensor]
 
 
 def infer(recorded: Recording, scheduler: Any, batch: int, steps: int) -> Inferred:
@@ -77,7 +79,14 @@ def infer(recorded: Recording, scheduler: Any, batch: int, steps: int) -> Inferr
         constants=_plain_constants(kwargs),
     )
     _replay(loop, first, second, batch, (conditional, state))
-    return Inferred(loop, kwargs)
+    return Inferred(loop, kwargs, _unconditional(loop, unconditional))
+
+
+def _unconditional(loop: LoopSpec, branch: Branch | None) -> dict[str, torch.Tensor]:
+    if branch is None or loop.guidance is None or loop.guidance.unconditional != "input":
+        return {}
+    tensors, _ = flatten(branch.arguments)
+    return {name: tensors[name] for name, spec in loop.inputs.items() if spec.role == "condition" and name in tensors}
 
 
 def _latent(step: Step, batch: int) -> torch.Tensor:

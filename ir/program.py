@@ -135,6 +135,8 @@ class Program:
         records: what each pass did.
         frozen: dimensions the capture specialized.
         constants: keyword arguments baked in at capture, by name.
+        unconditional: conditions [B, ...] of the other branch for the rows of `example`, where the caller of the loop
+            supplies them.
     """
 
     stages: tuple[Stage, ...]
@@ -149,6 +151,7 @@ class Program:
     records: tuple[PassRecord, ...] = ()
     frozen: tuple[FrozenDimension, ...] = ()
     constants: Mapping[str, Any] = field(default_factory=dict)
+    unconditional: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def steps(self) -> tuple[Stage, ...]:

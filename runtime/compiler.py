@@ -103,6 +103,7 @@ def optimize(job: Job, progress: Progress, finish: Finish | None = None) -> dict
     from ..frontend.load import load_checkpoint
     from ..passes.manager import run_passes
     from .packing import pack, summary
+    from .surroundings import optimize_ends, pack_ends
 
     start = time.perf_counter()
     check_out(job.out, job.overwrite)
@@ -117,7 +118,10 @@ def optimize(job: Job, progress: Progress, finish: Finish | None = None) -> dict
         original = checkpoint.capture()
         if statistics is not None:
             statistics.require(original)
+        ends = checkpoint.capture_ends()
         context = make_context(original, shop, job.seed, job.min_psnr, progress, statistics)
+        if ends is not None:
+            ends = optimize_ends(ends, steps, lambda end: make_context(end, shop, job.seed, None, progress))
         program = run_passes(original, steps, context)
         progress("compiling", 0, len(program.stages))
         bound = shop.open(program)
@@ -125,7 +129,8 @@ def optimize(job: Job, progress: Progress, finish: Finish | None = None) -> dict
         entry = quality.entry if quality else None
         check_budget(program, entry, job.min_psnr)
         with writing(job.out, job.overwrite) as folder:
-            manifest = pack(folder, program, bound, shop, recipe, entry, job.seed)
+            pipeline = None if ends is None else pack_ends(folder, ends, shop, recipe)
+            manifest = pack(folder, program, bound, shop, recipe, entry, job.seed, pipeline)
             document = summary(job.out, manifest, program, shop, time.perf_counter() - start)
             if finish is not None:
                 pictures = quality.pictures(PICTURES) if quality else {}

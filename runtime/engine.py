@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from ..loop.recurrence import Recurrence
 from ..loop.spec import LoopSpec
 from ..loop.table import FoldedTable, fold
 from .arguments import check_arguments
+from .ends import Ends
+from .prompts import draw
 from .request import build_request
 
 logger = logging.getLogger(__name__)
@@ -53,7 +56,11 @@ def load(path: Path | str, *, threads: int | None = None, device: str | None = N
     def load_session(bundle: Bundle, stage: StageEntry) -> StageCallable:
         return open_stage(bundle, stage, threads=threads, device=device)
 
-    return Engine(bundle, tables, bind(bundle, tables, load_session))
+    def open_within(folder: str) -> BoundProgram:
+        inner = bundle.within(folder)
+        return bind(inner, inner.tables(), load_session)
+
+    return Engine(bundle, tables, bind(bundle, tables, load_session), open_within)
 
 
 def open_stage(
@@ -79,11 +86,24 @@ class Engine:
         program: the stages as callables.
     """
 
-    def __init__(self, bundle: Bundle, tables: Tables, program: BoundProgram):
+    def __init__(
+        self, bundle: Bundle, tables: Tables, program: BoundProgram, open_within: Callable[[str], BoundProgram]
+    ):
         """See `load`."""
         self.bundle = bundle
         self.tables = tables
         self.program = program
+        self._open = open_within
+
+    @cached_property
+    def ends(self) -> Ends:
+        """What the pipeline does around the loop; its stages are opened when it is first asked for."""
+        entry = self.manifest.pipeline
+        if entry is None:
+            return Ends({}, None, None, {})
+        tokenizers = {item.input: self.bundle.file(item.file).read_text("utf-8") for item in entry.tokenizers}
+        text, decoder = (None if folder is None else self._open(folder) for folder in (entry.text, entry.decoder))
+        return Ends(tokenizers, text, decoder, entry.given)
 
     @property
     def manifest(self) -> Manifest:
@@ -175,6 +195,43 @@ class Engine:
         conditions = class_conditions(self.program.inputs, loop, count, classes)
         noise = seeded_noise(seed, (count, *loop.latent.shape))
         return self.sample(noise, guidance, on_step, conditions=conditions)
+
+    def draw(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | None = None,
+        *,
+        count: int | None = None,
+        seed: int = 0,
+        guidance: float | None = None,
+        on_step: OnStep | None = None,
+    ) -> Array:
+        """Images of prompts, with the text encoders and the decoder of the pipeline.
+
+        Args:
+            prompt: one, or one for each image.
+            negative_prompt: what to keep away from; empty when it is not given.
+            count: of images; None makes one for each prompt. Prompts are cycled.
+            seed: of the noise, see `stepfold.loop.noise`.
+            guidance: see `sample`.
+            on_step: see `sample`.
+
+        Returns:
+            float32 [count, C, H, W] in [-1, 1].
+
+        Raises:
+            UsageError: the model takes no prompts, or the request does not fit it.
+        """
+        loop, _ = self._looped()
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        count = len(prompts) if count is None else count
+        if not prompts or count < 1 or seed < 0:
+            raise UsageError(
+                f"draw: expected a prompt, count >= 1 and seed >= 0; received {len(prompts)} prompts, count={count}, "
+                f"seed={seed}."
+            )
+        noise = seeded_noise(seed, (count, *loop.latent.shape))
+        return draw(self, loop, self.ends, noise, prompts, negative_prompt, guidance, on_step)
 
     def table(self, guidance: float | None = None) -> FoldedTable:
         """The table of a guidance scale: the fitted one, or the unfitted fold of every grid call.

@@ -17,6 +17,7 @@ from ..bundle.manifest import (
     Manifest,
     ModelEntry,
     PassEntry,
+    PipelineEntry,
     PortEntry,
     QualityEntry,
     ScheduleEntry,
@@ -46,6 +47,7 @@ def pack(
     recipe: Recipe,
     quality: QualityEntry | None,
     seed: int | None,
+    pipeline: PipelineEntry | None = None,
 ) -> Manifest:
     """Write stages, tables, schedule, probe and manifest into an empty folder.
 
@@ -57,6 +59,7 @@ def pack(
         recipe: as it was run.
         quality: on held-out samples, None where it was not measured.
         seed: of the sample sets, None where they are not known.
+        pipeline: what surrounds the loop, its files written before.
     """
     stages = tuple(_copy_stage(folder, shop, stage) for stage in program.stages)
     tables = _tables(program)
@@ -90,6 +93,7 @@ def pack(
         frozen_dimensions=tuple(FrozenDimensionEntry(**asdict(f)) for f in program.frozen),
         probe=probe,
         further_probes=tuple(further),
+        pipeline=pipeline,
     )
     return write_manifest(folder, manifest)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,8 +14,12 @@ from ..loop.ports import BoundProgram
 from ..loop.recurrence import Recurrence
 from ..loop.spec import LoopSpec
 from ..loop.table import fold
+from .ends import Ends
 from .engine import guidance_scale
 from .request import build_request
+
+if TYPE_CHECKING:
+    from ..frontend.load import Checkpoint
 
 Array = np.ndarray
 
@@ -26,12 +30,14 @@ class Unoptimized:
     Attributes:
         loop: sampler, guidance and roles.
         program: the captured network as callables.
+        ends: what its pipeline does around the loop.
     """
 
-    def __init__(self, loop: LoopSpec, recurrence: Recurrence, program: BoundProgram):
+    def __init__(self, loop: LoopSpec, recurrence: Recurrence, program: BoundProgram, ends: Ends):
         """See `load_unoptimized`."""
         self.loop = loop
         self.program = program
+        self.ends = ends
         self._recurrence = recurrence
 
     def sample(
@@ -40,6 +46,7 @@ class Unoptimized:
         guidance: float | None = None,
         on_step: OnStep | None = None,
         *,
+        unconditional: Mapping[str, Any] | None = None,
         conditions: Mapping[str, Any] | None = None,
     ) -> Array:
         """Run every call of the loop.
@@ -48,6 +55,7 @@ class Unoptimized:
             noise: float32 [B, *latent], standard normal.
             guidance: scale; None takes that of the loop.
             on_step: called with (evaluations done, evaluations in all).
+            unconditional: name -> [B, ...] of the unconditional branch, where the loop takes it as an input.
             conditions: name -> [B, ...].
 
         Returns:
@@ -58,7 +66,7 @@ class Unoptimized:
         """
         table = fold(self._recurrence, guidance_scale(self.loop, guidance))
         guided = bool(table.guided.any())
-        request = build_request(self.program.inputs, self.loop, noise, conditions or {}, None, guided)
+        request = build_request(self.program.inputs, self.loop, noise, conditions or {}, unconditional, guided)
         return run_loop(self.program, self.loop, request, table, on_step)
 
 
@@ -70,7 +78,16 @@ def load_unoptimized(checkpoint: Path) -> Unoptimized:
     """
     from ..frontend.load import load_checkpoint
 
-    program = load_checkpoint(checkpoint).capture()
+    loaded = load_checkpoint(checkpoint)
+    program = loaded.capture()
     if program.loop is None or program.recurrence is None:
         raise UsageError(f"{checkpoint}: expected a model with a loop; received a component, which makes no samples.")
-    return Unoptimized(program.loop, program.recurrence, program.bind())
+    return Unoptimized(program.loop, program.recurrence, program.bind(), _ends(loaded))
+
+
+def _ends(checkpoint: Checkpoint) -> Ends:
+    captured = checkpoint.capture_ends()
+    if captured is None:
+        return Ends({}, None, None, {})
+    text, decoder = (None if program is None else program.bind() for program in (captured.text, captured.decoder))
+    return Ends(captured.tokenizers, text, decoder, captured.given)

@@ -140,6 +140,13 @@ class _Done:
     decided: Mapping[str, object] = field(default_factory=dict)
 
 
+def _decided(done: Mapping[str, _Done]) -> dict[str, object]:
+    """What was decided, by stage where there are several."""
+    if len(done) == 1:
+        return dict(next(iter(done.values())).decided)
+    return {stage: dict(each.decided) for stage, each in done.items() if each.decided}
+
+
 class Quantize(Pass[QuantizeOptions]):
     """Replace linear layers by ones of few bits; layers that read one value share how it is scaled and rounded.
 
@@ -161,17 +168,18 @@ class Quantize(Pass[QuantizeOptions]):
         """Quantize every accepted site."""
         scheme = SCHEMES[self.options.scheme](self.options)
         program, stages = self._chosen(program)
-        sites, refused, decided = list[str](), list[Refusal](), dict[str, object]()
+        done = dict[str, _Done]()
         for stage in stages:
-            done = self._step(alone(program, stage), scheme, context, shared=len(program.steps) > 1)
-            program = put_back(program, stage, done.program)
-            sites, refused, decided = [*sites, *done.sites], [*refused, *done.refused], {**decided, **done.decided}
+            done[stage.name] = self._step(alone(program, stage), scheme, context, shared=len(program.steps) > 1)
+            program = put_back(program, stage, done[stage.name].program)
+        sites = [name for each in done.values() for name in each.sites]
+        refused = tuple(refusal for each in done.values() for refusal in each.refused)
         program, hoisted = self._hoisted(program)
         changed = len(sites) + len(hoisted)
-        details = {**self._options_read(scheme), "sites": sites, "hoisted_sites": hoisted, **decided}
+        details = {**self._options_read(scheme), "sites": sites, "hoisted_sites": hoisted, **_decided(done)}
         others = [stage for stage in program.stages if stage not in program.steps]
         identity = not changed and _quantized([*stages, *others])
-        return PassResult(program, changed, tuple(refused), identity=identity, details=details)
+        return PassResult(program, changed, refused, identity=identity, details=details)
 
     def _chosen(self, program: Program) -> tuple[Program, list[Stage]]:
         """The program cut at the ends of the part, and the step stages inside.

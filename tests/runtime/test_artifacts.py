@@ -6,11 +6,11 @@ import json
 import logging
 import os
 import shutil
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from threads import at_once
 
 from stepfold.runtime import artifacts
 from stepfold.runtime.artifacts import ENTRY, ArtifactCache, key_of
@@ -141,11 +141,7 @@ def test_many_at_once(cache: ArtifactCache, files: list[Path], tmp_path: Path) -
                 wrong.append(taken)
             cache.keep(KEY, "step", PARTS, files)
 
-    workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    at_once(work, range(4))
     assert wrong == [] and [path.name for path in cache.folder.iterdir()] == [KEY]
 
 

@@ -28,6 +28,7 @@ from stepfold.loop.noise import noise
 from stepfold.passes.base import silent
 from stepfold.runtime import packing
 from stepfold.runtime.compiler import Job, cache_folder, optimize
+from stepfold.runtime.ends import Ends
 from stepfold.runtime.engine import open_stage
 from stepfold.runtime.unoptimized import Unoptimized
 from stepfold.runtime.workshop import workshop
@@ -283,7 +284,7 @@ def test_the_reported_quality_is_that_of_held_out_samples(
 
 def unoptimized(program: Program) -> Unoptimized:
     assert program.loop is not None and program.recurrence is not None
-    return Unoptimized(program.loop, program.recurrence, program.bind())
+    return Unoptimized(program.loop, program.recurrence, program.bind(), Ends({}, None, None, {}))
 
 
 def test_the_bundle_verifies(optimized: tuple[Path, dict[str, Any]]) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import MODEL_CODE, command
 from programs import Modulated, denoiser, modulated_example, samples_of
 
 import stepfold
@@ -41,24 +40,6 @@ def test_samples_are_those_of_the_reference(tmp_path: Path) -> None:
     assert verify(folder, open_stage) == ([], [])
 
 
-WITHOUT_MODELS = """
-import sys
-for name in ("diffusers", "transformers", "onnx", "onnxscript", "accelerate"):
-    sys.modules[name] = None
-from stepfold.cli import main
-sys.exit(main())
-"""
-
-
-def command(*words: object) -> str:
-    """Run a command in a process of its own, without diffusers."""
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_MODELS, *map(str, words)], capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def mnist() -> Program:
     return load_checkpoint(MNIST).capture()
@@ -80,6 +61,7 @@ def test_the_step_stage_of_the_reference_checkpoint(mnist: Program, tmp_path: Pa
         assert drift(received, wanted) < EVALUATION
         np.testing.assert_array_equal(step.call(values)[0], received)
 
-    assert json.loads(command("verify", folder, "--json"))["ok"]
-    command("generate", folder, "--npy", tmp_path / "a.npy", "--out", tmp_path / "a.png", "--count", 3, "--seed", 7)
+    assert json.loads(command("verify", folder, "--json", blocked=MODEL_CODE))["ok"]
+    words = ("generate", folder, "--npy", tmp_path / "a.npy", "--out", tmp_path / "a.png", "--count", 3, "--seed", 7)
+    command(*words, blocked=MODEL_CODE)
     assert drift(np.load(tmp_path / "a.npy"), engine.generate(3, seed=7)) < 1e-3

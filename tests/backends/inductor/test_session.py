@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from programs import component
+from threads import at_once
 
 from stepfold.backends.inductor import session
 from stepfold.backends.inductor.capability import capability
@@ -137,11 +137,7 @@ def test_threads_that_share_a_session_take_turns(file: Path, stage: Stage) -> No
             if not (np.array_equal(first, 2 * x) and np.array_equal(later, x)):
                 wrong.append(value)
 
-    workers = [threading.Thread(target=work, args=(value,)) for value in (1, 2, 3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    at_once(work, (1, 2, 3))
     assert wrong == []
 
 

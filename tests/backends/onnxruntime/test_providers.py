@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import onnxruntime
 import pytest
 from programs import Modulated, denoiser, modulated_example
 from stages import STAGES
+from threads import at_once
 
 import stepfold
 from stepfold.backends import get
@@ -162,11 +162,7 @@ def test_threads_that_share_a_bound_session_take_turns(file: Path, stage: Stage)
             if not np.allclose(call(values(stage, batch))[0], expected[batch], atol=1e-5):
                 wrong.append(batch)
 
-    workers = [threading.Thread(target=work, args=(batch,)) for batch in (1, 2, 3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    at_once(work, (1, 2, 3))
     assert wrong == []
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from threads import at_once
 
 from stepfold.backends import capability, get
 from stepfold.backends.openvino import capability as openvino_capability
@@ -89,11 +89,7 @@ def test_threads_that_share_a_session_take_turns(file: Path) -> None:
             if not (np.array_equal(first, 2 * x) and np.array_equal(later, x)):
                 wrong.append(value)
 
-    workers = [threading.Thread(target=work, args=(value,)) for value in (1, 2, 3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    at_once(work, (1, 2, 3))
     assert wrong == []
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from programs import component, context_of, operators, samples_of
+from quantizing import quantize
 from safetensors.numpy import load_file, save_file
 
 import stepfold
@@ -33,16 +33,6 @@ from stepfold.runtime.unoptimized import load_unoptimized
 
 CALLS = 8
 EARLY, LATE = [0.0, 0.5], [0.5, 1.0]
-
-
-def quantize(program: Program, **options: Any) -> PassResult:
-    operation = Quantize(QuantizeOptions.model_validate(options))
-    return operation.run(program, context_of(program, Path("unused")))
-
-
-@pytest.fixture(scope="module")
-def hoisted(tiny_program: Program) -> Program:
-    return Hoist(HoistOptions()).run(tiny_program, context_of(tiny_program, Path("unused"))).program
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from calibrated import calibrated, standard
 from programs import calls, component, context_of, denoiser, operators, samples_of
+from quantizing import quantize
 from torch import fx
 
 from stepfold.backends.onnxruntime.lower import lower
@@ -39,16 +40,6 @@ SITES = [
 ]
 LAST = "the last layer: its error is not damped by anything behind it"
 QLINEAR = torch.ops.stepfold.qlinear.default
-
-
-def quantize(program: Program, **options: Any) -> PassResult:
-    operation = Quantize(QuantizeOptions.model_validate(options))
-    return operation.run(program, context_of(program, Path("unused")))
-
-
-@pytest.fixture(scope="module")
-def hoisted(tiny_program: Program) -> Program:
-    return Hoist(HoistOptions()).run(tiny_program, context_of(tiny_program, Path("unused"))).program
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from programs import context_of, denoiser, operators, samples_of
+from quantizing import quantize
 from torch import nn
 
 from stepfold.ir.cost import stage_bytes
@@ -105,10 +106,6 @@ def results(program: Program, context: Context) -> dict[str, PassResult]:
             return made[name]
 
     return Lazy()
-
-
-def quantize(program: Program, context: Context, **options: Any) -> PassResult:
-    return Quantize(QuantizeOptions.model_validate(options)).run(program, context)
 
 
 def test_every_scheme_is_tried() -> None:

@@ -1,0 +1,91 @@
+"""The two ends of a pipeline, written as modules that `torch.export` takes.
+
+A pipeline's own `encode_prompt` counts its prompts in Python and could only be captured for that many; so each family
+says again, for any batch, what its pipeline does with token numbers and latents. What is captured is compared with
+what the pipeline really gave its denoiser (`capture_around`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """How a prompt becomes the token numbers [B, T] that an encoder reads.
+
+    Attributes:
+        tokenizer: name of the pipeline's component.
+        length: T; shorter prompts are padded, longer ones cut.
+    """
+
+    tokenizer: str
+    length: int
+
+
+@dataclass(frozen=True)
+class Text:
+    """From a prompt to conditions.
+
+    Attributes:
+        prompts: input of the encoder -> how it is made from the prompt.
+        encoder: from token numbers [B, T] by name to the denoiser's conditions by name.
+    """
+
+    prompts: Mapping[str, Prompt]
+    encoder: torch.nn.Module
+
+
+class Surroundings(ABC):
+    """What one family of pipelines does around its loop."""
+
+    source: ClassVar[str]
+
+    def __init__(self, pipeline: Any):
+        """Of a loaded pipeline; components that its folder leaves out are None."""
+        self.pipeline = pipeline
+
+    @abstractmethod
+    def text(self) -> Text | None:
+        """How prompts become conditions; None where they are none, or the folder lacks a tokenizer or an encoder."""
+
+    def decoder(self, latent: tuple[int, ...]) -> Decoder:
+        """From `latents` [B, *latent] to `image` [B, C, H, W] in [-1, 1].
+
+        Args:
+            latent: shape of one latent.
+        """
+        return Decoder(self.pipeline.vae)
+
+    def default(self, argument: str) -> Any:
+        """What an argument of the pipeline's call is when nobody gives it."""
+        return inspect.signature(self.pipeline.__call__).parameters[argument].default
+
+    def has(self, *components: str) -> bool:
+        """Whether the folder has all of these components."""
+        return all(getattr(self.pipeline, name, None) is not None for name in components)
+
+
+class Decoder(torch.nn.Module):
+    """Latents to images with an autoencoder: undo its scale and shift, decode, clip."""
+
+    def __init__(self, vae: Any):
+        super().__init__()
+        self.vae = vae
+        self.scale = float(vae.config.scaling_factor)
+        self.shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
+
+    def unpacked(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [B, C, H, W] of what the loop carries."""
+        return latents
+
+    def forward(self, latents: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """[B, *latent] -> {"image": [B, C, H, W]}."""
+        scaled = self.unpacked(latents) / self.scale + self.shift
+        return {"image": self.vae.decode(scaled, return_dict=False)[0].clamp(-1, 1)}

@@ -1,0 +1,74 @@
+"""Compile what surrounds the loop of a pipeline into bundles that lie within the denoiser's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..bundle.manifest import PipelineEntry, TokenizerEntry
+from .packing import pack
+
+if TYPE_CHECKING:
+    from ..frontend.surroundings.ends import Ends
+    from ..ir.program import Program
+    from ..passes.base import Context
+    from ..passes.manager import Step
+    from ..passes.recipe import Recipe
+    from .workshop import Workshop
+
+TEXT, DECODER, TOKENIZERS = "text", "decoder", "tokenizers"
+
+
+def optimize_ends(ends: Ends, steps: Sequence[Step], context: Callable[[Program], Context]) -> Ends:
+    """Apply the exact passes of a recipe.
+
+    Nothing that surrounds the loop is measured by the quality of its samples, so nothing there is made worse.
+
+    Args:
+        ends: as captured.
+        steps: of the recipe.
+        context: of a program.
+    """
+    from ..passes.manager import run_passes
+
+    exact = [replace(step, optional=True) for step in steps if step.operation.exact]
+
+    def optimized(program: Program | None) -> Program | None:
+        return None if program is None else run_passes(program, exact, context(program))
+
+    return replace(ends, text=optimized(ends.text), decoder=optimized(ends.decoder))
+
+
+def pack_ends(folder: Path, ends: Ends, shop: Workshop, recipe: Recipe) -> PipelineEntry:
+    """Write tokenizers and bundles into the folder of a bundle.
+
+    Args:
+        folder: of the bundle.
+        ends: after all passes.
+        shop: where its stages are compiled.
+        recipe: as it was run.
+    """
+
+    def packed(program: Program | None, name: str) -> str | None:
+        if program is None:
+            return None
+        (folder / name).mkdir()
+        pack(folder / name, program, shop.open(program), shop, recipe, None, None)
+        return name
+
+    return PipelineEntry(
+        class_name=ends.pipeline,
+        tokenizers=tuple(_write_tokenizer(folder, name, content) for name, content in ends.tokenizers.items()),
+        text=packed(ends.text, TEXT),
+        decoder=packed(ends.decoder, DECODER),
+        given=dict(ends.given),
+    )
+
+
+def _write_tokenizer(folder: Path, name: str, content: str) -> TokenizerEntry:
+    file = f"{TOKENIZERS}/{name}.json"
+    (folder / TOKENIZERS).mkdir(exist_ok=True)
+    (folder / file).write_text(content, encoding="utf-8")
+    return TokenizerEntry(input=name, file=file)

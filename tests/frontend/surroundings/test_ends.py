@@ -1,0 +1,145 @@
+"""What pipelines do around their loop, captured and compared with the pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pipelines
+import pytest
+import torch
+
+from stepfold.frontend.load import Checkpoint, load_checkpoint
+from stepfold.frontend.surroundings import SURROUNDINGS
+from stepfold.frontend.surroundings.ends import Ends, capture_ends
+from stepfold.frontend.surroundings.surroundings import Prompt
+from stepfold.loop.errors import StepfoldError, UsageError
+
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "StableDiffusion3Pipeline": pipelines.sd3,
+    "FluxPipeline": pipelines.flux,
+    "StableDiffusionPipeline": pipelines.stable_diffusion,
+    "DiTPipeline": pipelines.dit,
+}
+TEXTS = ["a cat", "", "a prompt that is longer than all of the tokens"]
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Checkpoint, Ends]]:
+    made: dict[str, tuple[Checkpoint, Ends]] = {}
+
+    def load(name: str) -> tuple[Checkpoint, Ends]:
+        if name not in made:
+            checkpoint = load_checkpoint(MAKERS[name](tmp_path_factory.mktemp(name) / "pipeline"))
+            ends = checkpoint.capture_ends()
+            assert ends is not None
+            made[name] = checkpoint, ends
+        return made[name]
+
+    return load
+
+
+def token_numbers(ends: Ends, texts: list[str]) -> dict[str, np.ndarray]:
+    from tokenizers import Tokenizer
+
+    read = {name: Tokenizer.from_str(content) for name, content in ends.tokenizers.items()}
+    return {name: np.array([item.ids for item in t.encode_batch(texts)]) for name, t in read.items()}
+
+
+def test_every_family_is_tried() -> None:
+    assert set(MAKERS) == set(SURROUNDINGS)
+    assert all(kind.source.startswith("diffusers") for kind in SURROUNDINGS.values())
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if name != "DiTPipeline"])
+def test_prompts_become_the_conditions_of_the_pipeline(name: str, loaded: Any) -> None:
+    """Another number of prompts than it was captured with: none, and one that is cut, among them."""
+    checkpoint, ends = loaded(name)
+    pipeline = checkpoint.around.surroundings.pipeline
+    several = {"prompt_2": None} if name == "FluxPipeline" else {}
+    if name == "StableDiffusion3Pipeline":
+        several = {"prompt_2": None, "prompt_3": None}
+    if name == "StableDiffusionPipeline":
+        several = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    with torch.no_grad():
+        wanted = pipeline.encode_prompt(TEXTS, **several)
+    pooled = {"StableDiffusion3Pipeline": 2, "FluxPipeline": 1}.get(name)
+    expected = {"encoder_hidden_states": wanted[0]} | ({} if pooled is None else {"pooled_projections": wanted[pooled]})
+    received = dict(zip(ends.text.outputs, ends.text.bind().evaluate(token_numbers(ends, TEXTS)), strict=True))
+    assert received.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_allclose(received[key], value.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_latents_become_the_images_of_the_pipeline(name: str, loaded: Any) -> None:
+    checkpoint, ends = loaded(name)
+    pipeline, shape = checkpoint.around.surroundings.pipeline, checkpoint.loop.latent.shape
+    latents = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
+    config = pipeline.vae.config
+    unpacked = latents
+    if name == "FluxPipeline":
+        side = pipeline.default_sample_size * pipeline.vae_scale_factor
+        unpacked = pipeline._unpack_latents(latents, side, side, pipeline.vae_scale_factor)
+    with torch.no_grad():
+        scaled = unpacked / config.scaling_factor + (config.shift_factor or 0.0)
+        wanted = pipeline.vae.decode(scaled, return_dict=False)[0].clamp(-1, 1)
+    (received,) = ends.decoder.bind().evaluate({"latents": latents.numpy()})
+    np.testing.assert_allclose(received, wanted.numpy(), atol=1e-5)
+
+
+def test_what_the_pipeline_sets_itself_is_kept(loaded: Any) -> None:
+    """FLUX is told a guidance scale."""
+    assert loaded("FluxPipeline")[1].given == {"guidance": 3.5}
+    assert loaded("StableDiffusion3Pipeline")[1].given == {}
+
+
+def test_both_branches_of_the_recording_are_kept(loaded: Any) -> None:
+    checkpoint, _ = loaded("StableDiffusion3Pipeline")
+    assert checkpoint.unconditional.keys() == {"encoder_hidden_states", "pooled_projections"}
+    given, empty = checkpoint.kwargs["pooled_projections"], checkpoint.unconditional["pooled_projections"]
+    assert torch.equal(empty[0], empty[1]) and not torch.equal(given[0], empty[0])
+    assert loaded("DiTPipeline")[0].unconditional == {}, "its unconditional class is written down in the loop"
+
+
+def test_without_t5_there_are_zeros(tmp_path: Path) -> None:
+    ends = load_checkpoint(pipelines.sd3(tmp_path / "sd3", with_t5=False)).capture_ends()
+    assert ends is not None and ends.text is not None and list(ends.tokenizers) == ["input_ids", "input_ids_2"]
+    hidden = ends.text.bind().evaluate(token_numbers(ends, ["a"]))[0]
+    assert hidden.shape == (1, pipelines.LENGTH + 256, 24) and not hidden[:, pipelines.LENGTH :].any()
+
+
+def test_conditions_that_are_not_those_of_the_pipeline_fail(loaded: Any) -> None:
+    checkpoint, _ = loaded("StableDiffusionPipeline")
+    around, loop = checkpoint.around, checkpoint.loop
+    conditions = {"encoder_hidden_states": checkpoint.kwargs["encoder_hidden_states"] * 1.01}
+    with pytest.raises(StepfoldError, match="encoder_hidden_states: expected the captured text encoders to give what"):
+        capture_ends(around.surroundings, around.prompts, conditions, loop.latent.shape)
+
+
+def test_embeddings_leave_no_prompts(loaded: Any) -> None:
+    checkpoint, _ = loaded("StableDiffusionPipeline")
+    ends = replace(checkpoint, around=replace(checkpoint.around, prompts=None)).capture_ends()
+    assert (ends.text, ends.tokenizers, ends.given) == (None, {}, {}) and ends.decoder is not None
+
+
+def test_a_tokenizer_without_a_file_is_refused(loaded: Any) -> None:
+    from stepfold.frontend.surroundings import ends
+
+    class Pipeline:
+        tokenizer = object()
+
+    with pytest.raises(UsageError, match="tokenizer: object has no form of the `tokenizers` library"):
+        ends._tokenizer(Pipeline(), Prompt("tokenizer", 12))
+
+
+def test_a_condition_that_nobody_can_give_is_refused() -> None:
+    from stepfold.frontend.surroundings import ends
+
+    assert ends._given("size", torch.tensor([[4.0, 4.0]] * 2)) == [4.0, 4.0]
+    for value in (torch.zeros(2, 100), torch.tensor([1.0, 2.0])):
+        with pytest.raises(UsageError, match="mask: the pipeline makes this condition"):
+            ends._given("mask", value)

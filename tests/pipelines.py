@@ -1,0 +1,120 @@
+"""Folders of tiny text-to-image pipelines with random weights, and tokenizers of letters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import zoo
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+WORDS = [*(f"{letter}{end}" for letter in LETTERS for end in ("", "</w>")), "!", "<|startoftext|>", "<|endoftext|>"]
+PIECES = ["<pad>", "</s>", "<unk>", "▁", *LETTERS]
+LENGTH = 12  # tokens of a prompt for CLIP
+
+
+def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
+    vocabulary = {word: number for number, word in enumerate(WORDS)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=LENGTH, pad_token=pad_token)
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    return T5Tokenizer(vocab=[(piece, -float(number)) for number, piece in enumerate(PIECES)], extra_ids=0)
+
+
+def clip(width: int, projection: int | None = None) -> Any:
+    config = CLIPTextConfig(
+        vocab_size=len(WORDS),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=projection or width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=LENGTH,
+        bos_token_id=len(WORDS) - 2,
+        eos_token_id=len(WORDS) - 1,
+    )
+    return CLIPTextModel(config) if projection is None else CLIPTextModelWithProjection(config)
+
+
+def t5(width: int) -> T5EncoderModel:
+    sizes = {"d_model": width, "d_kv": 8, "d_ff": 2 * width, "num_layers": 2, "num_heads": 2}
+    return T5EncoderModel(T5Config(vocab_size=len(PIECES), feed_forward_proj="gated-gelu", **sizes))
+
+
+def vae() -> diffusers.AutoencoderKL:
+    return diffusers.AutoencoderKL(**(zoo.VAE_DECODER.config | {"scaling_factor": 0.5, "shift_factor": 0.1}))
+
+
+def sd3(folder: Path, with_t5: bool = True) -> Path:
+    """Stable Diffusion 3: two CLIP encoders, and T5 or not."""
+    torch.manual_seed(0)
+    pipeline = diffusers.StableDiffusion3Pipeline(
+        transformer=zoo.SD3.build(),
+        vae=vae(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=clip(8, 8),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip(16, 12),
+        tokenizer_2=clip_tokenizer("!"),
+        text_encoder_3=t5(24) if with_t5 else None,
+        tokenizer_3=t5_tokenizer() if with_t5 else None,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def flux(folder: Path) -> Path:
+    """FLUX: CLIP for the pooled embedding, T5 for the tokens, a distilled guidance scale."""
+    torch.manual_seed(0)
+    pipeline = diffusers.FluxPipeline(
+        transformer=zoo.FLUX.build(),
+        vae=vae(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        text_encoder=clip(20),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=t5(24),
+        tokenizer_2=t5_tokenizer(),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def stable_diffusion(folder: Path) -> Path:
+    """Stable Diffusion 1: one CLIP encoder."""
+    torch.manual_seed(0)
+    pipeline = diffusers.StableDiffusionPipeline(
+        unet=zoo.UNET.build(),
+        vae=vae(),
+        scheduler=diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1),
+        text_encoder=clip(24),
+        tokenizer=clip_tokenizer(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def dit(folder: Path) -> Path:
+    """DiT: a thousand classes."""
+    torch.manual_seed(0)
+    pipeline = diffusers.DiTPipeline(
+        transformer=diffusers.DiTTransformer2DModel(**(zoo.DIT.config | {"num_embeds_ada_norm": 1000})),
+        vae=vae(),
+        scheduler=diffusers.DDIMScheduler(clip_sample=False),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
