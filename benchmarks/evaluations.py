@@ -16,8 +16,23 @@ from typing import Any
 from stepfold.report.bench import bench
 from stepfold.runtime.compiler import Job, cache_folder, optimize
 
-REFERENCE = Path(__file__).resolve().parents[1] / "examples" / "mnist_dit"
-STEPS = 50
+
+@dataclass(frozen=True)
+class Model:
+    """What is measured.
+
+    Attributes:
+        checkpoint: folder.
+        steps: of its sampler.
+        count: samples at once; guidance makes it twice as many rows for an evaluation.
+    """
+
+    checkpoint: Path
+    steps: int
+    count: int
+
+
+REFERENCE = Model(Path(__file__).resolve().parents[1] / "examples" / "mnist_dit", 50, 10)
 
 
 @dataclass(frozen=True)
@@ -36,16 +51,16 @@ class Row:
     backend: str = "onnxruntime"
     settings: Sequence[tuple[str, str, Any]] = ()
 
-    def build(self, folder: Path) -> Path:
+    def build(self, model: Model, folder: Path) -> Path:
         """Compile it and return the bundle."""
         out = folder / self.name
         recipe = {"name": "benchmark", "passes": list(self.passes)}
-        job = Job(REFERENCE, out, recipe=recipe, backend=self.backend, settings=self.settings)
+        job = Job(model.checkpoint, out, recipe=recipe, backend=self.backend, settings=self.settings)
         optimize(job, lambda task, done, total: None)
         return out
 
 
-def run(description: str, rows: Mapping[str, Row], baselines: Sequence[str]) -> None:
+def run(description: str, rows: Mapping[str, Row], baselines: Sequence[str], model: Model = REFERENCE) -> None:
     """Build the rows that the command line names, measure them in one run and print the table."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rows", default=";".join(rows))
@@ -54,28 +69,29 @@ def run(description: str, rows: Mapping[str, Row], baselines: Sequence[str]) -> 
     options = parser.parse_args()
     chosen = {name: rows[name] for name in options.rows.split(";")}
     with tempfile.TemporaryDirectory() as scratch:
-        bundles = [row.build(Path(scratch)) for row in chosen.values()]
+        bundles = [row.build(model, Path(scratch)) for row in chosen.values()]
         found = bench(
             bundles,
-            reference=REFERENCE,
+            reference=model.checkpoint,
             baselines=tuple(baselines),
-            count=10,
+            count=model.count,
             repeats=options.repeats,
             seed=options.seed,
             cache=cache_folder(),
         ).document()
     measured = {row["name"]: row for row in found["rows"]}
-    print_table({name: measured[row.name] for name, row in chosen.items()} | {f"*{b}*": measured[b] for b in baselines})
+    table = {name: measured[row.name] for name, row in chosen.items()} | {f"*{b}*": measured[b] for b in baselines}
+    print_table(table, model)
 
 
-def print_table(rows: Mapping[str, Mapping[str, Any]]) -> None:
+def print_table(rows: Mapping[str, Mapping[str, Any]], model: Model) -> None:
     """Milliseconds of an evaluation, its ratio to the first baseline, quality and size."""
     whole = next(row["latency_ms"]["median"] for name, row in rows.items() if name.startswith("*"))
-    print("| program | ms for an evaluation, batch 20 | over plain float32 | PSNR | bytes |")
+    print(f"| program | ms for an evaluation, batch {2 * model.count} | over plain float32 | PSNR | bytes |")
     print("|---|---|---|---|---|")
     for name, row in rows.items():
         milliseconds = row["latency_ms"]["median"]
         print(
-            f"| {name} | {milliseconds / STEPS:.1f} | {whole / milliseconds:.2f}x | {row['psnr_db']['mean']:.1f} dB | "
+            f"| {name} | {milliseconds / model.steps:.1f} | {whole / milliseconds:.2f}x | {row['psnr_db']['mean']:.1f} dB | "
             f"{row['size_bytes'] / 1e6:.1f} MB |"
         )

@@ -15,6 +15,8 @@ from stepfold.passes.recipe import load_recipe
 COMPARED: dict[str, dict[str, object]] = {
     "w4-nearest": {"scheme": "int4", "group": 64, "hoisted": "int8"},
     "w4-gptq, groups of 16": {"scheme": "int4", "rounding": "gptq", "group": 16, "hoisted": "int8"},
+    "w4-gptq, in sequence": {"scheme": "int4", "rounding": "sequential-gptq", "group": 64, "hoisted": "int8"},
+    "w4-svdquant, in sequence": {"scheme": "svdquant", "rounding": "sequential-gptq", "hoisted": "int8"},
     "mixed, 6 bits": {"scheme": "mixed", "bits": 6.0, "smooth": 0.7, "hoisted": "int8"},
     "mixed, 8.15 bits": {"scheme": "mixed", "bits": 8.15, "smooth": 0.7},
 }
@@ -25,7 +27,9 @@ RECIPES = (
     "mixed, 8.15 bits",
     "w4-nearest",
     "w4-gptq",
+    "w4-gptq, in sequence",
     "w4-svdquant",
+    "w4-svdquant, in sequence",
     "w4-gptq, groups of 16",
     "mixed, 6 bits",
     "mixed",

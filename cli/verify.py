@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -14,6 +14,9 @@ from .options import Json
 
 def verify(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that `stepfold optimize` wrote.")],
+    reduce: Annotated[
+        bool, typer.Option("--reduce", help="Write the smallest failing part of a stage that fails to this folder.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check the hashes and versions of a bundle, load every stage that can run here, and replay its recorded probe.
@@ -24,18 +27,28 @@ def verify(
     """
     from ..bundle.verify import verify as check
     from ..runtime.engine import open_stage
+    from ..runtime.reduction import reduce_bundle
 
     with working() as progress:
         progress("verifying", 0, 1)
         problems, not_checked = check(bundle, open_stage)
+        progress("reducing", 0, 1)
+        parts = reduce_bundle(bundle, Path.cwd()) if reduce and problems else []
     if as_json:
-        print_json({"ok": not problems, "problems": problems, "not_checked_here": not_checked})
+        document: dict[str, Any] = {"ok": not problems, "problems": problems, "not_checked_here": not_checked}
+        listed = [{"stage": p.stage, "file": str(p.file), "nodes": p.nodes, "of": p.of} for p in parts]
+        print_json(document | ({"reduced": listed} if reduce else {}))
     else:
         screen = console()
         for line in problems:
             screen.print(f"[red]problem:[/] {escape(line)}", soft_wrap=True)
         for line in not_checked:
             screen.print(f"not checked here: {escape(line)}", soft_wrap=True)
+        for part in parts:
+            text = f"stage {part.stage}: {part.nodes} of its {part.of} nodes fail alone: {part.file}"
+            screen.print(text, markup=False, soft_wrap=True)
+        if reduce and problems and not parts:
+            screen.print("no part fails alone: every stage computes here what its graph says", soft_wrap=True)
         screen.print(f"{bundle}: {'not usable' if problems else 'ok'}", markup=False, soft_wrap=True)
     if problems:
         raise typer.Exit(1)

@@ -66,6 +66,12 @@ STAGES: dict[str, tuple[Callable, Stage]] = {
         "qlinear of rows": (stepfold.qlinear.default, [Port("q", (None, M), "uint8")], [*LINEAR_WEIGHTS, BIAS]),
         "attention": (stepfold.attention.default, [QKV[0]] * 1 + QKV[1:], [], (2, 0.5)),
         "fast_gelu": (stepfold.fast_gelu.default, [floats(None, T, M)], []),
+        "modulated_norm": (
+            stepfold.modulated_norm.default,
+            [floats(None, T, M), floats(None, 1, M, name="scale"), floats(None, 1, M, name="shift")],
+            [],
+            (1e-6,),
+        ),
         "blocked_linear": (
             stepfold.blocked_linear.default,
             [floats(None, T, 32)],

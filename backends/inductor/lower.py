@@ -56,6 +56,7 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
             operators.qlinear,
             operators.attention,
             operators.fast_gelu,
+            operators.modulated_norm,
             blocked.blocked_linear,
         )
     },

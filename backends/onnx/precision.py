@@ -46,6 +46,7 @@ PRODUCTS = (
 
 EXACT = (
     aten.layer_norm,
+    torch.ops.stepfold.modulated_norm,
     aten.native_layer_norm,
     aten.rms_norm,
     aten.group_norm,

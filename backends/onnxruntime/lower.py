@@ -121,6 +121,14 @@ def _fast_gelu(x: torch.Tensor) -> torch.Tensor:
     return torch.onnx.ops.symbolic("com.microsoft::FastGelu", (x,), dtype=x.dtype, shape=x.shape, version=1)
 
 
+def _modulated_norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """ONNX lets scale and bias broadcast; the engine has a kernel for those of one row a sample."""
+    attributes = {"axis": -1, "epsilon": epsilon}
+    return torch.onnx.ops.symbolic(
+        "LayerNormalization", (x, scale, shift), attributes, dtype=x.dtype, shape=x.shape, version=17
+    )
+
+
 ON_CPU_ONLY = (
     torch.ops.stepfold.quantize_dynamic.default,
     torch.ops.stepfold.qlinear.default,
@@ -135,6 +143,7 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.stepfold.blocked_linear.default: _blocked_linear,
     torch.ops.stepfold.attention.default: _attention,
     torch.ops.stepfold.fast_gelu.default: _fast_gelu,
+    torch.ops.stepfold.modulated_norm.default: _modulated_norm,
     aten.scaled_dot_product_attention.default: _scaled_dot_product_attention,
 }
 

@@ -75,12 +75,18 @@ def _fast_gelu(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
+def _modulated_norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Its three operators, which the engine puts together by itself."""
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=epsilon) * scale + shift
+
+
 LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.stepfold.quantize_static.default: _quantize_static,
     torch.ops.stepfold.qlinear.default: _qlinear,
     GROUP_QLINEAR: _group_qlinear,
     torch.ops.stepfold.attention.default: _attention,
     torch.ops.stepfold.fast_gelu.default: _fast_gelu,
+    torch.ops.stepfold.modulated_norm.default: _modulated_norm,
 }
 INTEGER_LAYERS = {torch.ops.stepfold.qlinear.default: 3, GROUP_QLINEAR: 1}  # and the argument that is the weight
 

@@ -104,6 +104,11 @@ def _fast_gelu(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
+def _modulated_norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Its three operators, which the engine puts together by itself."""
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=epsilon) * scale + shift
+
+
 LOWERINGS: dict[Any, Callable[..., Any]] = {
     **PAIRS,
     torch.ops.stepfold.decode_codebook.default: decode_codebook,
@@ -111,6 +116,7 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.stepfold.qlinear.default: _qlinear,
     torch.ops.stepfold.attention.default: _attention,
     torch.ops.stepfold.fast_gelu.default: _fast_gelu,
+    torch.ops.stepfold.modulated_norm.default: _modulated_norm,
     aten.scaled_dot_product_attention.default: _scaled_dot_product_attention,
 }
 

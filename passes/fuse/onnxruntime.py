@@ -13,11 +13,20 @@ from ...ir.program import Program, Refusal
 from ..base import Context, Options, Pass, PassResult
 from .attention import FuseAttention
 from .gelu import FuseGelu
+from .modulate import FuseModulatedNorm
 from .rules import Rule, apply_rule
 
-RULES: tuple[Rule[Any], ...] = (FuseAttention(), FuseGelu())
-FUSED = (torch.ops.stepfold.attention.default, torch.ops.stepfold.fast_gelu.default)
-FUSIBLE = (torch.ops.aten.scaled_dot_product_attention.default, torch.ops.aten.gelu.default)
+RULES: tuple[Rule[Any], ...] = (FuseAttention(), FuseGelu(), FuseModulatedNorm())
+FUSED = (
+    torch.ops.stepfold.attention.default,
+    torch.ops.stepfold.fast_gelu.default,
+    torch.ops.stepfold.modulated_norm.default,
+)
+FUSIBLE = (
+    torch.ops.aten.scaled_dot_product_attention.default,
+    torch.ops.aten.gelu.default,
+    torch.ops.aten.layer_norm.default,
+)
 
 
 class FuseOptions(Options):
@@ -27,13 +36,14 @@ class FuseOptions(Options):
         rules: names of the rules to apply; all by default.
     """
 
-    rules: tuple[Literal["attention", "gelu"], ...] = ("attention", "gelu")
+    rules: tuple[Literal["attention", "gelu", "modulate"], ...] = ("attention", "gelu", "modulate")
 
 
 class FuseOnnxRuntime(Pass[FuseOptions]):
     """Put operators together into the ones that are fast on ONNX Runtime.
 
-    Attention takes its head split and merge along; the tanh form of GELU becomes the contrib kernel.
+    Attention takes its head split and merge along; the tanh form of GELU becomes the contrib kernel;
+    a norm takes the scale and shift of each sample along.
     """
 
     name = "fuse"
@@ -45,7 +55,9 @@ class FuseOnnxRuntime(Pass[FuseOptions]):
     def not_applicable(self, program: Program) -> str | None:
         """Whether the program has anything the rules act on."""
         targets = {node.target for stage in program.stages for node in stage.graph.graph.nodes}
-        return None if targets.intersection((*FUSIBLE, *FUSED)) else "the program has neither attention nor GELU"
+        return (
+            None if targets.intersection((*FUSIBLE, *FUSED)) else "the program has neither attention nor GELU nor norm"
+        )
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Apply every chosen rule to every stage."""

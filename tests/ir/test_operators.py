@@ -149,6 +149,16 @@ def test_fast_gelu(x: np.ndarray) -> None:
     np.testing.assert_allclose(stepfold.fast_gelu(torch.from_numpy(x)).numpy(), wanted, rtol=1e-5, atol=1e-6)
 
 
+@given(seed=st.integers(0, 1000), B=st.integers(1, 3), T=st.integers(1, 5), D=st.integers(2, 9))
+def test_modulated_norm(seed: int, B: int, T: int, D: int) -> None:
+    """(x - mean) / sqrt(variance + epsilon) * scale + shift."""
+    random = np.random.default_rng(seed)
+    x, scale, shift = (random.standard_normal(shape) for shape in ((B, T, D), (B, 1, D), (B, 1, D)))
+    wanted = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-3) * scale + shift
+    received = stepfold.modulated_norm(*(torch.from_numpy(value) for value in (x, scale, shift)), 1e-3)
+    np.testing.assert_allclose(received.numpy(), wanted, rtol=1e-9, atol=1e-9)
+
+
 def blocked(blocks: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, M: int) -> np.ndarray:
     """MatMulNBits, 4 bits: the low nibble comes first, `(code - zero) * scale`, zero 8 where none is given."""
     codes = np.stack([blocks & 15, blocks >> 4], -1).reshape(len(blocks), -1)[:, :M].astype(np.float64)
@@ -223,6 +233,7 @@ EXAMPLES: dict[Callable, list[tuple]] = {
         (torch.randn(2, 3, 8), torch.randn(2, 5, 8), torch.randn(2, 5, 4), 2, 0.5),
     ],
     stepfold.fast_gelu.default: [(torch.randn(2, 3, 4),), (torch.randn(()),)],
+    stepfold.modulated_norm.default: [(torch.randn(2, 3, 4), torch.randn(2, 1, 4), torch.randn(2, 1, 4), 1e-6)],
     stepfold.blocked_linear.default: [
         (torch.randn(2, 3, 32), BLOCKS, torch.rand(6, 2), None, torch.rand(6), 4, 16, True),
         (torch.randn(2, 32), BLOCKS, torch.rand(6, 2), BLOCKS[:, 0, :1], None, 4, 16, False),

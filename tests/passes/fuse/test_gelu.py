@@ -50,7 +50,7 @@ def test_one_of_each() -> None:
 def test_the_tiny_dit(tiny_program: Program) -> None:
     """One block: one attention, one GELU; the samples are the same."""
     result = fuse(tiny_program)
-    assert result.details == {"rules": {"attention": 1, "gelu": 1}} and result.changed == 2
+    assert result.details == {"rules": {"attention": 1, "gelu": 1, "modulate": 3}} and result.changed == 5
     assert result.refused == ()
     assert drift(samples_of(result.program), samples_of(tiny_program)) < 1e-5
 
@@ -59,15 +59,17 @@ def test_every_stage_is_rewritten(tiny_program: Program) -> None:
     """GELU in a stage of lower rate."""
     context = context_of(tiny_program, Path("unused"))
     hoisted = Hoist(HoistOptions()).run(tiny_program, context).program
-    assert fuse(hoisted).changed == 2 and [s.name for s in fuse(hoisted).program.stages] == [
+    assert fuse(hoisted).changed == 5 and [s.name for s in fuse(hoisted).program.stages] == [
         s.name for s in hoisted.stages
     ]
 
 
-@pytest.mark.parametrize(("rules", "counts"), [(["gelu"], {"gelu": 1}), (["attention"], {"attention": 1})])
+@pytest.mark.parametrize(
+    ("rules", "counts"), [(["gelu"], {"gelu": 1}), (["attention"], {"attention": 1}), (["modulate"], {"modulate": 3})]
+)
 def test_chosen_rules_only(tiny_program: Program, rules: list[str], counts: dict[str, int]) -> None:
     result = fuse(tiny_program, rules=rules)
-    assert result.details == {"rules": counts} and result.changed == 1
+    assert result.details == {"rules": counts} and result.changed == sum(counts.values())
 
 
 def test_no_rules_is_no_change(tiny_program: Program) -> None:
@@ -86,7 +88,9 @@ def test_only_near_misses_fail_with_their_reasons() -> None:
 
 def test_nothing_of_the_kind_is_not_applicable() -> None:
     program = component(torch.nn.Linear(4, 4), X)
-    assert FuseOnnxRuntime(FuseOptions()).not_applicable(program) == "the program has neither attention nor GELU"
+    assert (
+        FuseOnnxRuntime(FuseOptions()).not_applicable(program) == "the program has neither attention nor GELU nor norm"
+    )
 
 
 def test_the_options_name_every_rule() -> None:
