@@ -20,6 +20,7 @@ from .inductor.options import InductorOptions
 from .onnxruntime.options import OnnxruntimeOptions
 from .openvino.options import OpenvinoOptions
 from .tensorrt.options import TensorrtOptions
+from .torch_tensorrt.options import TorchTensorrtOptions
 
 NO_OPTIONS = Options()
 
@@ -145,6 +146,7 @@ BACKENDS = (
     Backend("onnxruntime", ".onnx", OnnxruntimeOptions()),
     Backend("openvino", ".xml", OpenvinoOptions()),
     Backend("tensorrt", ".engine", TensorrtOptions(), "cuda"),
+    Backend("torch_tensorrt", ".engine", TorchTensorrtOptions(), "cuda"),
     Backend("inductor", ".so", InductorOptions()),
 )
 

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 from evaluations import Row, run
 
+from stepfold.loop.errors import UsageError
+from stepfold.passes.quantize.modelopt.environment import find
 from stepfold.passes.recipe import load_recipe
+from stepfold.runtime.compiler import cache_folder
 
 COMPARED: dict[str, dict[str, object]] = {
     "w4-nearest": {"scheme": "int4", "group": 64, "hoisted": "int8"},
     "w4-gptq, groups of 16": {"scheme": "int4", "rounding": "gptq", "group": 16, "hoisted": "int8"},
     "w4-gptq, in sequence": {"scheme": "int4", "rounding": "sequential-gptq", "group": 64, "hoisted": "int8"},
     "w4-svdquant, in sequence": {"scheme": "svdquant", "rounding": "sequential-gptq", "hoisted": "int8"},
+    "modelopt": {"scheme": "modelopt", "smooth": 0.7},
     "mixed, 6 bits": {"scheme": "mixed", "bits": 6.0, "smooth": 0.7, "hoisted": "int8"},
     "mixed, 8.15 bits": {"scheme": "mixed", "bits": 8.15, "smooth": 0.7},
 }
@@ -24,6 +28,7 @@ COMPARED: dict[str, dict[str, object]] = {
 RECIPES = (
     "int8",
     "int8-static",
+    "modelopt",
     "mixed, 8.15 bits",
     "w4-nearest",
     "w4-gptq",
@@ -44,5 +49,17 @@ def row(name: str) -> Row:
     return Row(name, tuple(entry for entry in load_recipe(name).document()["passes"] if "schedule" not in entry))
 
 
+def can_build(name: str) -> bool:
+    """Whether this machine can: `modelopt` needs an environment of its own (docs/passes/modelopt.md)."""
+    try:
+        return name != "modelopt" or bool(find(cache_folder()))
+    except UsageError:
+        return False
+
+
 if __name__ == "__main__":
-    run(__doc__ or "", {name: row(name) for name in RECIPES}, baselines=("onnxruntime", "onnxruntime-int8"))
+    run(
+        __doc__ or "",
+        {name: row(name) for name in RECIPES if can_build(name)},
+        baselines=("onnxruntime", "onnxruntime-int8"),
+    )

@@ -77,7 +77,9 @@ def print_report(document: Mapping[str, Any], out: Path | None) -> None:
     for entry in document["skipped"]:
         screen.print(escape(f"skipped {entry['name']}: {entry['reason']}"), soft_wrap=True)
     if out is not None:
-        screen.print(f"Report: {out / 'report.html'}", markup=False, soft_wrap=True)
+        page = out / "report.html"  # written where the extra `report` is installed
+        written = page if page.is_file() else out / "report.json"
+        screen.print(f"Report: {written}", markup=False, soft_wrap=True)
 
 
 def _number(path: str, form: str) -> Callable[[Mapping[str, Any]], str]:

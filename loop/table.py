@@ -52,7 +52,8 @@ class FoldedTable:
             weights = getattr(self, name)
             if weights.shape != (N, N) or not np.allclose(weights, np.tril(weights)):
                 raise ValueError(f"{name} of a table of {N} evaluations must be lower triangular [{N}, {N}]")
-            if not np.isfinite(weights).all():
+        for name in ("state", "conditional", "unconditional"):
+            if not np.isfinite(getattr(self, name)).all():
                 raise ValueError(f"{name} weights of a table must be finite")
         if self.unconditional[:, ~self.guided].any():
             raise ValueError("an unguided evaluation has no unconditional output to weigh")

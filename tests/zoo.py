@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 
@@ -494,6 +495,11 @@ ZOO = (
     BERT,
 )
 BY_NAME = {model.name: model for model in ZOO}
+LONG_TO_CAPTURE = (FLUX, SANA, COGVIDEOX, WAN, QWENIMAGE, HUNYUANVIDEO, UNET)
+EACH = [
+    pytest.param(model, id=model.name, marks=[pytest.mark.slow] if model in LONG_TO_CAPTURE else []) for model in ZOO
+]
+"""Of `ZOO`, for tests that need a capture; those that take long are for the slow tests."""
 
 
 def config_of(folder: Path) -> dict[str, Any]:

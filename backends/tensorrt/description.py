@@ -33,7 +33,8 @@ class PlanDescription(Description):
         capability: compute capability it was built for.
         precision: of products: `fp32`, `fp16` or `bf16`.
         batch: its profile; None where no input has a batch.
-        layers: the network definition it was built from.
+        layers: the network definition it was built from; empty where its builder does not show it.
+        tensors: port -> the name the plan has for it, where it is another.
     """
 
     provider: str
@@ -42,3 +43,8 @@ class PlanDescription(Description):
     precision: str
     batch: Batch | None
     layers: tuple[Layer, ...]
+    tensors: dict[str, str] = Field(default_factory=dict)
+
+    def tensor(self, port: str) -> str:
+        """The name that the plan has for a port."""
+        return self.tensors.get(port, port)

@@ -230,9 +230,14 @@ class Session:
         self.batch = None  # until everything is in place
         for name, array in {**arrays, **results}.items():
             if self.buffers[name].reserve(array.nbytes):
-                self._require(self.context.set_tensor_address(name, self.buffers[name].address), f"memory of {name!r}")
+                self._require(
+                    self.context.set_tensor_address(self.plan.tensor(name), self.buffers[name].address),
+                    f"memory of {name!r}",
+                )
         for name, array in arrays.items():
-            self._require(self.context.set_input_shape(name, tuple(array.shape)), f"the shape of {name!r}")
+            self._require(
+                self.context.set_input_shape(self.plan.tensor(name), tuple(array.shape)), f"the shape of {name!r}"
+            )
         self.batch = batch
 
     def _enqueue(self) -> None:

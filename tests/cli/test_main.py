@@ -27,7 +27,7 @@ VERBS = [
     "backends",
 ]
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-LATER = {"--single-file", "--prompt", "--negative-prompt", "--reduce"}
+LATER = {"--single-file"}
 WORK = "stepfold.runtime.compiler.optimize"
 OPTIMIZE = ("optimize", "checkpoint", "--out", "bundle")
 

@@ -62,10 +62,15 @@ def test_bench_passes_its_options_on(stepfold, measured: list[dict[str, Any]], c
     }
 
 
-def test_bench_as_text(stepfold, measured: list[dict[str, Any]]) -> None:
-    result = stepfold("bench", "a", "--out", "folder")
+@pytest.mark.parametrize("with_page", [True, False])
+def test_bench_as_text(stepfold, measured: list[dict[str, Any]], tmp_path: Path, with_page: bool) -> None:
+    """The page is named where there is one: it needs the extra `report`."""
+    if with_page:
+        (tmp_path / "report.html").touch()
+    result = stepfold("bench", "a", "--out", tmp_path)
     assert result.code == 0
-    for text in ("25.0", "8.0x", "41.00", "eager", "skipped openvino: needs [openvino]", "folder/report.html"):
+    named = f"{tmp_path}/report.{'html' if with_page else 'json'}"
+    for text in ("25.0", "8.0x", "41.00", "eager", "skipped openvino: needs [openvino]", named):
         assert text in result.out
     assert measured[0]["baselines"] == []
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import zoo
-from zoo import ZOO, ZooModel
+from zoo import EACH, ZooModel
 
 from stepfold.frontend.capture import capture
 from stepfold.frontend.frozen import BY_CONSTANT, BY_EXAMPLE
@@ -53,7 +53,7 @@ def test_sana_takes_other_latent_sizes(captured: Captured) -> None:
     assert found["hidden_states", 2] == found["hidden_states", 3] == BY_EXAMPLE
 
 
-@pytest.mark.parametrize("model", ZOO, ids=str)
+@pytest.mark.parametrize("model", EACH)
 def test_every_static_size_is_listed_once_and_no_batch(model: ZooModel, captured: Captured) -> None:
     program = captured(model)
     listed = [(i.input, i.dimension, i.value) for i in program.frozen if i.source != BY_CONSTANT]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import zoo
-from zoo import ZOO, ZooModel
+from zoo import EACH, ZooModel
 
 from stepfold.frontend.capture import capture
 from stepfold.frontend.inspect import inspect_program
@@ -17,7 +17,7 @@ from stepfold.ir.program import Program
 Captured = Callable[[ZooModel], Program]
 
 
-@pytest.mark.parametrize("model", ZOO, ids=str)
+@pytest.mark.parametrize("model", EACH)
 def test_every_zoo_model_is_described(model: ZooModel, captured: Captured) -> None:
     program = captured(model)
     document = json.loads(json.dumps(inspect_program(program)))

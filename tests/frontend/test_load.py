@@ -12,7 +12,7 @@ import torch
 import yaml
 import zoo
 from safetensors.torch import load_file, save_file
-from zoo import ZOO, ZooModel
+from zoo import EACH, ZooModel
 
 from stepfold.calibration.conditions import sample_request
 from stepfold.frontend.calling import flatten
@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
     return zoo.DIT.save(tmp_path / "dit")
 
 
-@pytest.mark.parametrize("model", ZOO, ids=str)
+@pytest.mark.parametrize("model", EACH)
 def test_every_zoo_folder_loads(model: ZooModel, tmp_path: Path) -> None:
     """Names, roles and example inputs; and the loaded model, tables computed in its constructor included, is equal."""
     checkpoint = load_checkpoint(model.save(tmp_path / "saved"))

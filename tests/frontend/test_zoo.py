@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from zoo import ZOO, ZooModel
+from zoo import EACH, ZooModel
 
 from stepfold.backends.onnx.emit import emit
 from stepfold.frontend.calling import flatten, named_outputs, prediction
@@ -38,16 +38,19 @@ def assert_equal(got: list[np.ndarray], wanted: list[np.ndarray], tolerance: flo
         np.testing.assert_allclose(value, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("model", ZOO, ids=str)
+@pytest.mark.parametrize("model", EACH)
 def test_reference_equals_eager(model: ZooModel, captured: Captured) -> None:
     program = captured(model)
     verify(program)
     for batch in (2, 3):
         inputs, wanted = inputs_and_outputs(model, program, batch)
         assert_equal(program.bind().evaluate(inputs), wanted, PYTORCH_TOLERANCE)
+    if (loop := model.loop()) is not None:
+        assert program.step.outputs[0].shape == (None, *loop.latent.shape)
+        assert [item.name for item in program.inputs if item.role == "state"] == [loop.state]
 
 
-@pytest.mark.parametrize("model", ZOO, ids=str)
+@pytest.mark.parametrize("model", EACH)
 def test_onnxruntime_equals_eager(model: ZooModel, captured: Captured, tmp_path: Path) -> None:
     program = captured(model)
     emit(program.step, tmp_path / "model.onnx", {})
@@ -55,11 +58,3 @@ def test_onnxruntime_equals_eager(model: ZooModel, captured: Captured, tmp_path:
     for batch in (2, 3):
         inputs, wanted = inputs_and_outputs(model, program, batch)
         assert_equal(session.run([port.name for port in program.step.outputs], inputs), wanted, ONNX_TOLERANCE)
-
-
-def test_the_loop_models_predict_their_latent(captured: Captured) -> None:
-    for model in ZOO:
-        if (loop := model.loop()) is not None:
-            program = captured(model)
-            assert program.step.outputs[0].shape == (None, *loop.latent.shape)
-            assert [i.name for i in program.inputs if i.role == "state"] == [loop.state]

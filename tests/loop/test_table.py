@@ -192,6 +192,7 @@ def test_order_is_checked() -> None:
         ({"landings": np.zeros(4, np.int64)}, r"landings of a table of 3 evaluations must be \[3\]"),
         ({"conditional": np.ones((3, 3))}, r"conditional of a table of 3 evaluations must be lower triangular"),
         ({"unconditional": np.zeros((3, 2))}, r"unconditional of a table .* must be lower triangular \[3, 3\]"),
+        ({"state": np.array([1.0, np.nan, 1.0])}, "state weights of a table must be finite"),
         ({"conditional": np.diag([1.0, np.inf, 1.0])}, "conditional weights of a table must be finite"),
         ({"guided": np.array([True, False, True])}, "an unguided evaluation has no unconditional output to weigh"),
     ],

@@ -76,7 +76,7 @@ _STAGES: dict[int, tuple[Stage, Path]] = {}
 @pytest.fixture
 def already_captured(tiny_program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny checkpoint without loading and capturing it again."""
-    loaded = SimpleNamespace(capture=lambda: tiny_program)
+    loaded = SimpleNamespace(capture=lambda: tiny_program, capture_ends=lambda: None)
     monkeypatch.setattr("stepfold.frontend.load.load_checkpoint", lambda path, **more: loaded)
 
 

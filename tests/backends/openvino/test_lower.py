@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import Modulated, component, denoiser, modulated_example
 from stages import BIAS, MASKS, STAGES, M, T, arrays, static_pair
-from zoo import BY_NAME, ZOO, ZooModel
+from zoo import BY_NAME, EACH, ZooModel
 
 from stepfold.backends.onnx.token_groups import GROUP_QLINEAR
 from stepfold.backends.openvino.lower import LOWERINGS, lower, prepare
@@ -285,7 +285,7 @@ def captured(model: ZooModel) -> tuple[Program, Callable[[int], dict[str, np.nda
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ZOO, ids=str)
+@pytest.mark.parametrize("model", EACH)
 def test_float_parity(opened: Session, model: ZooModel) -> None:
     program, inputs = captured(model)
     call, run = opened(program.step), reference(program.step)

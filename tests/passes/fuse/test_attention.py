@@ -71,7 +71,11 @@ def test_before_and_expected() -> None:
     assert operators(result.program.step) == [
         "sin.default", "cos.default", "exp.default", "stepfold.attention.default", "add.Tensor",
     ]  # fmt: skip
-    assert (result.changed, result.refused, result.details) == (1, (), {"rules": {"attention": 1, "gelu": 0, "modulate": 0}})
+    assert (result.changed, result.refused, result.details) == (
+        1,
+        (),
+        {"rules": {"attention": 1, "gelu": 0, "modulate": 0}},
+    )
     verify(result.program)
 
 

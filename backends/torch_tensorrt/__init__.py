@@ -1,0 +1,1 @@
+"""Torch-TensorRT: plans that PyTorch's own converter builds from a re-exported stage; sessions are those of TensorRT."""
