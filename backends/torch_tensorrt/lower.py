@@ -5,6 +5,7 @@ What Torch-TensorRT saves by itself is a pickled module; only the plan and a des
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,7 @@ def lower(stage: Stage, folder: Path, *, options: TorchTensorrtOptions) -> Path:
 
 
 def _convert(stage: Stage, exported: torch.export.ExportedProgram, options: TorchTensorrtOptions) -> bytes:
-    import torch_tensorrt  # type: ignore[import-not-found]
-
+    torch_tensorrt = importlib.import_module("torch_tensorrt")
     inputs = [_input(torch_tensorrt, port, options) for port in stage.inputs]
     try:
         return torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine(
