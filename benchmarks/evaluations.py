@@ -7,6 +7,7 @@ samples of a seed used for nothing else.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,7 +70,11 @@ def run(description: str, rows: Mapping[str, Row], baselines: Sequence[str], mod
     options = parser.parse_args()
     chosen = {name: rows[name] for name in options.rows.split(";")}
     with tempfile.TemporaryDirectory() as scratch:
-        bundles = [row.build(model, Path(scratch)) for row in chosen.values()]
+        bundles = []
+        for name, row in chosen.items():
+            print(f"building {name}", file=sys.stderr)
+            bundles.append(row.build(model, Path(scratch)))
+        print("measuring", file=sys.stderr)
         found = bench(
             bundles,
             reference=model.checkpoint,

@@ -20,7 +20,7 @@ from .capture import capture
 from .examples import TEXT_ENCODERS, example_kwargs, read_tensors, unknown_inputs
 from .identity import weights_hash
 from .surroundings import Surroundings
-from .surroundings.ends import Ends, capture_ends
+from .surroundings.ends import CapturedEnds, capture_ends
 from .weights import find_weights, model_class, read_model
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Checkpoint:
         program = capture(self.model, self.kwargs, self.loop, method=self.method, identity=identity)
         return replace(program, unconditional=self.unconditional)
 
-    def capture_ends(self) -> Ends | None:
+    def capture_ends(self) -> CapturedEnds | None:
         """Capture what surrounds the loop in a pipeline, None where nothing is known about it; raises as it does."""
         if self.around is None or self.loop is None:
             return None

@@ -11,7 +11,7 @@ from ..bundle.manifest import PipelineEntry, TokenizerEntry
 from .packing import pack
 
 if TYPE_CHECKING:
-    from ..frontend.surroundings.ends import Ends
+    from ..frontend.surroundings.ends import CapturedEnds
     from ..ir.program import Program
     from ..passes.base import Context
     from ..passes.manager import Step
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 TEXT, DECODER, TOKENIZERS = "text", "decoder", "tokenizers"
 
 
-def optimize_ends(ends: Ends, steps: Sequence[Step], context: Callable[[Program], Context]) -> Ends:
+def optimize_ends(ends: CapturedEnds, steps: Sequence[Step], context: Callable[[Program], Context]) -> CapturedEnds:
     """Apply the exact passes of a recipe.
 
     Nothing that surrounds the loop is measured by the quality of its samples, so nothing there is made worse.
@@ -41,7 +41,7 @@ def optimize_ends(ends: Ends, steps: Sequence[Step], context: Callable[[Program]
     return replace(ends, text=optimized(ends.text), decoder=optimized(ends.decoder))
 
 
-def pack_ends(folder: Path, ends: Ends, shop: Workshop, recipe: Recipe) -> PipelineEntry:
+def pack_ends(folder: Path, ends: CapturedEnds, shop: Workshop, recipe: Recipe) -> PipelineEntry:
     """Write tokenizers and bundles into the folder of a bundle.
 
     Args:

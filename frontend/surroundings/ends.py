@@ -21,7 +21,7 @@ SMALL = 64  # numbers that a pipeline may set in a condition of its own
 
 
 @dataclass(frozen=True)
-class Ends:
+class CapturedEnds:
     """What a pipeline does around its loop.
 
     Attributes:
@@ -44,7 +44,7 @@ def capture_ends(
     prompts: Sequence[str] | None,
     conditions: Mapping[str, torch.Tensor],
     latent: tuple[int, ...],
-) -> Ends:
+) -> CapturedEnds:
     """Capture what surrounds a loop.
 
     Args:
@@ -68,7 +68,7 @@ def capture_ends(
     others = {name: value for name, value in conditions.items() if name not in made} if program is not None else {}
     given = {name: _given(name, value) for name, value in others.items()}
     decoder = _decoder(surroundings, latent) if surroundings.has("vae") else None
-    return Ends(type(surroundings.pipeline).__name__, tokenizers, program, decoder, given)
+    return CapturedEnds(type(surroundings.pipeline).__name__, tokenizers, program, decoder, given)
 
 
 def _decoder(surroundings: Surroundings, latent: tuple[int, ...]) -> Program:

@@ -14,7 +14,7 @@ import torch
 
 from stepfold.frontend.load import Checkpoint, load_checkpoint
 from stepfold.frontend.surroundings import SURROUNDINGS
-from stepfold.frontend.surroundings.ends import Ends, capture_ends
+from stepfold.frontend.surroundings.ends import CapturedEnds, capture_ends
 from stepfold.frontend.surroundings.surroundings import Prompt
 from stepfold.loop.errors import StepfoldError, UsageError
 
@@ -28,10 +28,10 @@ TEXTS = ["a cat", "", "a prompt that is longer than all of the tokens"]
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Checkpoint, Ends]]:
-    made: dict[str, tuple[Checkpoint, Ends]] = {}
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Checkpoint, CapturedEnds]]:
+    made: dict[str, tuple[Checkpoint, CapturedEnds]] = {}
 
-    def load(name: str) -> tuple[Checkpoint, Ends]:
+    def load(name: str) -> tuple[Checkpoint, CapturedEnds]:
         if name not in made:
             checkpoint = load_checkpoint(MAKERS[name](tmp_path_factory.mktemp(name) / "pipeline"))
             ends = checkpoint.capture_ends()
@@ -42,7 +42,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Ch
     return load
 
 
-def token_numbers(ends: Ends, texts: list[str]) -> dict[str, np.ndarray]:
+def token_numbers(ends: CapturedEnds, texts: list[str]) -> dict[str, np.ndarray]:
     from tokenizers import Tokenizer
 
     read = {name: Tokenizer.from_str(content) for name, content in ends.tokenizers.items()}
