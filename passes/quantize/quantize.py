@@ -35,6 +35,8 @@ QUANTIZED = (
 )
 CHOOSING = frozenset({"scheme", "include", "skip", "min_tokens", "part", "hoisted", "max_drift"})
 """Options that every scheme has."""
+FASTEST = {"openvino": "symmetric", "tensorrt": "symmetric"}
+"""Activations of `int8` by engine, where others than `dynamic` ones are fastest, or the only ones."""
 WEIGHTS_ONLY: Mapping[str, type[Scheme]] = {"int8": Int8Weights, "int4": Int4}
 
 
@@ -46,7 +48,8 @@ class QuantizeOptions(Options):
         weights: granularity of the scales of 8-bit weights.
         activations: `dynamic` scales are computed at run time, in `int8` from each tensor, which couples the samples
             of a batch; `static` scales are calibrated and do not, nor do `symmetric` ones, whose int8 has zero in the
-            middle as TensorRT wants it; `float` leaves activations alone.
+            middle as TensorRT wants it; `float` leaves activations alone; `auto` is the form of `int8` that the engine
+            is fastest with.
         smooth: what layers read is divided by a scale for each channel: the SmoothQuant exponent from 0 (activations
             keep the difficulty) to 1, `search` for the exponent of least output error of each site, `salience` for
             that of PTQ4DiT, `awq` for the scale that protects 4-bit weights; null leaves it as it is.
@@ -73,7 +76,7 @@ class QuantizeOptions(Options):
         "int8"
     )
     weights: Literal["per_channel"] = "per_channel"
-    activations: Literal["dynamic", "static", "symmetric", "float"] = "dynamic"
+    activations: Literal["dynamic", "static", "symmetric", "float", "auto"] = "dynamic"
     smooth: float | Literal["search", "salience", "awq"] | None = Field(default=None)
     rounding: Literal["nearest", "gptq", "sequential-gptq"] = "nearest"
     group: int = Field(default=64, ge=16)
@@ -166,6 +169,10 @@ class Quantize(Pass[QuantizeOptions]):
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Quantize every accepted site."""
+        if self.options.activations == "auto":
+            fastest = FASTEST.get(context.engine_name, "dynamic")
+            chosen = self.options.model_copy(update={"activations": fastest})
+            return Quantize(chosen).run(program, context)
         scheme = SCHEMES[self.options.scheme](self.options)
         program, stages = self._chosen(program)
         done = dict[str, _Done]()

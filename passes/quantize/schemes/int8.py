@@ -46,7 +46,7 @@ class Int8(RoundingScheme):
     source = "ONNX Runtime MatMulIntegerToFloat; SmoothQuant, arXiv 2211.10438; PTQ4DiT, arXiv 2405.16005"
     reads: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "weights": ("per_channel",),
-        "activations": ("dynamic", "static", "symmetric"),
+        "activations": ("dynamic", "static", "symmetric", "auto"),
         "smooth": ("0 to 1", "search", "salience", "null"),
         "rounding": ("nearest", "gptq"),
         "repair": (),

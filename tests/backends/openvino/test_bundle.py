@@ -69,7 +69,7 @@ def test_an_unknown_option(tmp_path: Path) -> None:
 @pytest.mark.slow
 @needs_vnni
 def test_the_reference_checkpoint_end_to_end(tmp_path: Path) -> None:
-    """int8 with scales of token groups, eight evaluations; then verify and generate."""
+    """int8 with stored scales, eight evaluations; then verify and generate."""
     out = tmp_path / "bundle"
     settings = [("schedule", name, value) for name, value in QUICK.items()]
     document = optimize(Job(MNIST, out, "default", settings, "openvino"), silent)
@@ -81,6 +81,6 @@ def test_the_reference_checkpoint_end_to_end(tmp_path: Path) -> None:
     command(*words, blocked=NOT_OF_THE_CORE)
     samples = np.load(tmp_path / "a.npy")
     engine = stepfold.load(out)
-    assert engine.manifest.batch_invariant, "every token has scales of its own"
+    assert engine.manifest.batch_invariant, "its scales are stored"
     assert drift(samples[:3], engine.generate(3, seed=7)) < 1e-2
     assert json.loads(command("inspect", out, "--json", blocked=NOT_OF_THE_CORE))["backend"]["name"] == "openvino"

@@ -60,6 +60,15 @@ def counted(stage: Stage) -> Counter[str]:
     return Counter(name for name in operators(stage) if name.startswith(("stepfold", "linear")))
 
 
+@pytest.mark.parametrize(
+    ("engine", "form"), [("openvino", "symmetric"), ("tensorrt", "symmetric"), ("onnxruntime", "dynamic")]
+)
+def test_activations_are_those_that_the_engine_is_fastest_with(hoisted: Program, engine: str, form: str) -> None:
+    context = context_of(hoisted, Path("unused"), engine_name=engine)
+    result = quantize(hoisted, context, activations="auto")
+    assert result.details["activations"] == form and result.details["sites"] == SITES
+
+
 # -- which layers
 
 
