@@ -63,8 +63,10 @@ def document(kind: type[Pass[Any]]) -> dict[str, Any]:
 
 
 def describe_options(options: type[BaseModel]) -> dict[str, dict[str, Any]]:
-    """Type, default and meaning of every option; the meaning is in the `Attributes` of the class's docstring."""
-    meanings = attributes(options.__doc__ or "")
+    """Type, default and meaning of every option; the meaning is in the `Attributes` of the docstring of its class."""
+    meanings = {
+        name: text for kind in reversed(options.__mro__) for name, text in attributes(kind.__doc__ or "").items()
+    }
     return {
         name: {
             "type": type_name(field.annotation),

@@ -495,7 +495,7 @@ ZOO = (
     BERT,
 )
 BY_NAME = {model.name: model for model in ZOO}
-LONG_TO_CAPTURE = (FLUX, SANA, COGVIDEOX, WAN, QWENIMAGE, HUNYUANVIDEO, UNET)
+LONG_TO_CAPTURE = (PIXART, SD3, FLUX, SANA, COGVIDEOX, WAN, QWENIMAGE, HUNYUANVIDEO, UNET)
 EACH = [
     pytest.param(model, id=model.name, marks=[pytest.mark.slow] if model in LONG_TO_CAPTURE else []) for model in ZOO
 ]

@@ -160,7 +160,7 @@ TABLE_CHANGES: list[tuple[Callable[[dict[str, np.ndarray]], Any], str]] = [
     (lambda a: a.update({"scale=2.0/conditional": np.ones((2, 2))}), "conditional of a table of 2 evaluations must be"),
     (lambda a: a.update({"scale=2.0/positions": np.array([0, 4])}), "needs positions that ascend from 0 below 4"),
     (lambda a: a.update({"scale=2.0/positions": np.array([0.0, 2.0])}), "needs positions that ascend from 0 below 4"),
-    (lambda a: a["scale=2.0/state"].__setitem__(0, np.nan), "has values that are not finite"),
+    (lambda a: a["scale=2.0/state"].__setitem__(0, np.nan), "state weights of a table must be finite"),
     (lambda a: a["recurrence/state"].__setitem__(0, np.inf), "the recurrence has values that are not finite"),
     (lambda a: a.update({"recurrence/outputs": np.ones((4, 4))}), "b must be lower triangular"),
     (lambda a: a.update({"recurrence/timesteps": np.array(1.0)}), "received an unusable one"),

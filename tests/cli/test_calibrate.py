@@ -37,7 +37,7 @@ def captured_once(tiny_checkpoint: Path, tiny_program: Program, monkeypatch: pyt
 
     def loaded(path: Path, **more: Any) -> Any:
         plain = path == tiny_checkpoint and not any(more.values())
-        return SimpleNamespace(capture=lambda: tiny_program) if plain else real(path, **more)
+        return SimpleNamespace(capture=lambda: tiny_program, capture_ends=lambda: None) if plain else real(path, **more)
 
     monkeypatch.setattr(load, "load_checkpoint", loaded)
 

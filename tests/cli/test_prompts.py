@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from stepfold.runtime.engine import load, open_stage
 from stepfold.runtime.prompts import draw
 from stepfold.runtime.unoptimized import load_unoptimized
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "pipelines.md"
 PROMPT, NEGATIVE = "a cat in the sun", "rain"
 
 
@@ -59,6 +61,7 @@ def test_images_are_those_of_the_pipeline(folder: Path, bundle: Path, tmp_path: 
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_takes_prompts_too(
     folder: Path, bundle: Path, stepfold: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -82,6 +85,16 @@ def test_from_python(bundle: Path) -> None:
     for wrong in ({"prompt": []}, {"prompt": PROMPT, "count": 0}, {"prompt": PROMPT, "seed": -1}):
         with pytest.raises(UsageError, match="draw: expected a prompt, count >= 1 and seed >= 0"):
             engine.draw(**wrong)
+
+
+def test_the_page_runs(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sd3").symlink_to(bundle)
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    defined: dict[str, Any] = {}
+    exec(compile(code, str(PAGE), "exec"), defined)  # noqa: S102  (code of this repository)
+    assert defined["images"].shape == (4, 3, 16, 16) and defined["images"].dtype == np.float32
 
 
 def test_the_bundle_says_what_it_holds_and_is_verified(bundle: Path) -> None:

@@ -105,6 +105,7 @@ def test_finished_run_says_so(script: ModuleType, tmp_path: Path, capsys: pytest
     assert "at step 1 already; raise --steps to go on" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_state_to_resume(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

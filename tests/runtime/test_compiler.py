@@ -302,6 +302,7 @@ def test_a_scale_without_a_fitted_table_runs_every_call(
     assert 1e-6 < drift(received, reference) < 0.05
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(
     optimized: tuple[Path, dict[str, Any]], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
