@@ -73,8 +73,8 @@ def test_a_plan_and_its_description(converter: Converter, tmp_path: Path) -> Non
     assert first["dtype"] is torch.float32
     plan = PlanDescription.read(file)
     assert (plan.provider, plan.provider_version, plan.capability) == ("tensorrt", "11.0", "SM89")
-    assert plan.tensors == {"x": "arg_x", "scale": "arg_scale", "shift": "arg_shift", "y0": "output0"}
-    assert plan.tensor("x") == "arg_x" and plan.tensor("other") == "other"
+    assert plan.tensors == {"normed": "arg_x", "scale": "arg_scale", "shift": "arg_shift", "y0": "output0"}
+    assert plan.tensor("normed") == "arg_x" and plan.tensor("other") == "other"
     assert plan.input_ports() == stage.inputs and plan.output_ports() == stage.outputs
 
 
@@ -100,7 +100,7 @@ def test_what_it_refuses_is_told(converter: Converter, tmp_path: Path) -> None:
 
 def test_an_input_that_was_dropped_is_noticed(converter: Converter, tmp_path: Path) -> None:
     converter.names = ["arg_x", "output0"]
-    with pytest.raises(StepfoldError, match="expected a plan with the inputs x, scale, shift; it has arg_x"):
+    with pytest.raises(StepfoldError, match="expected a plan with the inputs normed, scale, shift; it has arg_x"):
         lower.lower(STAGES["modulated_norm"][1], tmp_path, options=OPTIONS)
 
 
