@@ -21,6 +21,9 @@ COMPARED: dict[str, dict[str, object]] = {
     "w4-gptq, in sequence": {"scheme": "int4", "rounding": "sequential-gptq", "group": 64, "hoisted": "int8"},
     "w4-svdquant, in sequence": {"scheme": "svdquant", "rounding": "sequential-gptq", "hoisted": "int8"},
     "modelopt": {"scheme": "modelopt", "smooth": 0.7},
+    "modelopt, int4": {"scheme": "modelopt", "format": "int4"},
+    "modelopt, fp8": {"scheme": "modelopt", "format": "fp8"},
+    "mixed, 0.6 of the time": {"scheme": "mixed", "time": 0.6, "smooth": 0.7},
     "mixed, 6 bits": {"scheme": "mixed", "bits": 6.0, "smooth": 0.7, "hoisted": "int8"},
     "mixed, 8.15 bits": {"scheme": "mixed", "bits": 8.15, "smooth": 0.7},
 }
@@ -29,7 +32,10 @@ RECIPES = (
     "int8",
     "int8-static",
     "modelopt",
+    "modelopt, fp8",
+    "modelopt, int4",
     "mixed, 8.15 bits",
+    "mixed, 0.6 of the time",
     "w4-nearest",
     "w4-gptq",
     "w4-gptq, in sequence",
@@ -50,9 +56,9 @@ def row(name: str) -> Row:
 
 
 def can_build(name: str) -> bool:
-    """Whether this machine can: `modelopt` needs an environment of its own (docs/passes/modelopt.md)."""
+    """Whether this machine can: those of modelopt need an environment of its own (docs/passes/modelopt.md)."""
     try:
-        return name != "modelopt" or bool(find(cache_folder()))
+        return not name.startswith("modelopt") or bool(find(cache_folder()))
     except UsageError:
         return False
 

@@ -58,11 +58,14 @@ class QuantizeOptions(Options):
         group: input channels that share a scale in 4-bit weights.
         rank: of the branch in full precision.
         residual: format of what the branch leaves.
+        format: of weights and activations that `modelopt` is to decide.
         rotate: `heads` rotates the channels of each head in front of an output projection where that lowers its output
             error; null does not.
         repair: `data-free` lets the second layer of a feed-forward pair absorb what rounding took from the first, on
             inputs drawn from the model's own modulations; null does not.
         bits: of a weight on average, scales included, that `mixed` may spend.
+        time: of the layers in floats, measured on the engine, that `mixed` may spend, from 0 to 1; it takes the place
+            of `bits`.
         hoisted: weights of layers in stages that run once a request; null leaves them.
         include: module patterns to quantize.
         skip: module patterns to leave alone.
@@ -82,9 +85,11 @@ class QuantizeOptions(Options):
     group: int = Field(default=64, ge=16)
     rank: int = Field(default=32, ge=1)
     residual: Literal["int4", "int8", "fp8"] = "int4"
+    format: Literal["int8", "fp8", "int4"] = "int8"
     rotate: Literal["heads"] | None = None
     repair: Literal["data-free"] | None = None
-    bits: float = Field(default=8.5, gt=0)
+    bits: float = Field(default=7.0, gt=0)
+    time: float | None = Field(default=None, gt=0, le=1)
     hoisted: Literal["int8", "int4"] | None = None
     include: tuple[str, ...] = ("*",)
     skip: tuple[str, ...] = ()
@@ -116,6 +121,11 @@ class QuantizeOptions(Options):
                     f"pass quantize: option {option!r}: expected {' or '.join(reads[option])} with scheme "
                     f"{self.scheme}; received {value!r}."
                 )
+        if self.time is not None and "bits" in self.model_fields_set:
+            raise UsageError(
+                f"pass quantize: option 'time': expected null where `bits` is given, because only one of them is spent; "
+                f"received {self.time!r} and {self.bits!r} bits."
+            )
         if self.rounding == SEQUENTIAL and self.repair is not None:
             raise UsageError(
                 f"pass quantize: option 'repair': expected null with rounding {SEQUENTIAL}, which knows what weights "

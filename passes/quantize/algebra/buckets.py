@@ -13,10 +13,7 @@ from typing import Literal
 import torch
 
 from ....calibration.document import STEADY
-from ....loop.errors import GateError, UsageError
-
-WORST_BUCKET = 2.0
-"""How many times the mean error the error of one bucket may be."""
+from ....loop.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -63,23 +60,3 @@ def _expect_ranges(low: torch.Tensor, high: torch.Tensor) -> None:
         raise UsageError(f"ranges: expected one low and one high for each bucket; received shapes {received}.")
     if not (torch.isfinite(low).all() and torch.isfinite(high).all() and (low <= high).all()):
         raise UsageError("ranges: expected finite low <= high in each bucket; received others. Calibrate again.")
-
-
-def expect_even_errors(site: str, errors: torch.Tensor) -> None:
-    """Refuse scales under which one bucket pays for the others.
-
-    Args:
-        site: named in the error.
-        errors: [buckets] relative output error of the layer in each bucket.
-
-    Raises:
-        GateError: an error is not finite, or above `WORST_BUCKET` times the mean.
-    """
-    if not torch.isfinite(errors).all():
-        raise GateError(f"{site}: expected finite errors in every bucket; received {errors.tolist()}. Calibrate again.")
-    worst, mean = int(errors.argmax()), float(errors.mean())
-    if errors[worst] > WORST_BUCKET * mean:
-        raise GateError(
-            f"{site}: expected the error of each bucket of timesteps to be at most {WORST_BUCKET:g} times the mean "
-            f"{mean:.3g}; received {float(errors[worst]):.3g} in bucket {worst}. Use bucketed or dynamic scales."
-        )

@@ -1,4 +1,4 @@
-"""Linear layers as a quantizer decided: `stepfold::quantize_static` and `stepfold::qlinear`."""
+"""Linear layers as a quantizer decided."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from ....ir.names import module_path
 from ....ir.program import Stage, attribute
 from ....loop.errors import StepfoldError
 from ..layers import LINEAR, Group, LinearLayer
-from ..realize import IntegerProducts, StaticActivation
+from ..realize import BlockedProducts, IntegerProducts, Realization, Reconstructed, StaticActivation
 from ..rewrite import replaced_in
-from .operands import IntegerOperands, integer_operands
+from .operands import IntegerOperands, blocked_weight, fp8_operands, integer_operands
 from .read import LinearDecision
+from .run import Mode
 
 
 def realize(stage: Stage, decisions: Mapping[str, LinearDecision]) -> Stage:
@@ -47,6 +48,36 @@ def products(operands: Sequence[IntegerOperands]) -> IntegerProducts:
     """What takes the place of layers whose inputs have one scale and zero point."""
     activation = StaticActivation(operands[0].scale, operands[0].zero)
     return IntegerProducts(activation, [(o.weight, o.weight_scale) for o in operands])
+
+
+def realization(mode: Mode, decisions: Sequence[tuple[str, LinearDecision]]) -> Realization:
+    """What takes the place of the layers that read one value.
+
+    Args:
+        mode: that modelopt decided in.
+        decisions: of each layer, with its name.
+
+    Raises:
+        StepfoldError: a decision has another form than that of the mode, or gives their input different scales.
+    """
+    if mode == "int4":
+        return BlockedProducts([blocked_weight(name, item) for name, item in decisions], False)
+    _expect_one_scale(decisions)
+    if mode == "int8":
+        return products([integer_operands(name, item) for name, item in decisions])
+    operands = [fp8_operands(name, item) for name, item in decisions]
+    weights = [{"fp8": o.weight, "scale": o.weight_scale} for o in operands]
+    round_input = (torch.ops.stepfold.round_fp8.default, operands[0].scale)
+    return Reconstructed(torch.ops.stepfold.decode_fp8.default, weights, round_input)
+
+
+def _expect_one_scale(decisions: Sequence[tuple[str, LinearDecision]]) -> None:
+    scales = {(item.input.scale, item.input.zero) for _, item in decisions if item.input is not None}
+    if len(scales) > 1:
+        first, _ = decisions[0]
+        raise StepfoldError(
+            f"modelopt: expected one scale for the input of {first} and its neighbours; received {len(scales)}."
+        )
 
 
 def _layer(stage: Stage, node: fx.Node) -> LinearLayer:

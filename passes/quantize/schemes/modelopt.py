@@ -1,4 +1,4 @@
-"""8 bits as NVIDIA modelopt decides them, in the integer products of our engines."""
+"""Layers as NVIDIA modelopt decides them, in the operators of our engines."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..inputs import Inputs, Need
 from ..layers import LINEAR, Group
 from ..modelopt.decide import decide
 from ..modelopt.environment import find
-from ..modelopt.operands import IntegerOperands, integer_operands
-from ..modelopt.realize import products
+from ..modelopt.read import LinearDecision
+from ..modelopt.realize import realization
 from ..modelopt.run import Quantizer
 from ..realize import Realization
 from ..scheme import Scheme
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 
 class Modelopt(Scheme):
-    """8-bit weights and activations with the scales that NVIDIA modelopt chooses, in an environment of its own."""
+    """INT8, FP8 or INT4 with the codes and scales that NVIDIA modelopt chooses, in an environment of its own."""
 
     name = "modelopt"
     source = "NVIDIA Model-Optimizer, modelopt.onnx.quantization; docs/passes/modelopt.md"
-    reads: ClassVar[Mapping[str, tuple[str, ...]]] = {"smooth": ("0 to 1", "null")}
+    reads: ClassVar[Mapping[str, tuple[str, ...]]] = {"format": (), "smooth": ("0 to 1", "null")}
 
-    _operands: Mapping[str, IntegerOperands]
+    _decisions: Mapping[str, LinearDecision]
 
     @property
     def need(self) -> Need:
@@ -55,20 +55,15 @@ class Modelopt(Scheme):
         """
         chosen = {layer.node.name for group in groups for layer in group.layers}
         every = [node.name for node in program.step.graph.graph.nodes if node.target is LINEAR]
-        quantizer = Quantizer("int8", excluded=tuple(name for name in every if name not in chosen))
+        quantizer = Quantizer(self.options.format, excluded=tuple(name for name in every if name not in chosen))
         decisions = decide(program, find(context.cache), quantizer, LOWERINGS, context.seed, context.progress)
         missing = sorted(chosen - decisions.keys())
         if missing:
             raise StepfoldError(f"modelopt: expected a decision for every chosen layer; none came for {missing[0]}.")
-        self._operands = {name: integer_operands(name, decisions[name]) for name in chosen}
+        self._decisions = decisions
         return {}
 
     def realize(self, group: Group, inputs: Inputs | None) -> Realization:
         """See `Scheme.realize`."""
-        operands = [self._operands[layer.node.name] for layer in group.layers]
-        scales = {(float(item.scale), int(item.zero)) for item in operands}
-        if len(scales) > 1:
-            raise StepfoldError(
-                f"modelopt: expected one scale for the input of {group.name} and its neighbours; received {len(scales)}."
-            )
-        return products(operands)
+        decisions = [(layer.name, self._decisions[layer.node.name]) for layer in group.layers]
+        return realization(self.options.format, decisions)

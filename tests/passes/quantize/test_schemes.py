@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from stepfold.passes.base import Context, PassResult
 from stepfold.passes.manager import Step, run_passes
 from stepfold.passes.quantize.quantize import Quantize, QuantizeOptions
 from stepfold.passes.quantize.scheme import RoundingScheme
-from stepfold.passes.quantize.schemes import SCHEMES
+from stepfold.passes.quantize.schemes import SCHEMES, mixed
 from stepfold.passes.recipe import load_recipe
 from stepfold.passes.schedule.hoist import Hoist, HoistOptions
 from stepfold.runtime.packing import batch_invariant
@@ -218,6 +219,41 @@ def test_mixed_needs_its_smallest_format(program: Program, context: Context) -> 
         quantize(program, context, scheme="mixed", bits=2.0)
 
 
+@pytest.mark.parametrize(("time", "allowed"), [(1.0, {"float", "int8"}), (0.75, {"float", "int8"}), (0.5, {"int8"})])
+def test_mixed_spends_time(
+    program: Program, context: Context, monkeypatch: pytest.MonkeyPatch, time: float, allowed: set[str]
+) -> None:
+    """On an engine whose 4 bits are slow they are never chosen, and half the time buys integers only."""
+    durations = {"float": 1000, "int8": 500, "int4": 1500}
+    monkeypatch.setattr(mixed.Durations, "of", lambda self, group, formats: durations)
+    details = quantize(program, replace(context, fitted_on="engine"), scheme="mixed", time=time).details
+    assert details["time"] <= time and set(details["formats"].values()) <= allowed
+    assert 8 < details["bits"] <= 32
+
+
+def test_mixed_needs_the_time_of_its_fastest_formats(
+    program: Program, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    durations = {"float": 1000, "int8": 500, "int4": 1500}
+    monkeypatch.setattr(mixed.Durations, "of", lambda self, group, formats: durations)
+    with pytest.raises(
+        GateError, match=r"time: expected at least 0\.50 of the time of layers in floats.*received 0\.40"
+    ):
+        quantize(program, replace(context, fitted_on="engine"), scheme="mixed", time=0.4)
+
+
+@pytest.mark.slow
+def test_mixed_spends_time_measured_on_the_engine(program: Program, tmp_path: Path) -> None:
+    """All of the time is always enough, and a second build decides the same."""
+    with workshop("onnxruntime") as shop:
+        context = replace(
+            context_of(program, tmp_path), engine=shop.open, engine_name="onnxruntime", fitted_on="engine"
+        )
+        first, second = (quantize(program, context, scheme="mixed", time=1.0).details for _ in range(2))
+    assert first == second and 0 < first["time"] <= 1.0
+    assert len(list(tmp_path.glob("durations-*.json"))) == 4  # q, k and v; out; up; down
+
+
 def test_weights_get_smaller(program: Program, results: dict[str, PassResult]) -> None:
     """Bytes of the six layers against float32: 2 bits, 4 bits, 4 bits with E4M3 scales, 8 bits."""
     floats = stage_bytes(program.step)
@@ -297,6 +333,10 @@ def test_weights_of_hoisted_stages(program: Program, context: Context, bits: str
         (
             {"smooth": 1.5},
             r"option 'smooth': expected 0 to 1 or search or salience or null with scheme int8; received 1.5",
+        ),
+        (
+            {"scheme": "mixed", "time": 0.5, "bits": 6.0},
+            r"option 'time': expected null where `bits` is given, because only one of them is spent; received 0.5 and 6",
         ),
         ({"scheme": "int5"}, r"option 'scheme': expected 'int8', .*received 'int5'"),
         ({"scheme": "int4", "group": 3}, r"option 'group': expected greater than or equal to 16; received 3"),

@@ -1,4 +1,4 @@
-"""Scales over timesteps: the rule, the drift it is for, and the refusal of uneven errors."""
+"""Scales over timesteps: the rule, and the drift it is for."""
 
 import math
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from stepfold.ir import operators  # noqa: F401  (registers the stepfold:: operators)
-from stepfold.loop.errors import GateError, UsageError
-from stepfold.passes.quantize.algebra.buckets import ActivationPlan, expect_even_errors, plan_activations
+from stepfold.loop.errors import UsageError
+from stepfold.passes.quantize.algebra.buckets import ActivationPlan, plan_activations
 from stepfold.passes.quantize.algebra.errors import drift
 from stepfold.passes.quantize.algebra.int8 import activation_range
 
@@ -97,17 +97,4 @@ def test_drifting_ranges() -> None:
     assert bucketed.mean() <= 1.2 * dynamic.mean()
     assert static.mean() >= 2 * dynamic.mean()
     assert dynamic.mean() < 0.015  # measured 0.011
-    expect_even_errors("qkv", bucketed)
-    with pytest.raises(GateError, match=r"qkv: expected the error of each bucket .* in bucket 0\. Use bucketed or"):
-        expect_even_errors("qkv", static)
-
-
-def test_errors_that_are_no_numbers() -> None:
-    with pytest.raises(GateError, match=r"qkv: expected finite errors in every bucket"):
-        expect_even_errors("qkv", torch.tensor([0.1, float("nan")]))
-
-
-def test_even_errors_at_the_limit() -> None:
-    expect_even_errors("qkv", torch.tensor([1.0, 1.0, 4.0]))  # twice the mean of 2
-    with pytest.raises(GateError, match=r"at most 2 times the mean 2\.03; received 4\.1 in bucket 2"):
-        expect_even_errors("qkv", torch.tensor([1.0, 1.0, 4.1]))
+    assert bucketed.amax() <= 2 * bucketed.mean() and static.amax() > 2 * static.mean()

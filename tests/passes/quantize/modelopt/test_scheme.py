@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ from stepfold.ir.program import attribute
 from stepfold.loop.errors import StepfoldError, UsageError
 from stepfold.loop.metrics import drift
 from stepfold.passes.base import PassResult
-from stepfold.passes.quantize.modelopt.read import LinearDecision, QuantizedInput, QuantizedWeight
+from stepfold.passes.quantize.modelopt.read import FLOAT8, LinearDecision, QuantizedInput, QuantizedWeight
 from stepfold.passes.quantize.quantize import Quantize, QuantizeOptions
 from stepfold.passes.quantize.schemes import modelopt
 
@@ -84,6 +85,82 @@ def test_decisions_become_integer_products(program: Program, tmp_path: Path, mon
         received, wanted = (p.step.graph(*example)[0].numpy() for p in (result.program, program))
     assert 0 < drift(received, wanted) < 0.03
     assert seen[0][0] == tmp_path / "python" and seen[0][1].excluded == ()
+
+
+def fp8_decision(weight: np.ndarray) -> LinearDecision:
+    """Weights [M, N] in E4M3 by their largest magnitude."""
+    scale = (np.abs(weight).max(0) / 448).astype(np.float32)
+    held = QuantizedWeight((weight / scale).astype(ml_dtypes.float8_e4m3fn), scale, np.zeros(8, np.int32), FLOAT8)
+    return LinearDecision(QuantizedInput(4 / 448, 0, FLOAT8), held)
+
+
+def int4_decision(weight: np.ndarray) -> LinearDecision:
+    """Weights [M, N] in one group of 16, which the 8 inputs do not fill."""
+    scale = (np.abs(weight).max(0, keepdims=True) / 7).astype(np.float32)
+    codes = np.clip(np.rint(weight / scale), -8, 7).astype(np.int8)
+    return LinearDecision(None, QuantizedWeight(codes, scale, np.zeros((1, 8), np.int32), "int4", 16))
+
+
+@pytest.mark.parametrize(
+    ("format", "decision", "operator"),
+    [("fp8", fp8_decision, "stepfold.decode_fp8.default"), ("int4", int4_decision, "stepfold.blocked_linear.default")],
+)
+def test_other_formats(
+    program: Program,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    format: str,
+    decision: Callable[[np.ndarray], LinearDecision],
+    operator: str,
+) -> None:
+    """The stage computes what the dequantized weights give, with the input rounded where it is."""
+    seen = stand_in(monkeypatch)
+    weights = {
+        node.name: attribute(program.step.graph, str(node.args[1].target)).detach().numpy().T
+        for node in program.step.graph.graph.find_nodes(op="call_function", target=LINEAR)
+    }
+    decisions = {name: decision(weight) for name, weight in weights.items()}
+    monkeypatch.setattr(modelopt, "decide", lambda program, python, quantizer, *_: seen.append(quantizer) or decisions)
+    result = run(program, tmp_path, format=format)
+    assert seen[0].mode == format and result.changed == 3
+    found = operators(result.program.step)
+    assert found.count(operator) == 3 and found.count("stepfold.round_fp8.default") == (2 if format == "fp8" else 0)
+    with torch.no_grad():
+        received = result.program.step.graph(*program.example.values())[0].numpy()
+    wanted = by_hand(program.example["x"], decisions)
+    np.testing.assert_allclose(received, wanted, atol=1e-6)
+
+
+def by_hand(x: torch.Tensor, decisions: Mapping[str, LinearDecision]) -> np.ndarray:
+    """The network with the weights that decisions stand for."""
+    network = Network()
+
+    def layer(value: torch.Tensor, module: torch.nn.Linear, decision: LinearDecision) -> torch.Tensor:
+        if decision.input is not None:
+            scale = decision.input.scale
+            value = (value / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+        weight = torch.from_numpy(decision.weight.dequantized().astype(np.float32))
+        return value @ weight + module.bias
+
+    first, second, last = decisions.values()
+    with torch.no_grad():
+        hidden = torch.tanh(layer(x, network.first, first) + layer(x, network.second, second))
+        return torch.tanh(layer(hidden, network.last, last)).numpy()
+
+
+@pytest.mark.parametrize(
+    ("format", "expected"),
+    [
+        ("fp8", "expected an E4M3 input and an E4M3 weight"),
+        ("int4", "expected a float input and a symmetric int4 weight in groups"),
+    ],
+)
+def test_a_decision_in_another_form(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, expected: str
+) -> None:
+    stand_in(monkeypatch)  # which decides in int8
+    with pytest.raises(StepfoldError, match=f"layer first: {expected}.*; received input int8, weight int8"):
+        run(program, tmp_path, format=format)
 
 
 def test_layers_that_the_recipe_leaves_are_excluded(

@@ -1,0 +1,111 @@
+"""What layers cost on an engine: measured alone, once for each shape, and kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from programs import component, context_of, operators
+
+from stepfold.ir.program import Program
+from stepfold.loop.errors import UsageError
+from stepfold.loop.ports import BoundProgram
+from stepfold.passes.base import Context
+from stepfold.passes.quantize.durations import Durations, Formats, lone_stage
+from stepfold.passes.quantize.layers import Group, Selection, find_groups
+from stepfold.passes.quantize.quantize import QuantizeOptions
+from stepfold.passes.quantize.schemes.blocks import Int8Weights
+
+
+class Network(torch.nn.Module):
+    """Two layers that read one value, two of one shape behind them, one whose bias is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k = torch.nn.Linear(32, 16), torch.nn.Linear(32, 48, bias=False)
+        self.up, self.again = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+        self.last = torch.nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.again(torch.tanh(self.up(torch.tanh(self.q(x)))))) + self.k(x)[..., :16]
+        return torch.tanh(torch.nn.functional.linear(hidden, self.last.weight, self.last.bias * hidden.amax()))
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    return component(Network(), torch.randn(2, 5, 32))
+
+
+def groups_of(program: Program) -> dict[str, Group]:
+    selection = Selection(("*",), (), 1, predicts=False)
+    return {group.name: group for group in find_groups(program.step, selection, lambda layer: None)[0]}
+
+
+def formats_of(group: Group) -> Formats:
+    scheme = Int8Weights(QuantizeOptions(scheme="int8-weights", group=16))
+    return {"float": None, "int8": scheme.realize(group, None)}
+
+
+def counting(program: Program, cache: Path) -> tuple[Context, list[Program]]:
+    """A context whose engine says what it was given."""
+    seen: list[Program] = []
+
+    def engine(given: Program) -> BoundProgram:
+        seen.append(given)
+        return given.bind()
+
+    return replace(context_of(program, cache), engine=engine, fitted_on="engine"), seen
+
+
+def test_a_lone_stage_computes_the_layers_of_a_group(program: Program) -> None:
+    before = operators(program.step)
+    stage = lone_stage(groups_of(program)["q"], None)
+    assert [port.shape for port in (*stage.inputs, *stage.outputs)] == [(None, 5, 32), (None, 5, 16), (None, 5, 48)]
+    x, network = torch.randn(3, 5, 32), Network()
+    with torch.no_grad():
+        for received, layer in zip(stage.graph(x), (network.q, network.k), strict=True):
+            np.testing.assert_allclose(received, layer(x), atol=1e-6)
+    assert operators(program.step) == before
+
+
+def test_a_lone_stage_holds_the_realization(program: Program) -> None:
+    group = groups_of(program)["q"]
+    found = operators(lone_stage(group, formats_of(group)["int8"]))
+    assert found == ["stepfold.blocked_linear.default"] * 2
+
+
+def test_a_bias_that_is_computed_is_left_out(program: Program) -> None:
+    (group,) = (group for group in groups_of(program).values() if group.source.target is torch.ops.aten.add.Tensor)
+    stage = lone_stage(group, None)
+    assert operators(stage) == ["linear.default"] and len(stage.tensors()) == 1
+
+
+def test_each_shape_is_measured_once(program: Program, tmp_path: Path) -> None:
+    context, seen = counting(program, tmp_path)
+    durations, groups = Durations(context), groups_of(program)
+    first = durations.of(groups["up"], formats_of(groups["up"]))
+    assert first.keys() == {"float", "int8"} and all(isinstance(value, int) and value > 0 for value in first.values())
+    assert len(seen) == 2
+    assert durations.of(groups["again"], formats_of(groups["again"])) == first and len(seen) == 2
+    durations.of(groups["q"], formats_of(groups["q"]))
+    assert len(seen) == 4
+    other, _ = counting(program, tmp_path)
+    assert Durations(other).of(groups["up"], formats_of(groups["up"])) == first
+
+
+def test_another_engine_is_measured_again(program: Program, tmp_path: Path) -> None:
+    context, seen = counting(program, tmp_path)
+    group = groups_of(program)["up"]
+    Durations(context).of(group, formats_of(group))
+    Durations(replace(context, engine_name="another")).of(group, formats_of(group))
+    assert len(seen) == 4
+
+
+def test_an_engine_that_does_not_run_here(program: Program, tmp_path: Path) -> None:
+    context, _ = counting(program, tmp_path)
+    with pytest.raises(UsageError, match=r"option 'time': expected an engine that runs on this machine; reference"):
+        Durations(replace(context, fitted_on="reference"))
