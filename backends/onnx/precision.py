@@ -64,8 +64,11 @@ EXACT = (
     aten.sum,
     aten.var,
     aten.cumsum,
+    torch.ops.stepfold.round_nvfp4,
+    torch.ops.stepfold.decode_nvfp4,
 )
-"""Operators that run in float32: their sums leave the range of half precision, or their arguments need its digits."""
+"""Operators that run in float32: their sums or scales leave the range of half precision, or their arguments need its
+digits."""
 
 
 def at_precision(stage: Stage, dtype: torch.dtype) -> Stage:

@@ -18,6 +18,7 @@ from ..export import where
 from ..onnx.decoded import PAIRS, decode_codebook
 from ..onnx.emit import emit
 from ..onnx.precision import at_precision
+from . import fp4
 from .build import BuildFailure, Plan, build
 from .description import PlanDescription
 from .network import ParserRefusal
@@ -111,6 +112,7 @@ def _modulated_norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, e
 
 LOWERINGS: dict[Any, Callable[..., Any]] = {
     **PAIRS,
+    **fp4.LOWERINGS,
     torch.ops.stepfold.decode_codebook.default: decode_codebook,
     torch.ops.stepfold.quantize_static.default: _quantize_static,
     torch.ops.stepfold.qlinear.default: _qlinear,
@@ -132,7 +134,7 @@ def lower(stage: Stage, folder: Path, options: TensorrtOptions) -> Path:
     chosen = provider(options.provider)
     with tempfile.TemporaryDirectory(prefix="stepfold-") as temporary:
         model = Path(temporary) / f"{stage.name}.onnx"
-        emit(prepare(stage, options), model, LOWERINGS)
+        emit(fp4.with_fp4_weights(prepare(stage, options)), model, LOWERINGS)
         try:
             plan = build(chosen, model, options)
         except (ParserRefusal, BuildFailure) as error:
@@ -145,11 +147,12 @@ def prepare(stage: Stage, options: TensorrtOptions) -> Stage:
     """The stage as the engine computes it, still executable in PyTorch.
 
     Raises:
-        StepfoldError: activations are quantized in a way that the engine has not.
+        StepfoldError: activations are quantized in a way that the engine has not, or weights in one that the GPU has not.
     """
     for node in stage.graph.graph.nodes:
         if node.op == "call_function":
             _refuse_activations(stage, node)
+    fp4.refuse_older(stage, options.capability)
     return at_precision(stage, PRECISIONS[options.precision])
 
 

@@ -62,3 +62,17 @@ def test_products_read_what_was_asked_for(tmp_path: Path, scheme: dict[str, Any]
 def test_scales_of_run_time_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StepfoldError, match=r"quantize\.activations=dynamic"):
         plan_of(tmp_path, scheme="int8")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_fp4_on_blackwell(tmp_path: Path, precision: str) -> None:
+    """Codes of weights are stored in 4 bits, those of activations taken at run time, both twice dequantized."""
+    plan = plan_of(tmp_path, TensorrtOptions(capability="SM120", precision=precision), scheme="nvfp4")  # type: ignore[arg-type]
+    assert types(plan, "DYNAMIC_QUANTIZE") == {"fp4": 4, "fp8": 4}
+    assert types(plan, "CONSTANT")["fp4"] == types(plan, "CONSTANT")["fp8"] == 4
+    assert sum(types(plan, "DEQUANTIZE").values()) == 16
+
+
+def test_fp4_on_older_gpus_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StepfoldError, match=r"FP4 products, SM120 or SM121; received SM89\. Name another"):
+        plan_of(tmp_path, scheme="nvfp4")
