@@ -73,7 +73,8 @@ def _read_by_layer(node: fx.Node) -> fx.Node | None:
         return None
     value = node.args[0]
     if isinstance(value, fx.Node) and value.target is operator.getitem:
-        value = value.args[0]  # of the three values of a dynamic quantization
+        whole = value.args[0]  # the three values of a dynamic quantization, or the pieces of a split
+        value = whole if isinstance(whole, fx.Node) and whole.target in QUANTIZERS else value
     if isinstance(value, fx.Node) and value.target in QUANTIZERS:
         value = value.args[0]
     return value if isinstance(value, fx.Node) else None

@@ -51,6 +51,24 @@ class Shared(torch.nn.Module):
         return self.again(torch.relu(self.query(x) + self.key(x))) + self.again(x * 2 + 1)
 
 
+class Pieces(torch.nn.Module):
+    """A layer that reads a piece of a split, as those behind joined tokens of two streams do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, 6, 4]."""
+        text, image = torch.relu(x).split([2, 4], dim=1)
+        return torch.cat([self.text(text), self.image(image)], dim=1)
+
+
+def test_a_layer_that_reads_a_piece_of_a_split() -> None:
+    sites = found(component(Pieces(), torch.randn(2, 6, 4)))
+    assert {name: item.entry.tokens for name, item in sites.items()} == {"text": 2, "image": 4}
+
+
 def test_layers_that_read_one_value_share_it_and_names_are_unique() -> None:
     sites = found(component(Shared(), torch.randn(2, 6, 4)))
     assert {name: layers(item) for name, item in sites.items()} == {
