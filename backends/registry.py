@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +19,7 @@ from .identity import code, packages, processor
 from .inductor.options import InductorOptions
 from .onnxruntime.options import OnnxruntimeOptions
 from .openvino.options import OpenvinoOptions
+from .shared import Shared
 from .tensorrt.options import TensorrtOptions
 from .torch_tensorrt.options import TorchTensorrtOptions
 
@@ -91,6 +92,18 @@ class Backend:
         """
         module = self.module("lower")
         return module.prepare(stage, **self._keyword()) if hasattr(module, "prepare") else stage
+
+    def share(self, files: Sequence[Path]) -> Shared | None:
+        """Store once what several compiled stages hold; an engine that can has `lower.share(files)`.
+
+        Args:
+            files: the main files of stages in one folder, with what `lower` left beside them; they are changed.
+
+        Returns:
+            What was shared, None for nothing.
+        """
+        module = self.module("lower")
+        return module.share(files) if hasattr(module, "share") and len(files) > 1 else None
 
     def open_session(
         self,

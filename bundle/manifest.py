@@ -192,6 +192,20 @@ class PipelineEntry(Strict):
         return tuple(folder for folder in (self.text, self.decoder) if folder is not None)
 
 
+class SharedEntry(Strict):
+    """Weights that several stages read from one file.
+
+    Attributes:
+        file: it is named here for people; the engine files refer to it.
+        stages: that read it.
+        saved_bytes: of weights that would otherwise be stored again.
+    """
+
+    file: str
+    stages: tuple[str, ...] = Field(min_length=2)
+    saved_bytes: Count
+
+
 class FileEntry(Strict):
     """Digest and size of a file."""
 
@@ -205,6 +219,7 @@ class Manifest(Strict):
     Attributes:
         inputs: inputs of the program, by role.
         outputs: names of its outputs; for a loop the first is the prediction.
+        shared: weights that several stages read from one file.
         constants: keyword arguments baked in at capture.
         probe: the file with recorded inputs and outputs, replayed by `verify`.
         further_probes: one more for each further stage that shares the loop.
@@ -226,6 +241,7 @@ class Manifest(Strict):
     inputs: tuple[InputEntry, ...]
     outputs: tuple[str, ...] = Field(min_length=1)
     stages: tuple[StageEntry, ...] = Field(min_length=1)
+    shared: SharedEntry | None = None
     constants: dict[str, JsonValue] = Field(default_factory=dict)
     frozen_dimensions: tuple[FrozenDimensionEntry, ...] = ()
     probe: str | None = None

@@ -106,7 +106,8 @@ def read_manifest(path: Path) -> Manifest:
         manifest = Manifest.model_validate(data)
     except ValidationError as error:
         raise BundleError(f"{path / MANIFEST}: {describe(error)}. {AGAIN}") from None
-    used = [*(stage.file for stage in manifest.stages), *manifest.probes, *_around(manifest)]
+    shared = [] if manifest.shared is None else [manifest.shared.file]
+    used = [*(stage.file for stage in manifest.stages), *shared, *manifest.probes, *_around(manifest)]
     for name in (*manifest.files, *used):
         inside(path, name)
     for name in used:

@@ -21,6 +21,7 @@ from ..bundle.manifest import (
     PortEntry,
     QualityEntry,
     ScheduleEntry,
+    SharedEntry,
     StageEntry,
     stepfold_version,
 )
@@ -62,6 +63,7 @@ def pack(
         pipeline: what surrounds the loop, its files written before.
     """
     stages = tuple(_copy_stage(folder, shop, stage) for stage in program.stages)
+    shared = _share(folder, shop, stages)
     tables = _tables(program)
     write_tables(folder, tables)
     if program.schedule is not None:
@@ -89,6 +91,7 @@ def pack(
         inputs=tuple(InputEntry.of_input(i) for i in program.inputs),
         outputs=program.outputs,
         stages=stages,
+        shared=shared,
         constants={name: value for name, value in program.constants.items() if name not in tensors},
         frozen_dimensions=tuple(FrozenDimensionEntry(**asdict(f)) for f in program.frozen),
         probe=probe,
@@ -125,12 +128,20 @@ def summary(path: Path, manifest: Manifest, program: Program, shop: Workshop, se
             }
             for stage in program.stages
         ],
+        "shared": _shared(manifest),
         "schedule": manifest.schedule.model_dump(mode="json") if manifest.schedule else None,
         "quality": manifest.quality.model_dump(mode="json") if manifest.quality else None,
         "frozen_dimensions": [entry.model_dump(mode="json") for entry in manifest.frozen_dimensions],
         "seconds": seconds,
         "fit_seconds": fit,
     }
+
+
+def _shared(manifest: Manifest) -> dict[str, Any] | None:
+    """What stages share, with the size of the file, which counts for none of them."""
+    if manifest.shared is None:
+        return None
+    return {**manifest.shared.model_dump(mode="json"), "bytes": manifest.files[manifest.shared.file].bytes}
 
 
 def pass_entry(record: PassRecord) -> PassEntry:
@@ -153,6 +164,22 @@ def _copy_stage(folder: Path, shop: Workshop, stage: Stage) -> StageEntry:
         inputs=tuple(PortEntry.of(port) for port in stage.inputs),
         outputs=tuple(PortEntry.of(port) for port in stage.outputs),
         calls=None if stage.calls is None else (stage.calls.start, stage.calls.stop),
+    )
+
+
+def _share(folder: Path, shop: Workshop, stages: Sequence[StageEntry]) -> SharedEntry | None:
+    """Store weights that several stages hold once.
+
+    It is done to the copies: a compiled stage that other builds take again is whole by itself.
+    """
+    by_file = {folder / stage.file: stage.name for stage in stages}
+    shared = shop.backend.share(list(by_file))
+    if shared is None:
+        return None
+    return SharedEntry(
+        file=shared.file.relative_to(folder).as_posix(),
+        stages=tuple(by_file[file] for file in shared.readers),
+        saved_bytes=shared.saved_bytes,
     )
 
 

@@ -14,6 +14,7 @@ from ...loop.errors import StepfoldError
 from ..export import where
 from ..onnx.decoded import DECODED
 from ..onnx.emit import emit
+from ..onnx.share import share  # noqa: F401  (see Backend.share)
 from .census import require_integer_products
 from .options import OnnxruntimeOptions
 from .session import DEFAULTS

@@ -20,6 +20,7 @@ from ..onnx.token_groups import GROUP_QLINEAR, by_token_groups, dynamic_widths, 
 from .options import OpenvinoOptions
 from .precision import float_sites, integer_sites
 from .session import reason, settings_of
+from .share import share  # noqa: F401  (see Backend.share)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GROUP_STEP, LARGEST_GROUP = 16, 256

@@ -12,6 +12,7 @@ import numpy as np
 from ...loop.errors import BundleError, StepfoldError, UsageError
 from ...loop.ports import Port, StageCallable
 from ..ports import check_ports, shapes
+from ..shared import SHARED
 from .options import OpenvinoOptions
 
 Array = np.ndarray
@@ -28,7 +29,7 @@ def open_session(
     device: str = "cpu",
     options: OpenvinoOptions,
 ) -> StageCallable:
-    """Open an `.xml` file with the weights in the `.bin` file beside it.
+    """Open an `.xml` file with the weights that lie beside it, in its `.bin` file or in the one that stages share.
 
     Args:
         file: the model.
@@ -52,13 +53,19 @@ def open_session(
     core = openvino.Core()
     settings = settings_of(core, threads, options)
     try:
-        compiled = core.compile_model(core.read_model(file), "CPU", settings)
+        compiled = core.compile_model(core.read_model(file, weights_of(file)), "CPU", settings)
     except Exception as error:  # RuntimeError, and what the bindings raise for a file they cannot parse
         version = openvino.get_version().partition("-")[0]
         raise BundleError(f"{file}: OpenVINO {version} cannot load it: {reason(error)}") from error
     check_ports(file, "input", _ports(compiled.inputs, inputs), inputs)
     check_ports(file, "output", _ports(compiled.outputs, outputs), outputs)
     return _Session(compiled, file.name, inputs, outputs)
+
+
+def weights_of(file: Path) -> Path:
+    """The file with the weights of an `.xml` file: the `.bin` of its name, or the one that stages share."""
+    own, shared = file.with_suffix(".bin"), file.with_name(SHARED)
+    return shared if shared.is_file() and not own.is_file() else own
 
 
 def settings_of(core: Any, threads: int | None, options: OpenvinoOptions) -> dict[str, Any]:
