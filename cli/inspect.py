@@ -12,7 +12,7 @@ from rich.markup import escape
 from ..loop.ports import Port
 from .console import console, print_json, table, working
 from .inspect_store import print_store
-from .optimize import quality_line, schedule_line
+from .optimize import quality_line, schedule_line, shared_line
 from .options import ANY_FOLDER, Json, is_bundle, is_store
 
 
@@ -87,6 +87,9 @@ def print_bundle(document: Mapping[str, Any]) -> None:
     screen.print(escape(loop_line(document["loop"])))
     stages = [(s["name"], s["rate"], s["file"], f"{_stage_bytes(document, s):,}") for s in document["stages"]]
     screen.print(table("Stages", ("stage", "rate", "file", "bytes"), stages, ("bytes",)))
+    if document.get("shared"):
+        shared = document["shared"]
+        screen.print(shared_line(shared, document["files"][shared["file"]]["bytes"]), markup=False, soft_wrap=True)
     screen.print(escape(schedule_line(document["schedule"])), soft_wrap=True)
     screen.print(escape(quality_line(document["quality"])), soft_wrap=True)
     alone = "does not depend" if document["batch_invariant"] else "depends slightly"
@@ -95,8 +98,9 @@ def print_bundle(document: Mapping[str, Any]) -> None:
 
 
 def _stage_bytes(document: Mapping[str, Any], stage: Mapping[str, Any]) -> int:
-    """Bytes of a stage's file and of the data beside it."""
-    return sum(f["bytes"] for name, f in document["files"].items() if name.startswith(stage["file"]))
+    """Bytes of a stage's file and of the data beside it that is its own."""
+    stem = stage["file"].rpartition(".")[0]
+    return sum(f["bytes"] for name, f in document["files"].items() if name.startswith(f"{stem}."))
 
 
 def _inputs(document: Mapping[str, Any]) -> Any:

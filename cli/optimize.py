@@ -96,6 +96,8 @@ def print_summary(document: Mapping[str, Any]) -> None:
     for line in refusals(document["passes"]):
         screen.print(escape(line))
     screen.print(table("Stages", STAGES, list(map(_stage_row, document["stages"])), ("bytes", "FLOPs")))
+    if document["shared"]:
+        screen.print(shared_line(document["shared"], document["shared"]["bytes"]), markup=False, soft_wrap=True)
     for line in (schedule_line(document["schedule"]), quality_line(document["quality"])):
         screen.print(escape(line))
     screen.print(f"Bundle: {document['bundle']} ({document['seconds']:.0f} s)", markup=False, soft_wrap=True)
@@ -138,6 +140,19 @@ def refusals(passes: Sequence[Mapping[str, Any]]) -> list[str]:
             more = f"; and {len(refused) - REASONS} more" if len(refused) > REASONS else ""
             lines.append(f"{entry['name']} left {len(refused)} alone: {named}{more}")
     return lines
+
+
+def shared_line(shared: Mapping[str, Any], size: int) -> str:
+    """What stages share in a sentence.
+
+    Args:
+        shared: as the manifest has it.
+        size: bytes of the file.
+    """
+    return (
+        f"Shared by {', '.join(shared['stages'])}: {shared['file']}, {size:,} bytes, which saves "
+        f"{shared['saved_bytes']:,}."
+    )
 
 
 def schedule_line(schedule: Mapping[str, Any] | None) -> str:

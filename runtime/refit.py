@@ -1,7 +1,8 @@
 """Fit the schedule of a bundle again, with the outputs of the engine of this machine.
 
 An engine may round differently from one machine to the next, and a bundle built where its engine could not run was
-fitted on the PyTorch reference. The stages stay as they are; tables, schedule and manifest are written anew, the report of the old schedule is left out.
+fitted on the PyTorch reference. The stages stay as they are, with the weights they share and what surrounds the loop;
+tables, schedule and manifest are written anew, the report of the old schedule is left out.
 """
 
 from __future__ import annotations

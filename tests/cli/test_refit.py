@@ -11,6 +11,7 @@ from checkpoints import save_tiny_dit
 from safetensors.numpy import load_file
 
 from stepfold.bundle import Tables, read, write_manifest, write_tables
+from stepfold.bundle.manifest import PipelineEntry, TokenizerEntry
 
 
 @pytest.fixture
@@ -83,6 +84,34 @@ def test_text(stepfold, bundle: Path, tiny_checkpoint: Path) -> None:
     assert (result.code, result.err) == (0, "")
     assert "Before: Schedule" in result.out and "Now: Quality" in result.out
     assert "The evaluated calls were kept." in result.out
+
+
+def test_reports_of_the_old_schedule_go(stepfold, bundle: Path, tiny_checkpoint: Path) -> None:
+    before = contents(bundle)
+    for name in ("report.json", "report.html"):
+        (bundle / name).write_text("{}")
+    write_manifest(bundle, read(bundle).manifest)
+    (bundle / "notes.txt").write_text("not of the bundle")
+    assert stepfold("refit", bundle, "--reference", tiny_checkpoint).code == 0
+    assert contents(bundle).keys() == read(bundle).manifest.files.keys() | {"manifest.json"} == before.keys()
+
+
+def test_what_surrounds_the_loop_stays(stepfold, bundle: Path, bundle_folder: Path, tiny_checkpoint: Path) -> None:
+    """A decoder and a tokenizer beside the loop, as a pipeline has them."""
+    shutil.copytree(bundle_folder, bundle / "decoder")
+    (bundle / "tokenizers").mkdir()
+    (bundle / "tokenizers" / "input_ids.json").write_text("{}")
+    tokenizer = TokenizerEntry(input="input_ids", file="tokenizers/input_ids.json")
+    pipeline = PipelineEntry(class_name="TinyPipeline", tokenizers=(tokenizer,), decoder="decoder")
+    write_manifest(bundle, read(bundle).manifest.model_copy(update={"pipeline": pipeline}))
+    around = {name: value for name, value in contents(bundle).items() if name.startswith(("decoder/", "tokenizers/"))}
+    assert stepfold("refit", bundle, "--reference", tiny_checkpoint).code == 0
+    after = contents(bundle)
+    assert len(around) > 5 and {name: after.get(name) for name in around} == around
+    found = read(bundle)
+    assert found.manifest.pipeline == pipeline
+    assert found.within("decoder").manifest == read(bundle_folder).manifest
+    assert stepfold("verify", bundle).code == 0
 
 
 def test_a_budget_that_cannot_be_met_leaves_the_bundle(stepfold, bundle: Path, tiny_checkpoint: Path) -> None:

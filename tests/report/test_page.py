@@ -228,6 +228,20 @@ def test_bundle_is_described_with_schedule_and_flops(tmp_path: Path) -> None:
     assert "123 M" in Reader(build_page("optimize", None, [described])).text
 
 
+def test_what_stages_share_counts_for_none_of_them() -> None:
+    described = manifest()
+    assert "share count" not in Reader(build_page("optimize", None, [described])).text
+    described["files"]["stages/shared.weights"] = {"sha256": "", "bytes": 5_000_000}
+    described["shared"] = {
+        "file": "stages/shared.weights",
+        "stages": ["step_0_4", "step_4_8"],
+        "saved_bytes": 4_000_000,
+    }
+    text = Reader(build_page("optimize", None, [described])).text
+    assert "Weights that step_0_4, step_4_8 share count for none of them" in text
+    assert "stored once, in 5 MB, which saves 4 MB" in text and "3 MB" in text
+
+
 def test_comparison_page(tmp_path: Path) -> None:
     reports = {"base.json": full(), "new.json": report(row("tiny", 300.0, 41.0), row("other", 1.0, kind="baseline"))}
     paths = []

@@ -19,6 +19,8 @@ from stepfold.backends.shared import SMALLEST_BYTES
 from stepfold.bundle import read, write_manifest
 from stepfold.bundle.reader import read_manifest
 from stepfold.bundle.verify import verify
+from stepfold.cli.inspect import print_bundle
+from stepfold.cli.optimize import print_summary
 from stepfold.ir.program import Program
 from stepfold.loop.errors import BundleError
 from stepfold.runtime.compiler import Job, compiled_stages, optimize
@@ -100,6 +102,15 @@ def test_each_byte_counts_once_in_what_optimize_says(optimized: tuple[Path, dict
     assert shared["file"] == FILE and shared["stages"] == ["step_0_4", "step_4_8"]
     assert shared["bytes"] == shared["saved_bytes"] == sizes(out)["shared.weights"] == FEED_FORWARD
     assert sum(stage["bytes"] for stage in document["stages"]) + shared["bytes"] == sum(sizes(out).values())
+
+
+def test_the_commands_say_what_is_shared(
+    optimized: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_summary(optimized[1])
+    print_bundle(read(optimized[0]).manifest.model_dump(mode="json", by_alias=True))
+    line = "Shared by step_0_4, step_4_8: stages/shared.weights, 8,192 bytes, which saves 8,192.\n"
+    assert capsys.readouterr().out.count(line) == 2
 
 
 def test_samples_are_the_same_bit_for_bit(built: Built) -> None:

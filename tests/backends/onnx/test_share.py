@@ -39,7 +39,7 @@ def save(folder: Path, name: str, weights: Mapping[str, np.ndarray], external: b
 
 
 def run(file: Path) -> np.ndarray:
-    return onnxruntime.InferenceSession(str(file)).run(None, {"x": np.array([0.25, 3.0], np.float32)})[0]
+    return np.asarray(onnxruntime.InferenceSession(str(file)).run(None, {"x": np.array([0.25, 3.0], np.float32)})[0])
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,23 @@ def test_common_weights_are_stored_once(tmp_path: Path) -> None:
     assert len(shared.file.read_bytes()) == 3 * COMMON.nbytes
     assert [weights_of(file) for file in files] == [shared.file] * 2
     assert [run(file) for file in files] == outputs and outputs[0] != outputs[1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc/self/smaps of Linux")
+def test_two_sessions_map_the_file_and_the_system_holds_it_once(tmp_path: Path) -> None:
+    """Each has the pages in its address space; by halves they add up to the file."""
+    files = [save(tmp_path, "early", COMMON, EARLY), save(tmp_path, "late", LATE, COMMON)]
+    shared = share(files)
+    assert shared is not None
+    sessions = [open_session(file, (X,), (Y,), threads=1, options=OpenvinoOptions()) for file in files]
+    size = shared.file.stat().st_size
+    mappings = re.findall(
+        rf"^[0-9a-f]+-[0-9a-f]+ r.*{re.escape(str(shared.file))}\n(?:.*\n)*?Rss: +(\d+) kB\n(?:.*\n)*?Pss: +(\d+) kB$",
+        Path("/proc/self/smaps").read_text(),
+        re.MULTILINE,
+    )
+    assert len(mappings) == len(sessions)
+    assert 1024 * sum(int(pss) for _, pss in mappings) <= size < 1024 * sum(int(rss) for rss, _ in mappings)
 
 
 def test_weights_within_the_body_of_a_loop(tmp_path: Path) -> None:
