@@ -17,6 +17,7 @@ import stepfold
 from stepfold.backends.registry import Backend, get
 from stepfold.backends.shared import SMALLEST_BYTES
 from stepfold.bundle import read, write_manifest
+from stepfold.bundle.manifest import PipelineEntry
 from stepfold.bundle.reader import read_manifest
 from stepfold.bundle.verify import verify
 from stepfold.cli.inspect import print_bundle
@@ -139,6 +140,19 @@ def test_a_flipped_byte_is_reported_by_the_name_of_the_file(built: Built, tmp_pa
     (copy / FILE).unlink()
     (problem,), _ = verify(copy, open_stage)
     assert problem.startswith(f"{FILE}: expected a file of {len(content)} bytes; it is missing")
+
+
+def test_a_bundle_within_another_has_a_file_of_its_own(built: Built, tmp_path: Path) -> None:
+    outer = Path(shutil.copytree(built.bundle, tmp_path / "outer"))
+    shutil.copytree(built.bundle, outer / "decoder")
+    pipeline = PipelineEntry(class_name="TinyPipeline", decoder="decoder")
+    write_manifest(outer, read_manifest(outer).model_copy(update={"pipeline": pipeline}))
+    inner = read(outer).within("decoder")
+    assert inner.manifest.shared is not None and inner.file(FILE) == outer / "decoder" / FILE
+    assert verify(outer, open_stage) == ([], [])
+    (outer / "decoder" / FILE).write_bytes(bytes((outer / FILE).stat().st_size))
+    (problem,), _ = verify(outer, open_stage)
+    assert problem.startswith(f"decoder/{FILE}: expected sha256")
 
 
 def test_a_manifest_that_forgets_the_file_is_refused(built: Built, tmp_path: Path) -> None:
