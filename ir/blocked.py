@@ -55,6 +55,7 @@ def decoded(
 ) -> torch.Tensor:
     """The weight [N, M] float32 that blocks stand for; see `blocked_linear`."""
     codes = unpack_blocks(blocks, bits, block, M).to(torch.float32)
+    scales = scales.to(torch.float32)
     zero = torch.full_like(scales, 2.0 ** (bits - 1))
     if zero_points is not None:
         zero = unpack_bits(zero_points, bits, scales.shape[1]).to(torch.float32)
@@ -76,20 +77,20 @@ def blocked_linear(
     """`x W^T + bias` with W in blocks of a few bits (contrib `MatMulNBits`).
 
     Args:
-        x: [..., M] float32.
+        x: [..., M] float32, or half precision.
         blocks: [N, ceil(M / block), block * bits / 8] uint8, see `pack_blocks`.
-        scales: [N, ceil(M / block)] float32.
+        scales: [N, ceil(M / block)] of the type of x.
         zero_points: [N, ceil(ceil(M / block) * bits / 8)] uint8; None where all are 2**(bits - 1).
-        bias: [N] float32 or None.
+        bias: [N] of the type of x, or None.
         bits: 2, 4 or 8.
         block: input channels that share a scale.
         round_activations: whether x is rounded to 8 bits, symmetric in each row and block, so that the products are
             of integers (accuracy level 4). Rows do not share a scale, so samples of a batch stay independent.
 
     Returns:
-        [..., N] float32.
+        [..., N] of the type of x.
     """
-    weight = decoded(blocks, scales, zero_points, bits, block, x.shape[-1])
+    weight = decoded(blocks, scales, zero_points, bits, block, x.shape[-1]).to(x.dtype)
     result = (_rounded(x, block) if round_activations else x) @ weight.T
     return result if bias is None else result + bias
 
@@ -120,10 +121,10 @@ FORMULAS[torch.ops.stepfold.blocked_linear.default] = _flops
 def _rounded(x: torch.Tensor, block: int) -> torch.Tensor:
     """x [..., M] as 8-bit integers under one scale for each row and block."""
     M = x.shape[-1]
-    groups = torch.nn.functional.pad(x, (0, -M % block)).unflatten(-1, (-1, block))
+    groups = torch.nn.functional.pad(x.to(torch.float32), (0, -M % block)).unflatten(-1, (-1, block))
     scale = groups.abs().amax(dim=-1, keepdim=True) / ACTIVATION_LEVELS
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return (torch.round(groups / scale) * scale).flatten(-2)[..., :M]
+    return (torch.round(groups / scale) * scale).flatten(-2)[..., :M].to(x.dtype)
 
 
 def _stream(codes: torch.Tensor, bits: int) -> torch.Tensor:

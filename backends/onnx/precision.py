@@ -39,6 +39,7 @@ PRODUCTS = (
     torch.ops.stepfold.attention,
     torch.ops.stepfold.quantize_static,
     torch.ops.stepfold.qlinear,
+    torch.ops.stepfold.blocked_linear,
     torch.ops.stepfold.round_fp8,
     torch.ops.stepfold.decode_fp8,
 )

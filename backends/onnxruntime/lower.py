@@ -12,6 +12,7 @@ from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
 from ...ir.program import Stage
 from ...loop.errors import StepfoldError
 from ..export import where
+from ..onnx.blocks import matmul_nbits
 from ..onnx.decoded import DECODED
 from ..onnx.emit import emit
 from ..onnx.share import share  # noqa: F401  (see Backend.share)
@@ -20,9 +21,6 @@ from .options import OnnxruntimeOptions
 from .session import DEFAULTS
 
 aten = torch.ops.aten
-
-FLOAT_PRODUCTS, INTEGER_PRODUCTS = 1, 4
-"""Accuracy levels of MatMulNBits."""
 
 
 def _quantize_dynamic(x: torch.Tensor) -> Any:
@@ -55,32 +53,6 @@ def _qlinear(
         inputs,
         dtype=torch.float32,
         shape=(*q.shape[:-1], weight.shape[1]),
-        version=1,
-    )
-
-
-def _blocked_linear(
-    x: torch.Tensor,
-    blocks: torch.Tensor,
-    scales: torch.Tensor,
-    zero_points: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    bits: int,
-    block: int,
-    round_activations: bool,
-) -> torch.Tensor:
-    return torch.onnx.ops.symbolic(
-        "com.microsoft::MatMulNBits",
-        (x, blocks, scales, zero_points, None, bias),
-        {
-            "K": x.shape[-1],
-            "N": blocks.shape[0],
-            "bits": bits,
-            "block_size": block,
-            "accuracy_level": INTEGER_PRODUCTS if round_activations else FLOAT_PRODUCTS,
-        },
-        dtype=x.dtype,
-        shape=(*x.shape[:-1], blocks.shape[0]),
         version=1,
     )
 
@@ -141,7 +113,7 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.stepfold.quantize_dynamic.default: _quantize_dynamic,
     torch.ops.stepfold.quantize_static.default: _quantize_static,
     torch.ops.stepfold.qlinear.default: _qlinear,
-    torch.ops.stepfold.blocked_linear.default: _blocked_linear,
+    torch.ops.stepfold.blocked_linear.default: matmul_nbits,
     torch.ops.stepfold.attention.default: _attention,
     torch.ops.stepfold.fast_gelu.default: _fast_gelu,
     torch.ops.stepfold.modulated_norm.default: _modulated_norm,

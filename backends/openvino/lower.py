@@ -14,11 +14,14 @@ import torch
 from ...ir.names import module_path
 from ...ir.program import Stage
 from ...loop.errors import StepfoldError
+from ..export import where
+from ..onnx.blocks import BLOCKED_LINEAR, block_size, blocked_layers, in_blocks_of, matmul_nbits, rounds
 from ..onnx.emit import emit
 from ..onnx.precision import at_precision
 from ..onnx.token_groups import GROUP_QLINEAR, by_token_groups, dynamic_widths, group_size
+from .blocks import BlockedSite, blocked_sites, misfits
 from .options import OpenvinoOptions
-from .precision import float_sites, integer_sites
+from .precision import IntegerSite, float_sites, integer_sites
 from .session import reason, settings_of
 from .share import share  # noqa: F401  (see Backend.share)
 
@@ -85,11 +88,13 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.stepfold.quantize_static.default: _quantize_static,
     torch.ops.stepfold.qlinear.default: _qlinear,
     GROUP_QLINEAR: _group_qlinear,
+    BLOCKED_LINEAR: matmul_nbits,
     torch.ops.stepfold.attention.default: _attention,
     torch.ops.stepfold.fast_gelu.default: _fast_gelu,
     torch.ops.stepfold.modulated_norm.default: _modulated_norm,
 }
-INTEGER_LAYERS = {torch.ops.stepfold.qlinear.default: 3, GROUP_QLINEAR: 1}  # and the argument that is the weight
+INTEGER_LAYERS = (torch.ops.stepfold.qlinear.default, GROUP_QLINEAR)
+WEIGHTS = {torch.ops.stepfold.qlinear.default: 3, GROUP_QLINEAR: 1, BLOCKED_LINEAR: 1}  # which argument it is
 
 
 def prepare(stage: Stage, options: OpenvinoOptions) -> Stage:
@@ -101,8 +106,32 @@ def prepare(stage: Stage, options: OpenvinoOptions) -> Stage:
 
 
 def _grouped(stage: Stage) -> Stage:
+    """The stage with one group for all activations that are quantized on their way into a product.
+
+    Raises:
+        StepfoldError: other layers with weights in blocks have float activations, which the group would round too.
+    """
     widths = dynamic_widths(stage)
-    return by_token_groups(stage, group_size(widths, GROUP_STEP, LARGEST_GROUP)) if widths else stage
+    blocks = [block_size(node) for node in blocked_layers(stage) if rounds(node)]
+    if not widths and not blocks:
+        return stage
+    exact = [node for node in blocked_layers(stage) if not rounds(node)]
+    if exact:
+        raise StepfoldError(
+            f"stage {stage.name}: {where(exact[0])}: expected one kind of activations in all layers of a stage; received "
+            f"float ones here and in {len(exact) - 1} more, and 8-bit ones in {len(widths) + len(blocks)}. Choose "
+            "--set quantize.activations=float or dynamic for all."
+        )
+    group = _group_within(blocks, widths) if blocks else group_size(widths, GROUP_STEP, LARGEST_GROUP)
+    return in_blocks_of(by_token_groups(stage, group), group)
+
+
+def _group_within(blocks: list[int], widths: list[int]) -> int:
+    """The largest group that ends where all blocks end, powers of two, and fits the other layers."""
+    group = min(blocks)
+    while group > GROUP_STEP and group > min(widths, default=group):
+        group //= 2
+    return group
 
 
 def lower(stage: Stage, folder: Path, *, options: OpenvinoOptions) -> Path:
@@ -110,7 +139,8 @@ def lower(stage: Stage, folder: Path, *, options: OpenvinoOptions) -> Path:
 
     Raises:
         UsageError: the processor lacks the precision.
-        StepfoldError: the stage has no ONNX form, OpenVINO cannot read it, or an integer layer would run in float.
+        StepfoldError: the stage has no ONNX form, OpenVINO cannot read it, or would compute a quantized layer otherwise
+            than asked.
     """
     import openvino
 
@@ -123,7 +153,7 @@ def lower(stage: Stage, folder: Path, *, options: OpenvinoOptions) -> Path:
             model.set_rt_info(group, ["runtime_options", GROUP_PROPERTY])  # read when the model is compiled
         _rename(model)
         openvino.save_model(model, path, compress_to_fp16=False)
-    _require_integers(grouped, path, group, options)
+    _require_quantized(grouped, path, group, options)
     return path
 
 
@@ -134,9 +164,12 @@ def _emitted(stage: Stage, folder: Path) -> Path:
 
 
 def _group(stage: Stage) -> int | None:
-    """The group of every dynamically quantized layer."""
+    """The group of all activations that are quantized; 0 keeps them from being so, None where it has no meaning."""
     nodes = stage.graph.graph.find_nodes(op="call_function", target=GROUP_QLINEAR)
-    return nodes[0].args[4] if nodes else None  # type: ignore[return-value]
+    groups = [node.args[4] for node in nodes] + [
+        block_size(node) if rounds(node) else 0 for node in blocked_layers(stage)
+    ]
+    return groups[0] if groups else None  # type: ignore[return-value]
 
 
 def _read(stage: Stage, file: Path) -> Any:
@@ -167,31 +200,71 @@ def _places(file: Path, listed: str) -> str:
 def _rename(model: Any) -> None:
     """Number the operations without a name of their own within the model, so that the same stage gives the same file."""
     for i, operation in enumerate(model.get_ordered_ops()):
-        if GIVEN_NAME.fullmatch(operation.get_friendly_name()):
+        named = any(output.names for output in operation.outputs())  # by the stage, perhaps with a number at the end
+        if not named and GIVEN_NAME.fullmatch(operation.get_friendly_name()):
             operation.set_friendly_name(f"{operation.get_type_name()}_{i}")
 
 
-def _require_integers(stage: Stage, path: Path, group: int | None, options: OpenvinoOptions) -> None:
-    """Compile the written file for this processor and ask which of its integer layers are computed in integers."""
+def _require_quantized(stage: Stage, path: Path, group: int | None, options: OpenvinoOptions) -> None:
+    """Compile the written file for this processor and ask what its quantized layers compute."""
     import openvino
 
     modules = {
-        str(node.args[INTEGER_LAYERS[node.target]].target): module_path(node)
+        str(node.args[WEIGHTS[node.target]].target): module_path(node)
         for node in stage.graph.graph.nodes
-        if node.target in INTEGER_LAYERS
+        if node.target in WEIGHTS
     }
     if not modules:
         return
     core = openvino.Core()
     settings = settings_of(core, None, options)
     model = core.read_model(path)
-    found = float_sites(core.compile_model(model, "CPU", settings), integer_sites(model), settings, group or GROUP_STEP)
-    found |= {weight: "it is not in the model" for weight in modules.keys() - {s.weight for s in integer_sites(model)}}
+    compiled = core.compile_model(model, "CPU", settings)
+    _require_blocks(stage, modules, compiled, blocked_sites(model), settings, group or 0)
+    _require_integers(stage, modules, compiled, integer_sites(model), settings, group or GROUP_STEP)
+
+
+def _require_integers(
+    stage: Stage,
+    modules: dict[str, str],
+    compiled: Any,
+    sites: list[IntegerSite],
+    settings: dict[str, Any],
+    group: int,
+) -> None:
+    """Raise StepfoldError where a layer with weights in 8 bits is not a product of integers."""
+    layers = [node for node in stage.graph.graph.nodes if node.target in INTEGER_LAYERS]
+    weights = {str(node.args[WEIGHTS[node.target]].target) for node in layers}
+    found = float_sites(compiled, sites, settings, group)
+    found |= {weight: "it is not in the model" for weight in weights - {site.weight for site in sites}}
     if found:
         weight, why = next(iter(found.items()))
         raise StepfoldError(
             f"stage {stage.name}: layer {modules.get(weight, weight)}: expected a product of 8-bit integers; OpenVINO "
-            f"would compute it in float: {why} ({len(found)} of {len(modules)} layers). Leave the layers "
+            f"would compute it in float: {why} ({len(found)} of {len(weights)} layers). Leave the layers "
             "out with --set quantize.skip=[...], or choose other scales with --set quantize.activations: symmetric ones "
             "are stored, dynamic ones belong to tokens; those that change with the timestep are not for this engine."
+        )
+
+
+def _require_blocks(
+    stage: Stage,
+    modules: dict[str, str],
+    compiled: Any,
+    sites: list[BlockedSite],
+    settings: dict[str, Any],
+    group: int,
+) -> None:
+    """Raise StepfoldError where a layer with weights in blocks is computed otherwise than asked."""
+    layers = {str(node.args[1].target): rounds(node) for node in blocked_layers(stage)}  # type: ignore[union-attr]
+    rounded = frozenset(weight for weight, rounded in layers.items() if rounded)
+    found = misfits(compiled, sites, rounded, settings, group)
+    found |= {weight: "it is not in the model" for weight in layers.keys() - {site.weight for site in sites}}
+    if found:
+        weight, why = next(iter(found.items()))
+        expected = "rounded to 8 bits" if weight in rounded else "in float"
+        raise StepfoldError(
+            f"stage {stage.name}: layer {modules.get(weight, weight)}: expected weights in blocks and activations "
+            f"{expected}; OpenVINO would compute it otherwise: {why} ({len(found)} of {len(layers)} layers). Leave the "
+            "layers out with --set quantize.skip=[...], or choose --set quantize.activations=float or dynamic."
         )

@@ -68,7 +68,7 @@ def float_sites(compiled: Any, sites: list[IntegerSite], settings: Mapping[str, 
         if layer is None:
             found[site.weight] = "no product of the compiled model reads its weight"
         elif sum(kind in INTEGERS for kind in types) < expected:
-            found[site.weight] = f"it is a {_text(layer, 'layerType')} of {' and '.join(types)}"
+            found[site.weight] = f"it is a {text(layer, 'layerType')} of {' and '.join(types)}"
         elif site.dynamic and not rounded[site.width]:
             found[site.weight] = (
                 f"this processor, or its width {site.width} against groups of {group}, keeps activations in float"
@@ -104,18 +104,19 @@ def rounds_activations(width: int, group: int, settings: Mapping[str, Any]) -> b
 
 
 def _stored(operation: Any) -> Any:
-    """The 8-bit constant that a value is unpacked from, or None."""
+    """The 8-bit constant [M, N] that a value is unpacked from, or None."""
     while operation.get_type_name() in ("Multiply", "Subtract", "Convert", "Reshape", "Transpose"):
         operation = operation.input_value(0).get_node()
-    stored = operation.get_type_name() == "Constant" and _type(operation.get_output_element_type(0)) in INTEGERS
-    return operation if stored else None
+    if operation.get_type_name() != "Constant" or len(operation.shape) != 2:  # blocks have three dimensions
+        return None
+    return operation if stored_type(operation.get_output_element_type(0)) in INTEGERS else None
 
 
 def _dequantized(operation: Any) -> bool:
     """Whether a value is unpacked from 8 bits."""
     while operation.get_type_name() in ("Multiply", "Subtract"):
         operation = operation.input_value(0).get_node()
-    return operation.get_type_name() == "Convert" and _type(operation.get_input_element_type(0)) in INTEGERS
+    return operation.get_type_name() == "Convert" and stored_type(operation.get_input_element_type(0)) in INTEGERS
 
 
 def _layers(compiled: Any) -> dict[str, Any]:
@@ -130,18 +131,20 @@ def _layers(compiled: Any) -> dict[str, Any]:
 
 def _constant_names(layer: Any) -> list[str]:
     """Names of the constant that a layer reorders, or is; none for what is computed from inputs."""
-    while _text(layer, "layerType") in MOVES:
+    while text(layer, "layerType") in MOVES:
         layer = layer.input_value(0).get_node()
-    return _text(layer, "originalLayersNames").split(",") if _text(layer, "layerType") == "Const" else []
+    return text(layer, "originalLayersNames").split(",") if text(layer, "layerType") == "Const" else []
 
 
 def _argument_types(layer: Any) -> tuple[str, ...]:
-    return tuple(_type(layer.get_input_element_type(i)) for i in range(min(2, layer.get_input_size())))
+    return tuple(stored_type(layer.get_input_element_type(i)) for i in range(min(2, layer.get_input_size())))
 
 
-def _text(layer: Any, key: str) -> str:
+def text(layer: Any, key: str) -> str:
+    """What a compiled model notes of a layer."""
     return layer.get_rt_info()[key].astype(str)
 
 
-def _type(element_type: Any) -> str:
+def stored_type(element_type: Any) -> str:
+    """The name of an element type, as in `f32`."""
     return element_type.get_type_name()

@@ -121,10 +121,20 @@ class QuantizeOptions(Options):
                     f"pass quantize: option {option!r}: expected {' or '.join(reads[option])} with scheme "
                     f"{self.scheme}; received {value!r}."
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _agree(self) -> QuantizeOptions:
+        """Refuse options that contradict each other; raises UsageError."""
         if self.time is not None and "bits" in self.model_fields_set:
             raise UsageError(
                 f"pass quantize: option 'time': expected null where `bits` is given, because only one of them is spent; "
                 f"received {self.time!r} and {self.bits!r} bits."
+            )
+        if self.scheme == "svdquant" and self.activations == "float" and self.residual != "int4":
+            raise UsageError(
+                f"pass quantize: option 'activations': expected dynamic with residual {self.residual}, whose products "
+                "are of 8 bits on both sides; received 'float'. Only residual int4 leaves activations in float."
             )
         if self.rounding == SEQUENTIAL and self.repair is not None:
             raise UsageError(

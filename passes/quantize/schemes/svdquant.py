@@ -33,6 +33,7 @@ class Svdquant(Scheme):
         "rank": (),
         "rounding": ("nearest", "gptq", SEQUENTIAL),
         "residual": ("int4", "int8", "fp8"),
+        "activations": ("dynamic", "float"),
     }
 
     @property
@@ -77,14 +78,14 @@ class Svdquant(Scheme):
         if self.options.residual == "int8":
             weights = [(part.codes.T.contiguous(), part.scales.scale[:, 0]) for part in residuals]
             return IntegerProducts(DynamicActivation(), weights)
-        return BlockedProducts([to_matmul_nbits(part) for part in residuals], round_activations=True)
+        return BlockedProducts([to_matmul_nbits(part) for part in residuals], self.options.activations == "dynamic")
 
     def _settings(self, M: int) -> SvdquantSettings:
         if self.options.residual != "int4":
             return SvdquantSettings(*GRIDS[self.options.residual], self.options.rank)
         block = block_of(M, self.options.group)
         assert block is not None
-        activations: Grid = IntegerGrid(8, block)
+        activations = IntegerGrid(8, block) if self.options.activations == "dynamic" else None
         return SvdquantSettings(IntegerGrid(4, block), activations, self.options.rank)
 
 

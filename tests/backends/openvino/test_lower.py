@@ -33,7 +33,9 @@ LEVEL = 1e-3  # relative L2 error of one evaluation whose integers differ in a f
 INTEGER = 5e-3  # the same after many layers, each of which passes on what the ones before it rounded otherwise
 SETTINGS = settings(max_examples=20)
 OPTIONS = OpenvinoOptions()
-ALONE = {name: STAGES[name][1] for name in ("quantize_static", "attention", "fast_gelu", "modulated_norm")}
+ALONE = {
+    name: STAGES[name][1] for name in ("quantize_static", "attention", "fast_gelu", "modulated_norm", "blocked_linear")
+}
 PAIRS = {
     "qlinear": static_pair((None, T, M), BIAS),
     "qlinear without bias": static_pair((None, T, M), None),
@@ -73,6 +75,7 @@ def test_every_operator_is_lowered_or_refused(tmp_path: Path) -> None:
     lowered = {
         torch.ops.stepfold.quantize_static.default,
         torch.ops.stepfold.qlinear.default,
+        torch.ops.stepfold.blocked_linear.default,
         torch.ops.stepfold.attention.default,
         torch.ops.stepfold.fast_gelu.default,
         torch.ops.stepfold.modulated_norm.default,

@@ -339,6 +339,10 @@ def test_weights_of_hoisted_stages(program: Program, context: Context, bits: str
             r"option 'time': expected null where `bits` is given, because only one of them is spent; received 0.5 and 6",
         ),
         ({"scheme": "int5"}, r"option 'scheme': expected 'int8', .*received 'int5'"),
+        (
+            {"scheme": "svdquant", "residual": "int8", "activations": "float"},
+            r"option 'activations': expected dynamic with residual int8.* Only residual int4 leaves",
+        ),
         ({"scheme": "int4", "group": 3}, r"option 'group': expected greater than or equal to 16; received 3"),
     ],
 )
