@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import onnx_ir
 import torch
 from torch import fx
 
@@ -13,6 +15,13 @@ from ...ir.program import Stage, attribute
 BLOCKED_LINEAR = torch.ops.stepfold.blocked_linear.default
 FLOAT_PRODUCTS, INTEGER_PRODUCTS = 1, 4
 """Accuracy levels of MatMulNBits."""
+
+MARK = "stepfold::DequantizeBlocks"
+"""Stands for DequantizeLinear until `with_signed_blocks`: PyTorch has no tensors of 4-bit integers to export."""
+
+ELEMENTS = {4: onnx_ir.DataType.INT4, 8: onnx_ir.DataType.INT8}
+HIGHEST_BITS = {4: 0x88, 8: 0x80}
+"""Of the codes in a byte: an unsigned code c around zero point 2**(bits - 1) is c minus that once they are turned."""
 
 
 def matmul_nbits(
@@ -40,6 +49,63 @@ def matmul_nbits(
         shape=(*x.shape[:-1], blocks.shape[0]),
         version=1,
     )
+
+
+def dequantized_blocks(
+    x: torch.Tensor,
+    blocks: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    block: int,
+    round_activations: bool,
+) -> torch.Tensor:
+    """`stepfold::blocked_linear` without zero points as a float product of dequantized blocks, which is to be emitted
+    with `with_signed_blocks`."""
+    weight = torch.onnx.ops.symbolic(
+        MARK,
+        (blocks, scales),
+        {"bits": bits, "block_size": block},
+        dtype=scales.dtype,
+        shape=(blocks.shape[0], x.shape[-1]),
+        version=1,
+    )
+    product = x @ weight.transpose(0, 1)
+    return product if bias is None else product + bias
+
+
+def with_signed_blocks(model: onnx_ir.Model) -> None:
+    """Give the marked weights of a model their form: DequantizeLinear over blocks of INT4 or INT8 [N, M]."""
+    domain, _, operator = MARK.partition("::")
+    for node in list(model.graph):
+        if (node.domain, node.op_type) != (domain, operator):
+            continue
+        packed, scales = node.inputs
+        assert packed is not None and packed.const_value is not None
+        bits, size = (node.attributes[name].as_int() for name in ("bits", "block_size"))
+        name = f"{packed.name}.codes"
+        if name not in model.graph.initializers:
+            value = _signed(packed.const_value.numpy(), bits, name)
+            model.graph.initializers.add(onnx_ir.Value(name=name, const_value=value))
+        codes, attributes = model.graph.initializers[name], {"axis": 1, "block_size": size}
+        new = onnx_ir.node("DequantizeLinear", [codes, scales], attributes, name=node.name)
+        new.metadata_props.update(node.metadata_props)
+        model.graph.insert_before(node, new)
+        node.outputs[0].replace_all_uses_with(new.outputs[0])
+        model.graph.remove(node, safe=True)
+        if not packed.uses():
+            model.graph.initializers.pop(str(packed.name))
+    model.opset_imports.pop(domain, None)
+
+
+def _signed(blocks: np.ndarray, bits: int, name: str) -> onnx_ir.TensorProtocol:
+    """Codes [N, blocks, bytes] as integers [N, M] around 0; ONNX packs 4-bit ones as the blocks do."""
+    turned = blocks.reshape(blocks.shape[0], -1) ^ np.uint8(HIGHEST_BITS[bits])
+    if bits == 8:
+        return onnx_ir.Tensor(turned.view(np.int8), name=name)
+    shape = onnx_ir.Shape((turned.shape[0], turned.shape[1] * 2))
+    return onnx_ir.PackedTensor(turned.reshape(-1), ELEMENTS[bits], shape=shape, name=name)
 
 
 def blocked_layers(stage: Stage) -> list[fx.Node]:

@@ -7,6 +7,7 @@ validates it), translated by the dynamo exporter, cleaned with onnx-ir and check
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ EXTERNAL_DATA_BYTES = 1 << 30  # a protobuf ends at 2 GiB; keep well below
 NORMS = ("RMSNormalization", "LayerNormalization")
 
 
-def emit(stage: Stage, path: Path, lowerings: Lowerings) -> None:
+Rewrite = Callable[[onnx_ir.Model], None]
+
+
+def emit(stage: Stage, path: Path, lowerings: Lowerings, rewrite: Rewrite | None = None) -> None:
     """Write `stage` to `path`, and its weights to `path.data` when they exceed a gigabyte.
 
     Args:
@@ -33,6 +37,7 @@ def emit(stage: Stage, path: Path, lowerings: Lowerings) -> None:
         path: the `.onnx` file.
         lowerings: for each `stepfold::` operator, and for ATen operators whose usual translation does not serve this
             engine, a function of the same arguments that calls ATen operators or `torch.onnx.ops.symbolic`.
+        rewrite: changes the ONNX graph, for what PyTorch has no types for.
 
     Raises:
         StepfoldError: an operator has no ONNX form; the message names node, module and source line.
@@ -42,6 +47,8 @@ def emit(stage: Stage, path: Path, lowerings: Lowerings) -> None:
     model = program.model
     _require_dynamic_batch(stage, model)
     _give_norms_one_type(model)
+    if rewrite is not None:
+        rewrite(model)
     _clear_value_info(model)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     external = f"{path.name}.data" if size > EXTERNAL_DATA_BYTES else None

@@ -15,6 +15,7 @@ from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
 from ...ir.program import Stage, attribute
 from ...loop.errors import StepfoldError
 from ..export import where
+from ..onnx.blocks import BLOCKED_LINEAR, block_size, dequantized_blocks, rounds, with_signed_blocks
 from ..onnx.decoded import PAIRS, decode_codebook
 from ..onnx.emit import emit
 from ..onnx.precision import at_precision
@@ -29,6 +30,7 @@ from .refusal import explained
 aten = torch.ops.aten
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+BLOCK_BITS = (4, 8)
 SYMMETRIC = "expected int8 activations with a stored scale and zero point 0, the only ones of TensorRT"
 INSTEAD = "Choose --set quantize.activations=symmetric, or the recipe trt-fp8."
 
@@ -116,6 +118,7 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.stepfold.decode_codebook.default: decode_codebook,
     torch.ops.stepfold.quantize_static.default: _quantize_static,
     torch.ops.stepfold.qlinear.default: _qlinear,
+    BLOCKED_LINEAR: dequantized_blocks,
     torch.ops.stepfold.attention.default: _attention,
     torch.ops.stepfold.fast_gelu.default: _fast_gelu,
     torch.ops.stepfold.modulated_norm.default: _modulated_norm,
@@ -134,7 +137,7 @@ def lower(stage: Stage, folder: Path, options: TensorrtOptions) -> Path:
     chosen = provider(options.provider)
     with tempfile.TemporaryDirectory(prefix="stepfold-") as temporary:
         model = Path(temporary) / f"{stage.name}.onnx"
-        emit(fp4.with_fp4_weights(prepare(stage, options)), model, LOWERINGS)
+        emit(fp4.with_fp4_weights(prepare(stage, options)), model, LOWERINGS, with_signed_blocks)
         try:
             plan = build(chosen, model, options)
         except (ParserRefusal, BuildFailure) as error:
@@ -152,6 +155,7 @@ def prepare(stage: Stage, options: TensorrtOptions) -> Stage:
     for node in stage.graph.graph.nodes:
         if node.op == "call_function":
             _refuse_activations(stage, node)
+            _refuse_blocks(stage, node)
     fp4.refuse_older(stage, options.capability)
     return at_precision(stage, PRECISIONS[options.precision])
 
@@ -165,6 +169,28 @@ def _refuse_activations(stage: Stage, node: fx.Node) -> None:
         received = _unfit_scale(stage, *node.args[1:3])
     if received is not None:
         raise StepfoldError(f"stage {stage.name}: {where(node)}: {SYMMETRIC}; received {received}. {INSTEAD}")
+
+
+def _refuse_blocks(stage: Stage, node: fx.Node) -> None:
+    """Raise StepfoldError where a layer with weights in blocks has no form: signed, symmetric, float activations."""
+    if node.target is not BLOCKED_LINEAR:
+        return
+    x, zeros, bits = node.args[0], node.args[3], node.args[5]
+    received = None
+    if rounds(node):
+        received = "activations rounded in 8 bits at run time (quantize.activations=dynamic)"
+    elif bits not in BLOCK_BITS:
+        received = f"weights of {bits} bits"
+    elif zeros is not None:
+        received = "zero points of weights"
+    elif x.meta["val"].shape[-1] % block_size(node):  # type: ignore[union-attr]
+        received = f"blocks of {block_size(node)} for {x.meta['val'].shape[-1]} features"  # type: ignore[union-attr]
+    if received is not None:
+        raise StepfoldError(
+            f"stage {stage.name}: {where(node)}: expected symmetric weights of 4 or 8 bits in whole blocks and float "
+            f"activations, the form of TensorRT; received {received}. Choose --set quantize.activations=float, or the "
+            "recipe trt-fp8."
+        )
 
 
 def _unfit_scale(stage: Stage, scale: Any, zero: Any) -> str | None:

@@ -145,6 +145,34 @@ def test_activations_that_do_not_fit_are_refused_by_the_pass(
         stepfold.apply(program, recipe, backend="tensorrt", options=SM89)
 
 
+class Wide(torch.nn.Module):
+    """x [B, 4, 32], t [B] -> [B, 4, 32]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down, self.last = torch.nn.Linear(32, 64), torch.nn.Linear(64, 32), torch.nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.last(x + self.down(torch.relu(self.up(x)) + t[:, None, None] / 1000)))
+
+
+@needs_rtx
+@no_gpu
+@pytest.mark.parametrize("scheme", ["int4", "svdquant"])
+def test_a_bundle_of_weights_in_blocks(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the recipes w4-gptq and w4-svdquant build it, with float activations."""
+    monkeypatch.setenv("STEPFOLD_CACHE", str(tmp_path / "cache"))
+    program = denoiser(Wide(), torch.randn(2, 4, 32), torch.tensor([500.0, 2.0]))
+    options = {"scheme": scheme, "rounding": "gptq", "activations": "float", "hoisted": "int8"}
+    options |= {"rank": 4} if scheme == "svdquant" else {}
+    small, _ = stepfold.apply(program, {"passes": ["hoist", {"quantize": options}]}, backend="tensorrt", options=SM89)
+    folder = Path(stepfold.lower(small, "tensorrt", out=tmp_path / "bundle", options=SM89))
+    plan = PlanDescription.read(folder / "stages" / "step.engine")
+    assert [name for layer in plan.layers if layer.kind == "CONSTANT" for name in layer.types].count("int4") == 3
+    assert read(folder).probe() is not None
+
+
 @needs_rtx
 @pytest.mark.slow
 @pytest.mark.parametrize("model", [DIT, SD3, FLUX, PIXART, QWENIMAGE, UNET], ids=str)

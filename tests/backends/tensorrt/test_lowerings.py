@@ -6,10 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from stages import floats, one_call
 from tensorrt_stages import block, stage_of, symmetric_int8
 
+from stepfold.backends.onnx.blocks import BLOCKED_LINEAR, with_signed_blocks
 from stepfold.backends.onnx.emit import emit
 from stepfold.backends.onnx.precision import at_precision
 from stepfold.backends.onnxruntime.session import open_session
@@ -22,7 +25,7 @@ FLOAT = 1e-5
 
 
 def run(stage: Stage, folder: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    emit(stage, folder / "stage.onnx", LOWERINGS)
+    emit(stage, folder / "stage.onnx", LOWERINGS, with_signed_blocks)
     return open_session(folder / "stage.onnx", stage.inputs, stage.outputs)(inputs)[0]
 
 
@@ -71,3 +74,48 @@ def test_symmetric_int8_with_half_precision_scales(tmp_path: Path) -> None:
     stage = at_precision(symmetric_int8(block()), torch.float16)
     inputs = random(stage, 2)
     assert drift(run(stage, tmp_path, inputs), reference(stage)(inputs)[0]) < 2e-2
+
+
+def in_blocks(bits: int, block: int) -> Stage:
+    """One product with 5 outputs and 64 inputs."""
+    generator = torch.Generator().manual_seed(bits)
+    blocks = torch.randint(0, 256, (5, 64 // block, block * bits // 8), dtype=torch.uint8, generator=generator)
+    scales = torch.rand(5, 64 // block, generator=generator)
+    weights = [blocks, scales, None, torch.linspace(-1, 1, 5)]
+    return one_call(BLOCKED_LINEAR, [floats(None, 3, 64)], weights, (bits, block, False))
+
+
+@pytest.mark.parametrize(("bits", "element"), [(4, onnx.TensorProto.INT4), (8, onnx.TensorProto.INT8)])
+@pytest.mark.parametrize("block", [16, 64])
+def test_weights_in_blocks(bits: int, element: int, block: int, tmp_path: Path) -> None:
+    stage = in_blocks(bits, block)
+    inputs = random(stage, 2)
+    assert drift(run(stage, tmp_path, inputs), reference(stage)(inputs)[0]) < FLOAT
+    model = onnx.load(tmp_path / "stage.onnx")
+    codes = next(weight for weight in model.graph.initializer if list(weight.dims) == [5, 64])
+    assert codes.data_type == element and len(codes.raw_data) == 5 * 64 * bits // 8
+    assert {entry.domain for entry in model.opset_import} == {""}
+    assert not any(weight.data_type == onnx.TensorProto.UINT8 for weight in model.graph.initializer)
+    node = next(node for node in model.graph.node if node.op_type == "DequantizeLinear")
+    assert node.metadata_props, "the source line is kept"
+
+
+def test_weights_in_blocks_in_half_precision(tmp_path: Path) -> None:
+    stage = at_precision(in_blocks(4, 16), torch.float16)
+    inputs = random(stage, 2)
+    got, wanted = run(stage, tmp_path, inputs), reference(stage)(inputs)[0]
+    assert drift(got, wanted) < 2e-3 and drift(got, reference(in_blocks(4, 16))(inputs)[0]) < 2e-3
+
+
+def test_one_weight_of_two_layers(tmp_path: Path) -> None:
+    stage = in_blocks(4, 16)
+    graph = stage.graph.graph
+    (node,) = graph.find_nodes(op="call_function", target=BLOCKED_LINEAR)
+    with graph.inserting_after(node):
+        again = graph.call_function(BLOCKED_LINEAR, node.args)
+    with graph.inserting_after(again):
+        total = graph.call_function(torch.ops.aten.add.Tensor, (node, again))
+    graph.output_node().args = ((total,),)
+    stage.graph.recompile()
+    inputs = random(stage, 2)
+    assert drift(run(stage, tmp_path, inputs), reference(stage)(inputs)[0]) < FLOAT

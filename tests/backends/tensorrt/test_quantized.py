@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from programs import component, context_of
+from stages import floats, one_call
 from tensorrt_stages import SM89, Block, needs_rtx
 
 from stepfold.backends.tensorrt.description import PlanDescription
@@ -76,3 +77,47 @@ def test_fp4_on_blackwell(tmp_path: Path, precision: str) -> None:
 def test_fp4_on_older_gpus_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StepfoldError, match=r"FP4 products, SM120 or SM121; received SM89\. Name another"):
         plan_of(tmp_path, scheme="nvfp4")
+
+
+@pytest.mark.parametrize(("precision", "product"), [("fp32", "float32"), ("fp16", "float16")])
+@pytest.mark.parametrize(
+    ("scheme", "element"),
+    [
+        ({"scheme": "int4"}, "int4"),
+        ({"scheme": "int8-weights"}, "int8"),
+        ({"scheme": "svdquant", "rank": 4}, "int4"),
+    ],
+)
+def test_weights_in_blocks(tmp_path: Path, scheme: dict[str, Any], element: str, precision: str, product: str) -> None:
+    """Four layers: their weights are stored in few bits, and products are of floats."""
+    options = TensorrtOptions(capability="SM89", precision=precision)  # type: ignore[arg-type]
+    plan = plan_of(tmp_path, options, **scheme, activations="float")
+    assert types(plan, "CONSTANT")[element] == 4 and types(plan, "DEQUANTIZE") == {product: 4}
+    assert not types(plan, "QUANTIZE") and set(types(plan, "MATRIX_MULTIPLY")) == {product}
+
+
+@pytest.mark.parametrize("scheme", [{"scheme": "int4"}, {"scheme": "svdquant", "rank": 4}])
+def test_weights_in_blocks_with_rounded_activations_are_refused(tmp_path: Path, scheme: dict[str, Any]) -> None:
+    with pytest.raises(
+        StepfoldError, match=r"run time \(quantize\.activations=dynamic\)\. .*activations=float, or the recipe"
+    ):
+        plan_of(tmp_path, **scheme)
+
+
+@pytest.mark.parametrize(
+    ("shape", "zeros", "settings", "received"),
+    [
+        ((5, 2, 4), None, (2, 16, False), "weights of 2 bits"),
+        ((5, 2, 8), (5, 1), (4, 16, False), "zero points of weights"),
+        ((5, 3, 8), None, (4, 16, False), "blocks of 16 for 40 features"),
+    ],
+)
+def test_blocks_without_a_form(
+    tmp_path: Path, shape: tuple[int, ...], zeros: tuple[int, ...] | None, settings: tuple, received: str
+) -> None:
+    inputs = [floats(None, 3, 32 if shape[1] == 2 else 40)]
+    zero_points = None if zeros is None else torch.zeros(zeros, dtype=torch.uint8)
+    weights = [torch.zeros(shape, dtype=torch.uint8), torch.ones(shape[:2]), zero_points, None]
+    stage = one_call(torch.ops.stepfold.blocked_linear.default, inputs, weights, settings)
+    with pytest.raises(StepfoldError, match=f"in whole blocks and float activations.*received {received}"):
+        lower(stage, tmp_path, SM89)
