@@ -129,6 +129,8 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
 def lower(stage: Stage, folder: Path, options: TensorrtOptions) -> Path:
     """Write the stage as `<name>.engine` into a folder, its description and the build log beside it.
 
+    With the option `keep_graph`, `<name>.onnx` is what the plan was built from.
+
     Raises:
         UsageError: the provider cannot be used here, or not for this compute capability.
         StepfoldError: the stage has no form for this engine, or building it fails; the message names the node, its
@@ -136,7 +138,7 @@ def lower(stage: Stage, folder: Path, options: TensorrtOptions) -> Path:
     """
     chosen = provider(options.provider)
     with tempfile.TemporaryDirectory(prefix="stepfold-") as temporary:
-        model = Path(temporary) / f"{stage.name}.onnx"
+        model = (folder if options.keep_graph else Path(temporary)) / f"{stage.name}.onnx"
         emit(fp4.with_fp4_weights(prepare(stage, options)), model, LOWERINGS, with_signed_blocks)
         try:
             plan = build(chosen, model, options)

@@ -44,8 +44,10 @@ class TensorrtOptions(PlanOptions):
         provider: the package that builds and runs; `auto` takes the one that is installed, TensorRT-RTX first.
         capability: compute capability of the GPU to build for; null is the GPU of this machine.
         timing_cache: file with kernel timings of earlier builds, read and written; classic TensorRT only.
+        keep_graph: write the ONNX graph of each plan beside it, for tools that compare the two.
     """
 
     provider: Literal["auto", "tensorrt_rtx", "tensorrt"] = "auto"
     capability: ComputeCapability | None = None
     timing_cache: Path | None = None
+    keep_graph: bool = False

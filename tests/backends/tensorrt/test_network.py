@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -97,6 +99,27 @@ def test_the_build_log_lies_beside_the_plan(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["step.engine", "step.engine.json", "step.engine.log"]
     log = path.with_name("step.engine.log").read_text()
     assert "[INFO] " in log and "[VERBOSE] " not in log
+
+
+def test_the_graph_of_a_plan_is_kept_for_polygraphy(tmp_path: Path) -> None:
+    """The half of the documented comparison that needs no GPU: inputs and outputs of ONNX Runtime, as JSON."""
+    pytest.importorskip("polygraphy", reason="polygraphy is not installed: pip install 'stepfold[tensorrt]'")
+    lower(block(), tmp_path, TensorrtOptions(capability="SM89", keep_graph=True))
+    files = [file.name for file in tmp_path.iterdir()]
+    assert sorted(files) == ["step.engine", "step.engine.json", "step.engine.log", "step.onnx"]
+    words = "run step.onnx --onnxrt --input-shapes x:[2,8,32] shift:[2,32] t:[2] --val-range t:[0,1000]"
+    words += " --save-inputs inputs.json --save-outputs wanted.json"
+    program = "import sys; from polygraphy.tools._main import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words.split()],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "inputs.json").stat().st_size and (tmp_path / "wanted.json").stat().st_size
 
 
 def test_a_timing_cache_is_ignored_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx
@@ -67,6 +70,28 @@ def test_node_module_line_and_the_smallest_part(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ParserRefusal):
         check(RTX, Path(found[2]).read_bytes())
     assert list(folder.iterdir()) == []
+    assert "Det" in shown_again(Path(found[2])), "the command of the documentation"
+
+
+def shown_again(part: Path) -> str:
+    """What Polygraphy says of a part that was refused."""
+    pytest.importorskip("polygraphy", reason="polygraphy is not installed: pip install 'stepfold[tensorrt]'")
+    words = ("convert", part, "-o", part.with_suffix(".engine"), "--strongly-typed", "--compute-capabilities", "8.9")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from polygraphy.tools._main import main; sys.exit(main())",
+            *map(str, words),
+        ],
+        env={**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode != 0, done.stdout
+    return done.stdout + done.stderr
 
 
 @needs_rtx
