@@ -11,7 +11,7 @@ from math import prod
 import torch
 from torch import fx
 
-from . import blocked, decoded  # noqa: F401  (register operators of their own)
+from . import blocked, decoded, rotary  # noqa: F401  (register operators of their own)
 from .cost import FORMULAS
 
 UINT8_STEPS = 255
@@ -186,5 +186,6 @@ OPERATORS = (
     torch.ops.stepfold.attention.default,
     torch.ops.stepfold.fast_gelu.default,
     torch.ops.stepfold.modulated_norm.default,
+    torch.ops.stepfold.rotary.default,
 )
 """All operators of this namespace; a backend either lowers or refuses each."""

@@ -57,6 +57,8 @@ ZERO = torch.tensor(100, dtype=torch.uint8)
 LINEAR_WEIGHTS = [torch.tensor(0.02), ZERO, WEIGHT, WEIGHT_SCALE]
 QKV = [floats(None, T, 8, name="q"), floats(None, 4, 8, name="k"), floats(None, 4, 8, name="v")]
 MODULATED = [floats(None, T, M, name="normed"), floats(None, 1, M, name="scale"), floats(None, 1, M, name="shift")]
+ANGLES = torch.linspace(-3, 3, T * (M // 2)).reshape(T, M // 2)
+TABLES = [ANGLES.cos(), ANGLES.sin()]
 BLOCKS = torch.randint(0, 256, (N, 2, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 STAGES: dict[str, tuple[Callable, Stage]] = {
     name: (arguments[0], one_call(*arguments))
@@ -75,6 +77,8 @@ STAGES: dict[str, tuple[Callable, Stage]] = {
             [],
             (1e-3,),
         ),
+        "rotary": (stepfold.rotary.default, [floats(None, T, 2, M)], TABLES, (False,)),
+        "rotary, heads first": (stepfold.rotary.default, [floats(None, 2, T, M)], TABLES, (True,)),
         "blocked_linear": (
             stepfold.blocked_linear.default,
             [floats(None, T, 32)],

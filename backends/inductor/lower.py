@@ -17,7 +17,7 @@ import torch
 from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
 from ...bundle.manifest import PortEntry
-from ...ir import blocked, operators
+from ...ir import blocked, operators, rotary
 from ...ir.program import Stage
 from ...loop.errors import StepfoldError, UsageError
 from ..export import export_again, lowered
@@ -57,6 +57,7 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
             operators.attention,
             operators.fast_gelu,
             operators.modulated_norm,
+            rotary.rotary,
             blocked.blocked_linear,
         )
     },

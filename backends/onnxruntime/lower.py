@@ -102,6 +102,41 @@ def _modulated_norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, e
     )
 
 
+def _rotary(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, heads_first: bool) -> torch.Tensor:
+    """The contrib form, whose tables belong to positions from the first on; that of ONNX has one for each sample."""
+    turned = x if heads_first else x.flatten(2)
+    inputs = (turned, torch.zeros(1, dtype=torch.int64), cosine, sine)
+    turned = torch.onnx.ops.symbolic(
+        "com.microsoft::RotaryEmbedding", inputs, {"interleaved": 1}, dtype=x.dtype, shape=turned.shape, version=1
+    )
+    return turned if heads_first else turned.unflatten(2, x.shape[2:])
+
+
+def _group_norm(
+    x: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    epsilon: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> torch.Tensor:
+    """Two operators that have kernels: the engine takes `GroupNormalization` apart into twenty.
+
+    Groups are normalized as if they were channels; a batch norm of mean 0 and variance 1 is weight and bias.
+    """
+    grouped = x.unflatten(1, (groups, -1)).flatten(2)
+    plain = (torch.ones(groups), torch.zeros(groups))
+    normed = torch.onnx.ops.symbolic(
+        "InstanceNormalization", (grouped, *plain), {"epsilon": epsilon}, dtype=x.dtype, shape=grouped.shape, version=22
+    )
+    ones, zeros = torch.ones(x.shape[1]), torch.zeros(x.shape[1])
+    weight, bias = ones if weight is None else weight, zeros if bias is None else bias
+    inputs = (normed.reshape(x.shape), weight, bias, zeros, ones)
+    return torch.onnx.ops.symbolic(
+        "BatchNormalization", inputs, {"epsilon": 0.0}, dtype=x.dtype, shape=x.shape, version=15
+    )
+
+
 ON_CPU_ONLY = (
     torch.ops.stepfold.quantize_dynamic.default,
     torch.ops.stepfold.qlinear.default,
@@ -117,6 +152,8 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.stepfold.attention.default: _attention,
     torch.ops.stepfold.fast_gelu.default: _fast_gelu,
     torch.ops.stepfold.modulated_norm.default: _modulated_norm,
+    torch.ops.stepfold.rotary.default: _rotary,
+    aten.group_norm.default: _group_norm,
     aten.scaled_dot_product_attention.default: _scaled_dot_product_attention,
 }
 

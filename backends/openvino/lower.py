@@ -13,6 +13,7 @@ import torch
 
 from ...ir.names import module_path
 from ...ir.program import Stage
+from ...ir.rotary import rotary
 from ...loop.errors import StepfoldError
 from ..export import where
 from ..onnx.blocks import BLOCKED_LINEAR, block_size, blocked_layers, in_blocks_of, matmul_nbits, rounds
@@ -92,6 +93,7 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.stepfold.attention.default: _attention,
     torch.ops.stepfold.fast_gelu.default: _fast_gelu,
     torch.ops.stepfold.modulated_norm.default: _modulated_norm,
+    torch.ops.stepfold.rotary.default: rotary._init_fn,
 }
 INTEGER_LAYERS = (torch.ops.stepfold.qlinear.default, GROUP_QLINEAR)
 WEIGHTS = {torch.ops.stepfold.qlinear.default: 3, GROUP_QLINEAR: 1, BLOCKED_LINEAR: 1}  # which argument it is

@@ -13,6 +13,7 @@ from torch import fx
 from ...bundle.manifest import PortEntry
 from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
 from ...ir.program import Stage, attribute
+from ...ir.rotary import rotary
 from ...loop.errors import StepfoldError
 from ..export import where
 from ..onnx.blocks import BLOCKED_LINEAR, block_size, dequantized_blocks, rounds, with_signed_blocks
@@ -122,6 +123,7 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.stepfold.attention.default: _attention,
     torch.ops.stepfold.fast_gelu.default: _fast_gelu,
     torch.ops.stepfold.modulated_norm.default: _modulated_norm,
+    torch.ops.stepfold.rotary.default: rotary._init_fn,
     aten.scaled_dot_product_attention.default: _scaled_dot_product_attention,
 }
 

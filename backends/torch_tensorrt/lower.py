@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...bundle.manifest import PortEntry
-from ...ir import operators
+from ...ir import operators, rotary
 from ...ir.program import Stage
 from ...loop.errors import StepfoldError
 from ...loop.ports import Port
@@ -31,7 +31,7 @@ MIB = 1 << 20
 # Operators whose definition is all ATen. Quantized layers have no form here: it would be one in floats.
 LOWERINGS: dict[Any, Callable[..., Any]] = {
     definition._opoverload: definition._init_fn
-    for definition in (operators.attention, operators.fast_gelu, operators.modulated_norm)
+    for definition in (operators.attention, operators.fast_gelu, operators.modulated_norm, rotary.rotary)
 }
 
 

@@ -17,7 +17,7 @@ RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 @dataclass(frozen=True)
 class HeadedAttention:
-    """Bindings: the three [B, T, D] values before their head split, the heads and the scale."""
+    """Bindings: the three values before their head split, [B, T, D] or [B, T, H, K], the heads and the scale."""
 
     query: fx.Node
     key: fx.Node
@@ -29,8 +29,8 @@ class HeadedAttention:
 class FuseAttention(Rule[HeadedAttention]):
     """merge(sdpa(split(q), split(k), split(v))) -> attention(q, k, v, heads).
 
-    Constraints: no mask, not causal, no dropout, the same number of heads for query and key; `split` is a reshape to
-    [B, T, H, K] and a transpose, `merge` its inverse.
+    Constraints: no mask, not causal, no dropout, the same number of heads for query and key; `split` is a transpose of
+    [B, T, H, K], with the reshape to it if there is one, `merge` its inverse.
     """
 
     name: ClassVar[str] = "attention"
@@ -59,10 +59,16 @@ class FuseAttention(Rule[HeadedAttention]):
 
     def rewrite(self, graph: fx.Graph, node: fx.Node, match: HeadedAttention) -> fx.Node:
         """One `stepfold::attention`."""
-        width = match.query.meta["val"].shape[-1] // match.heads
+        shape = match.query.meta["val"].shape
+        width = shape[-1] if len(shape) == 4 else shape[-1] // match.heads
         scale = match.scale if match.scale is not None else width**-0.5
-        arguments = (match.query, match.key, match.value, match.heads, scale)
-        return graph.call_function(torch.ops.stepfold.attention.default, arguments)
+        values = (_merged(graph, value) for value in (match.query, match.key, match.value))
+        return graph.call_function(torch.ops.stepfold.attention.default, (*values, match.heads, scale))
+
+
+def _merged(graph: fx.Graph, value: fx.Node) -> fx.Node:
+    """[B, T, D] of a value that may be [B, T, H, K], which moves nothing."""
+    return graph.call_function(aten.flatten.using_ints, (value, 2)) if len(value.meta["val"].shape) == 4 else value
 
 
 def _merged_attention(node: fx.Node) -> fx.Node | None:
@@ -87,15 +93,15 @@ def _is_merged(attention: fx.Node) -> bool:
 
 
 def _before_split(node: object) -> fx.Node | None:
-    """The [B, T, D] value that a reshape and a transpose split into heads [B, H, T, K]."""
+    """The value that is transposed to [B, H, T, K]: [B, T, D] where a reshape splits it, else [B, T, H, K]."""
     split = _swapped(_skip_copies(node))
     if split is None or split.target not in RESHAPES:
-        return None
+        return split
     source = split.args[0]
     assert isinstance(source, fx.Node)
     shape, wanted = source.meta["shape"], split.meta["shape"]
-    whole = len(shape) == 3 and len(wanted) == 4 and shape[1] == wanted[1] and shape[2] == wanted[2] * wanted[3]
-    return source if whole else None
+    whole = len(shape) == 3 and shape[:2] == wanted[:2] and shape[2] == wanted[2] * wanted[3]
+    return source if whole else split
 
 
 def _swapped(node: fx.Node) -> fx.Node | None:

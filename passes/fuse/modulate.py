@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from .rules import NearMiss, Rule
+from .rules import NearMiss, Rule, two
 
 aten = torch.ops.aten
 EPSILON = 1e-5  # of `layer_norm` where the call gives none
@@ -59,16 +59,8 @@ class FuseModulatedNorm(Rule[ModulatedNorm]):
 
 def _modulated(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node] | None:
     """Norm, product, scale and shift of `norm * scale + shift`, the factors and the terms in either order."""
-    for product, shift in _two(node, aten.add.Tensor):
-        for norm, scale in _two(product, aten.mul.Tensor):
+    for product, shift in two(node, aten.add.Tensor):
+        for norm, scale in two(product, aten.mul.Tensor):
             if norm.target is aten.layer_norm.default:
                 return norm, product, scale, shift
     return None
-
-
-def _two(node: fx.Node, target: object) -> list[tuple[fx.Node, fx.Node]]:
-    """The two values that `node` puts together, in both orders; none where it is another operator or has a number."""
-    if node.target is not target or node.kwargs or not all(isinstance(value, fx.Node) for value in node.args):
-        return []
-    first, second = node.args
-    return [(first, second), (second, first)]  # type: ignore[list-item]

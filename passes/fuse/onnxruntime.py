@@ -14,13 +14,15 @@ from ..base import Context, Options, Pass, PassResult
 from .attention import FuseAttention
 from .gelu import FuseGelu
 from .modulate import FuseModulatedNorm
+from .rotary import FuseRotary
 from .rules import Rule, apply_rule
 
-RULES: tuple[Rule[Any], ...] = (FuseAttention(), FuseGelu(), FuseModulatedNorm())
+RULES: tuple[Rule[Any], ...] = (FuseRotary(), FuseAttention(), FuseGelu(), FuseModulatedNorm())
 FUSED = (
     torch.ops.stepfold.attention.default,
     torch.ops.stepfold.fast_gelu.default,
     torch.ops.stepfold.modulated_norm.default,
+    torch.ops.stepfold.rotary.default,
 )
 FUSIBLE = (
     torch.ops.aten.scaled_dot_product_attention.default,
@@ -36,7 +38,7 @@ class FuseOptions(Options):
         rules: names of the rules to apply; all by default.
     """
 
-    rules: tuple[Literal["attention", "gelu", "modulate"], ...] = ("attention", "gelu", "modulate")
+    rules: tuple[Literal["rotary", "attention", "gelu", "modulate"], ...] = ("rotary", "attention", "gelu", "modulate")
 
 
 class FuseOnnxRuntime(Pass[FuseOptions]):

@@ -50,3 +50,11 @@ def apply_rule(graph: fx.GraphModule, rule: Rule[MatchT]) -> tuple[int, list[Ref
         node.replace_all_uses_with(replacement)
         changed += 1
     return changed, refused
+
+
+def two(node: fx.Node, target: object) -> list[tuple[fx.Node, fx.Node]]:
+    """The two values that `node` puts together, in both orders; none where it is another operator or has a number."""
+    if node.target is not target or node.kwargs or not all(isinstance(value, fx.Node) for value in node.args):
+        return []
+    first, second = node.args
+    return [(first, second), (second, first)]  # type: ignore[list-item]

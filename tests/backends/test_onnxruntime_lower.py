@@ -23,6 +23,7 @@ from stepfold.ir.program import reference
 from stepfold.loop.errors import StepfoldError
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
+GROUP_NORM = torch.ops.aten.group_norm.default
 FLOAT = 1e-4  # the exponential of the engine's softmax is its own
 SETTINGS = settings(max_examples=40)
 Run = Callable[[str, dict[str, np.ndarray]], list[tuple[np.ndarray, np.ndarray]]]
@@ -54,7 +55,7 @@ def assert_same(pairs: list[tuple[np.ndarray, np.ndarray]]) -> None:
 
 def test_every_operator_has_a_lowering_and_is_tested_here() -> None:
     assert set(OPERATORS) == {operator for operator, _ in STAGES.values()}
-    assert set(LOWERINGS) == {*OPERATORS, SDPA}
+    assert set(LOWERINGS) == {*OPERATORS, SDPA, GROUP_NORM}
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -104,6 +105,46 @@ def test_attention_with_a_mask(tmp_path: Path, name: str, scale: float | None) -
     values = {item.name: value.numpy() for item, value in zip(stage.inputs, (q, k, v, MASKS[name]), strict=True)}
     session = open_session(lower(stage, tmp_path), stage.inputs, stage.outputs, threads=1)
     assert_same(list(zip(session(values), reference(stage)(values), strict=True)))
+
+
+PLAIN = torch.nn.functional.group_norm
+GROUP_NORMS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], tuple[int, ...]]] = {
+    "images": (lambda x: PLAIN(x, 3, torch.linspace(-1, 2, 6), torch.linspace(1, 2, 6), 1e-3), (6, 4, 5)),
+    "tokens": (lambda x: PLAIN(x, 2, torch.linspace(-1, 2, 6), torch.linspace(1, 2, 6)), (6, 7)),
+    "rows": (lambda x: PLAIN(x, 2, torch.linspace(-1, 2, 6), torch.linspace(1, 2, 6)), (6,)),
+    "video": (lambda x: PLAIN(x, 1, torch.linspace(-1, 2, 4), torch.linspace(1, 2, 4)), (4, 2, 3, 5)),
+    "one channel in a group": (lambda x: PLAIN(x, 6, torch.linspace(-1, 2, 6), torch.linspace(1, 2, 6)), (6, 4, 5)),
+    "without weights": (lambda x: PLAIN(x, 3), (6, 4, 5)),
+    "with a weight alone": (lambda x: PLAIN(x, 3, torch.linspace(-1, 2, 6)), (6, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("name", GROUP_NORMS)
+def test_group_norms_have_kernels(name: str, tmp_path: Path) -> None:
+    """The engine has none for `GroupNormalization` and would put twenty operators in its place."""
+    function, shape = GROUP_NORMS[name]
+    generator = torch.Generator().manual_seed(0)
+    stage = component(lambda x: function(x * 2 + 1), torch.randn(2, *shape, generator=generator)).step
+    file = lower(stage, tmp_path)
+    kinds = [node.op_type for node in onnx.load(file).graph.node]
+    assert kinds.count("InstanceNormalization") == kinds.count("BatchNormalization") == 1
+    assert set(kinds) <= {"Mul", "Add", "Reshape", "InstanceNormalization", "BatchNormalization"}
+    session = open_session(file, stage.inputs, stage.outputs, threads=1)
+    for batch in (1, 3):
+        values = {"x": torch.randn(batch, *shape, generator=generator).numpy()}
+        assert_same(list(zip(session(values), reference(stage)(values), strict=True)))
+
+
+def test_a_norm_of_root_mean_squares_is_one_operator(tmp_path: Path) -> None:
+    """The exporter recognizes what diffusers' RMSNorm is traced as, so `fuse` has no rule for it."""
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * torch.linspace(1, 2, 6)
+
+    stage = component(lambda x: norm(x + 1), torch.randn(2, 3, 6)).step
+    assert "pow.Tensor_Scalar" in operators(stage)
+    kinds = [node.op_type for node in onnx.load(lower(stage, tmp_path)).graph.node]
+    assert kinds == ["Add", "RMSNormalization"]
 
 
 # -- the emitted files

@@ -159,6 +159,22 @@ def test_modulated_norm(seed: int, B: int, T: int, D: int) -> None:
     np.testing.assert_allclose(received.numpy(), wanted, rtol=1e-9, atol=1e-9)
 
 
+@given(
+    seed=st.integers(0, 1000), B=st.integers(1, 3), T=st.integers(1, 5), H=st.integers(1, 3), pairs=st.integers(1, 4)
+)
+def test_rotary(seed: int, B: int, T: int, H: int, pairs: int) -> None:
+    """Pairs of features as complex numbers, times e^(i angle), in both layouts."""
+    random = np.random.default_rng(seed)
+    x, angles = random.standard_normal((B, T, H, 2 * pairs)), random.standard_normal((T, pairs))
+    turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)[:, None]
+    wanted = np.stack([turned.real, turned.imag], -1).reshape(x.shape)
+    tables = [torch.from_numpy(table) for table in (np.cos(angles), np.sin(angles))]
+    received = stepfold.rotary(torch.from_numpy(x), *tables, False)
+    np.testing.assert_allclose(received.numpy(), wanted, rtol=1e-12, atol=1e-12)
+    heads_first = stepfold.rotary(torch.from_numpy(x).transpose(1, 2), *tables, True).transpose(1, 2)
+    np.testing.assert_array_equal(heads_first.numpy(), received.numpy())
+
+
 def blocked(blocks: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, M: int) -> np.ndarray:
     """MatMulNBits, 4 bits: the low nibble comes first, `(code - zero) * scale`, zero 8 where none is given."""
     codes = np.stack([blocks & 15, blocks >> 4], -1).reshape(len(blocks), -1)[:, :M].astype(np.float64)
@@ -234,6 +250,10 @@ EXAMPLES: dict[Callable, list[tuple]] = {
     ],
     stepfold.fast_gelu.default: [(torch.randn(2, 3, 4),), (torch.randn(()),)],
     stepfold.modulated_norm.default: [(torch.randn(2, 3, 4), torch.randn(2, 1, 4), torch.randn(2, 1, 4), 1e-6)],
+    stepfold.rotary.default: [
+        (torch.randn(2, 3, 5, 4), torch.randn(3, 2), torch.randn(3, 2), False),
+        (torch.randn(2, 5, 3, 4), torch.randn(3, 2), torch.randn(3, 2), True),
+    ],
     stepfold.blocked_linear.default: [
         (torch.randn(2, 3, 32), BLOCKS, torch.rand(6, 2), None, torch.rand(6), 4, 16, True),
         (torch.randn(2, 32), BLOCKS, torch.rand(6, 2), BLOCKS[:, 0, :1], None, 4, 16, False),

@@ -33,9 +33,16 @@ LEVEL = 1e-3  # relative L2 error of one evaluation whose integers differ in a f
 INTEGER = 5e-3  # the same after many layers, each of which passes on what the ones before it rounded otherwise
 SETTINGS = settings(max_examples=20)
 OPTIONS = OpenvinoOptions()
-ALONE = {
-    name: STAGES[name][1] for name in ("quantize_static", "attention", "fast_gelu", "modulated_norm", "blocked_linear")
-}
+NAMES = (
+    "quantize_static",
+    "attention",
+    "fast_gelu",
+    "modulated_norm",
+    "blocked_linear",
+    "rotary",
+    "rotary, heads first",
+)
+ALONE = {name: STAGES[name][1] for name in NAMES}
 PAIRS = {
     "qlinear": static_pair((None, T, M), BIAS),
     "qlinear without bias": static_pair((None, T, M), None),
@@ -79,6 +86,7 @@ def test_every_operator_is_lowered_or_refused(tmp_path: Path) -> None:
         torch.ops.stepfold.attention.default,
         torch.ops.stepfold.fast_gelu.default,
         torch.ops.stepfold.modulated_norm.default,
+        torch.ops.stepfold.rotary.default,
     }
     assert set(LOWERINGS) == {*lowered, GROUP_QLINEAR} and lowered < set(OPERATORS)
     with pytest.raises(StepfoldError, match=r"stepfold\.quantize_dynamic\.default has no lowering for this engine"):

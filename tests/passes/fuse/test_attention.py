@@ -74,9 +74,19 @@ def test_before_and_expected() -> None:
     assert (result.changed, result.refused, result.details) == (
         1,
         (),
-        {"rules": {"attention": 1, "gelu": 0, "modulate": 0}},
+        {"rules": {"rotary": 0, "attention": 1, "gelu": 0, "modulate": 0}},
     )
     verify(result.program)
+
+
+def windows(x: torch.Tensor) -> torch.Tensor:
+    """[B, T, D] -> [5 B, H, T / 5, K], a part of the tokens at a time in the batch dimension."""
+    return x.reshape(5 * x.shape[0], T // 5, H, K).transpose(1, 2)
+
+
+def normed(x: torch.Tensor) -> torch.Tensor:
+    """A norm of each head between the split and the transpose."""
+    return F.layer_norm(x.reshape(x.shape[0], -1, H, K), (K,)).transpose(1, 2)
 
 
 MODELS: dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...], int, float]] = {
@@ -122,6 +132,31 @@ MODELS: dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...], i
             .permute(0, 2, 1, 3)
             .reshape(x.shape[0], T, D)
         ),
+        (X,),
+        H,
+        K**-0.5,
+    ),
+    "heads are normed": (
+        lambda x: merge(F.scaled_dot_product_attention(normed(x), normed(x * 2), split(x))),
+        (X,),
+        H,
+        K**-0.5,
+    ),
+    "text beside image": (
+        lambda x, text: merge(
+            F.scaled_dot_product_attention(
+                *(
+                    torch.cat([y.reshape(y.shape[0], -1, H, K) for y in (text * i, x)], 1).transpose(1, 2)
+                    for i in (1, 2, 3)
+                )
+            )
+        ),
+        (X, TEXT),
+        H,
+        K**-0.5,
+    ),
+    "windows": (
+        lambda x: merge(F.scaled_dot_product_attention(windows(x), windows(x * 2), windows(x * 3))),
         (X,),
         H,
         K**-0.5,
@@ -199,11 +234,6 @@ def rotated(x: torch.Tensor) -> torch.Tensor:
     return merge(F.scaled_dot_product_attention(split(x) * 2 + 1, split(x), split(x)))
 
 
-def windows(x: torch.Tensor) -> torch.Tensor:
-    """[B, T, D] -> [5 B, H, T / 5, K]."""
-    return x.reshape(5 * x.shape[0], T // 5, H, K).transpose(1, 2)
-
-
 NEAR = {
     "mask": (lambda x: attend(x, attn_mask=torch.ones(T, T).tril().bool()), "it has a mask"),
     "causal": (lambda x: attend(x, is_causal=True), "it is causal or has dropout"),
@@ -220,10 +250,6 @@ NEAR = {
                 *(y.reshape(y.shape[0], T, D).unflatten(1, (T, 1)).reshape(y.shape[0], H, T, K) for y in (x, x, x))
             )
         ),
-        "query, key or value is not a plain head split",
-    ),
-    "windows": (  # half of the tokens at a time, in the batch dimension
-        lambda x: merge(F.scaled_dot_product_attention(windows(x), windows(x * 2), windows(x * 3))),
         "query, key or value is not a plain head split",
     ),
     "never merged": (lambda x: F.scaled_dot_product_attention(split(x), split(x * 2), split(x * 3)) * 2, "its output is not a plain head merge"),
