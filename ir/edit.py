@@ -29,10 +29,15 @@ def copy_graph(stage: Stage) -> fx.GraphModule:
     return fx.GraphModule(stage.graph, graph)
 
 
+def drop_dead_code(graph: fx.Graph) -> None:
+    """Erase what nothing reads."""
+    # attention counts as impure for its dropout, which no stage has
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+
+
 def finish(stage: Stage, graph: fx.GraphModule) -> Stage:
     """The stage with an edited graph: dead code and unused inputs removed, shapes propagated again."""
-    # attention counts as impure for its dropout, which no stage has
-    graph.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    drop_dead_code(graph.graph)
     _read_batch_from_one_input(graph.graph)
     kept = []
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from .heads import TokensFirst, skip_copies, swapped
 from .rules import NearMiss, Rule
 
 aten = torch.ops.aten
@@ -17,11 +18,10 @@ RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 @dataclass(frozen=True)
 class HeadedAttention:
-    """Bindings: the three values before their head split, [B, T, D] or [B, T, H, K], the heads and the scale."""
+    """Bindings: the three values [B, H, T, K] and how to write them with tokens first, the heads and the scale."""
 
-    query: fx.Node
-    key: fx.Node
-    value: fx.Node
+    values: tuple[fx.Node, fx.Node, fx.Node]
+    tokens_first: TokensFirst
     heads: int
     scale: float | None
 
@@ -29,8 +29,9 @@ class HeadedAttention:
 class FuseAttention(Rule[HeadedAttention]):
     """merge(sdpa(split(q), split(k), split(v))) -> attention(q, k, v, heads).
 
-    Constraints: no mask, not causal, no dropout, the same number of heads for query and key; `split` is a transpose of
-    [B, T, H, K], with the reshape to it if there is one, `merge` its inverse.
+    Constraints: no mask, not causal, no dropout, the same number of heads for query and key; `split` is a reshape to
+    [B, T, H, K] and a transpose, `merge` its inverse. What works on each head or joins tokens, in front of the
+    transpose or behind it, may stand between.
     """
 
     name: ClassVar[str] = "attention"
@@ -48,34 +49,34 @@ class FuseAttention(Rule[HeadedAttention]):
             return NearMiss("it has a mask")
         if options.get("is_causal") or options.get("dropout_p"):
             return NearMiss("it is causal or has dropout")
-        sources = [_before_split(argument) for argument in (query, key, value)]
-        if None in sources:
+        values = (query, key, value)
+        tokens_first = TokensFirst(attention)
+        if not tokens_first.possible(*values):  # type: ignore[arg-type]
             return NearMiss("query, key or value is not a plain head split")
-        heads = {argument.meta["shape"][1] for argument in (query, key, value)}  # type: ignore[union-attr]
+        heads = {argument.meta["shape"][1] for argument in values}  # type: ignore[union-attr]
         if len(heads) != 1 or not isinstance(next(iter(heads)), int):
             return NearMiss("query, key and value have different numbers of heads")
-        q, k, v = sources
-        return HeadedAttention(q, k, v, next(iter(heads)), options.get("scale"))  # type: ignore[arg-type]
+        return HeadedAttention(values, tokens_first, next(iter(heads)), options.get("scale"))  # type: ignore[arg-type]
 
     def rewrite(self, graph: fx.Graph, node: fx.Node, match: HeadedAttention) -> fx.Node:
         """One `stepfold::attention`."""
-        shape = match.query.meta["val"].shape
-        width = shape[-1] if len(shape) == 4 else shape[-1] // match.heads
+        width = match.values[0].meta["val"].shape[-1]
         scale = match.scale if match.scale is not None else width**-0.5
-        values = (_merged(graph, value) for value in (match.query, match.key, match.value))
+        values = [_merged(graph, match.tokens_first.write(graph, value)) for value in match.values]
         return graph.call_function(torch.ops.stepfold.attention.default, (*values, match.heads, scale))
 
 
 def _merged(graph: fx.Graph, value: fx.Node) -> fx.Node:
-    """[B, T, D] of a value that may be [B, T, H, K], which moves nothing."""
-    return graph.call_function(aten.flatten.using_ints, (value, 2)) if len(value.meta["val"].shape) == 4 else value
+    """[B, T, D] of a value [B, T, H, K], which moves nothing."""
+    source = _source(value)
+    return source if source is not value else graph.call_function(aten.flatten.using_ints, (value, 2))
 
 
 def _merged_attention(node: fx.Node) -> fx.Node | None:
     """The attention whose transposed output `node` reshapes to [B, T, D], if that is what it does."""
     if node.target not in RESHAPES or len(node.meta["shape"]) != 3:
         return None
-    attention = _swapped(_skip_copies(node.args[0]))
+    attention = swapped(skip_copies(node.args[0]))
     if attention is None or attention.target is not SDPA:
         return None
     T, D = node.meta["shape"][1:]
@@ -87,34 +88,16 @@ def _is_merged(attention: fx.Node) -> bool:
     """Whether a reader of an attention, through copies and one swap, merges its heads."""
     readers = list(attention.users)
     for reader in readers:
-        if reader.target is aten.clone.default or _swapped(reader) is attention:
+        if reader.target is aten.clone.default or swapped(reader) is attention:
             readers.extend(reader.users)
     return any(_merged_attention(reader) is attention for reader in readers)
 
 
-def _before_split(node: object) -> fx.Node | None:
-    """The value that is transposed to [B, H, T, K]: [B, T, D] where a reshape splits it, else [B, T, H, K]."""
-    split = _swapped(_skip_copies(node))
-    if split is None or split.target not in RESHAPES:
+def _source(split: fx.Node) -> fx.Node:
+    """The [B, T, D] value that is reshaped to `split`, or `split` itself, [B, T, H, K]."""
+    source = split.args[0] if split.target in RESHAPES else None
+    if not isinstance(source, fx.Node):
         return split
-    source = split.args[0]
-    assert isinstance(source, fx.Node)
     shape, wanted = source.meta["shape"], split.meta["shape"]
     whole = len(shape) == 3 and shape[:2] == wanted[:2] and shape[2] == wanted[2] * wanted[3]
     return source if whole else split
-
-
-def _swapped(node: fx.Node) -> fx.Node | None:
-    """What `node` swaps tokens and heads of, [B, T, H, K] <-> [B, H, T, K]; None when it does something else."""
-    swaps = node.target is aten.transpose.int and {int(d) % 4 for d in node.args[1:]} == {1, 2}  # type: ignore[arg-type]
-    swaps |= node.target is aten.permute.default and [d % 4 for d in node.args[1]] == [0, 2, 1, 3]  # type: ignore[union-attr]
-    if not swaps or len(node.meta["shape"]) != 4:
-        return None
-    return _skip_copies(node.args[0])
-
-
-def _skip_copies(node: object) -> fx.Node:
-    assert isinstance(node, fx.Node)
-    while node.target is aten.clone.default:
-        (node, *_) = node.all_input_nodes
-    return node

@@ -8,6 +8,7 @@ from typing import ClassVar, Generic, TypeVar
 
 from torch import fx
 
+from ...ir.edit import drop_dead_code
 from ...ir.program import Refusal
 
 MatchT = TypeVar("MatchT")
@@ -49,6 +50,7 @@ def apply_rule(graph: fx.GraphModule, rule: Rule[MatchT]) -> tuple[int, list[Ref
         replacement.meta.update(node.meta)
         node.replace_all_uses_with(replacement)
         changed += 1
+    drop_dead_code(graph.graph)  # it would count as a reader for the rules that follow
     return changed, refused
 
 

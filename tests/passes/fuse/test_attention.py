@@ -89,6 +89,16 @@ def normed(x: torch.Tensor) -> torch.Tensor:
     return F.layer_norm(x.reshape(x.shape[0], -1, H, K), (K,)).transpose(1, 2)
 
 
+def turned(x: torch.Tensor) -> torch.Tensor:
+    """Behind the transpose, all tokens but the first two turn by one angle, as CogVideoX has text in front."""
+    heads = F.layer_norm(split(x), (K,))
+    angles = torch.linspace(0, 1, (T - 2) * K // 2).reshape(T - 2, K // 2)
+    pairs = heads[:, :, 2:].unflatten(-1, (-1, 2))
+    even, odd, c, s = pairs[..., 0], pairs[..., 1], angles.cos(), angles.sin()
+    rotated = torch.stack([even * c - odd * s, even * s + odd * c], -1).flatten(3)
+    return torch.cat([heads[:, :, :2], rotated], 2)
+
+
 MODELS: dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...], int, float]] = {
     "self": (lambda x: attend(x), (X,), H, K**-0.5),
     "scaled": (lambda x: attend(x, scale=0.25), (X,), H, 0.25),
@@ -155,6 +165,30 @@ MODELS: dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...], i
         H,
         K**-0.5,
     ),
+    "heads are normed behind the transpose": (
+        lambda x: merge(
+            F.scaled_dot_product_attention(F.layer_norm(split(x), (K,)), F.rms_norm(split(x * 2), (K,)), split(x))
+        ),
+        (X,),
+        H,
+        K**-0.5,
+    ),
+    "text is joined behind the transpose": (
+        lambda x, text: merge(
+            F.scaled_dot_product_attention(
+                *(torch.cat([F.rms_norm(split(text * i), (K,)), split(x)], 2) for i in (1, 2, 3))
+            )
+        ),
+        (X, TEXT),
+        H,
+        K**-0.5,
+    ),
+    "a part is turned": (
+        lambda x: merge(F.scaled_dot_product_attention(turned(x), turned(x * 2), split(x))),
+        (X,),
+        H,
+        K**-0.5,
+    ),
     "windows": (
         lambda x: merge(F.scaled_dot_product_attention(windows(x), windows(x * 2), windows(x * 3))),
         (X,),
@@ -179,7 +213,8 @@ def test_fused_with_the_same_numbers(name: str) -> None:
     function, examples, heads, scale = MODELS[name]
     before = component(function, *examples)
     result = fuse(before)
-    assert result.changed == 1, result.refused
+    assert result.details["rules"]["attention"] == 1, result.refused
+    assert "transpose.int" not in operators(result.program.step)
     assert "scaled_dot_product_attention.default" not in operators(result.program.step)
     assert fused_call(result).args[3:] == (heads, pytest.approx(scale))
     assert outputs_drift(probe_outputs(result.program), probe_outputs(before)) < EXACT
@@ -238,6 +273,23 @@ NEAR = {
     "mask": (lambda x: attend(x, attn_mask=torch.ones(T, T).tril().bool()), "it has a mask"),
     "causal": (lambda x: attend(x, is_causal=True), "it is causal or has dropout"),
     "work between split and attention": (rotated, "query, key or value is not a plain head split"),
+    "something else reads the norm": (
+        lambda x: (
+            merge(F.scaled_dot_product_attention(norm := F.layer_norm(split(x), (K,)), split(x), split(x))),
+            norm + 1,
+        ),
+        "query, key or value is not a plain head split",
+    ),
+    "a norm over tokens too": (
+        lambda x: merge(F.scaled_dot_product_attention(F.layer_norm(split(x), (T, K)), split(x), split(x))),
+        "query, key or value is not a plain head split",
+    ),
+    "joined along the heads": (
+        lambda x: merge(
+            F.scaled_dot_product_attention(*(torch.cat([split(y[..., :4], 1), split(y[..., 4:], 1)], 1) for y in (x,) * 3))
+        ),
+        "query, key or value is not a plain head split",
+    ),
     "heads of two widths": (
         lambda x: merge(
             F.scaled_dot_product_attention(split(x, 4), split(x[:, :, :4], 2), split(x[:, :, :4], 2), enable_gqa=True)
