@@ -167,6 +167,7 @@ NEAR: dict[str, tuple[Callable, tuple[torch.Tensor, torch.Tensor], str]] = {
         (torch.linspace(0, 1, T * K).reshape(T, K), DOUBLED[1]),
         "its tables differ within a pair of features",
     ),
+    "tables of more digits": (slices, (BESIDE_HEADS[0].double(), BESIDE_HEADS[1].double()), "its tables are of another type"),
     "five dimensions": (
         lambda x, c, s: pairs(x[:, None], c, s)[:, 0],
         BESIDE_HEADS,
