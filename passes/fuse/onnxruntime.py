@@ -14,11 +14,13 @@ from ..base import Context, Options, Pass, PassResult
 from .attention import FuseAttention
 from .gelu import FuseGelu
 from .modulate import FuseModulatedNorm
+from .rms_norm import FuseRMSNorm
 from .rotary import FuseRotary
 from .rules import Rule, apply_rule
 
-RULES: tuple[Rule[Any], ...] = (FuseRotary(), FuseAttention(), FuseGelu(), FuseModulatedNorm())
+RULES: tuple[Rule[Any], ...] = (FuseRMSNorm(), FuseRotary(), FuseAttention(), FuseGelu(), FuseModulatedNorm())
 FUSED = (
+    torch.ops.aten.rms_norm.default,
     torch.ops.stepfold.attention.default,
     torch.ops.stepfold.fast_gelu.default,
     torch.ops.stepfold.modulated_norm.default,
@@ -38,14 +40,21 @@ class FuseOptions(Options):
         rules: names of the rules to apply; all by default.
     """
 
-    rules: tuple[Literal["rotary", "attention", "gelu", "modulate"], ...] = ("rotary", "attention", "gelu", "modulate")
+    rules: tuple[Literal["rms_norm", "rotary", "attention", "gelu", "modulate"], ...] = (
+        "rms_norm",
+        "rotary",
+        "attention",
+        "gelu",
+        "modulate",
+    )
 
 
 class FuseOnnxRuntime(Pass[FuseOptions]):
     """Put operators together into the ones that are fast on ONNX Runtime.
 
-    Attention takes its head split and merge along; the tanh form of GELU becomes the contrib kernel;
-    a norm takes the scale and shift of each sample along.
+    Norms by the root of the mean square and rotary embeddings become one operator each; attention takes its head split
+    and merge along; the tanh form of GELU becomes the contrib kernel; a norm takes the scale and shift of each sample
+    along.
     """
 
     name = "fuse"

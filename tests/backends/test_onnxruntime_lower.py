@@ -136,7 +136,7 @@ def test_group_norms_have_kernels(name: str, tmp_path: Path) -> None:
 
 
 def test_a_norm_of_root_mean_squares_is_one_operator(tmp_path: Path) -> None:
-    """The exporter recognizes what diffusers' RMSNorm is traced as, so `fuse` has no rule for it."""
+    """The exporter recognizes what diffusers' RMSNorm is traced as."""
 
     def norm(x: torch.Tensor) -> torch.Tensor:
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * torch.linspace(1, 2, 6)

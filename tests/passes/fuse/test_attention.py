@@ -74,7 +74,7 @@ def test_before_and_expected() -> None:
     assert (result.changed, result.refused, result.details) == (
         1,
         (),
-        {"rules": {"rotary": 0, "attention": 1, "gelu": 0, "modulate": 0}},
+        {"rules": {"rms_norm": 0, "rotary": 0, "attention": 1, "gelu": 0, "modulate": 0}},
     )
     verify(result.program)
 

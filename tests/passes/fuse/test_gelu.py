@@ -50,7 +50,10 @@ def test_one_of_each() -> None:
 def test_the_tiny_dit(tiny_program: Program) -> None:
     """One block: one attention, one GELU; the samples are the same."""
     result = fuse(tiny_program)
-    assert result.details == {"rules": {"rotary": 0, "attention": 1, "gelu": 1, "modulate": 3}} and result.changed == 5
+    assert (
+        result.details == {"rules": {"rms_norm": 0, "rotary": 0, "attention": 1, "gelu": 1, "modulate": 3}}
+        and result.changed == 5
+    )
     assert result.refused == ()
     assert drift(samples_of(result.program), samples_of(tiny_program)) < 1e-5
 
