@@ -19,6 +19,7 @@ STATIC = (
     {"quantize": {"scheme": "int8", "activations": "symmetric", "smooth": 0.7}},
     {"fuse": {}, "optional": True},
 )
+WEIGHTS = ({"hoist": {}}, {"quantize": {"scheme": "int4", "rounding": "gptq"}}, {"fuse": {}, "optional": True})
 ROWS = {
     "onnxruntime fp32": Row("onnxruntime-fp32", FLOAT),
     "onnxruntime int8": Row("onnxruntime-int8-smooth", DYNAMIC),
@@ -31,6 +32,7 @@ ROWS = {
     "openvino bf16": Row("openvino-bf16", FLOAT, "openvino", (("openvino", "precision", "bf16"),)),
     "openvino int8": Row("openvino-int8", DYNAMIC, "openvino"),
     "openvino int8, symmetric scales": Row("openvino-int8-symmetric", STATIC, "openvino"),
+    "openvino int4": Row("openvino-int4", WEIGHTS, "openvino"),
     "inductor fp32": Row("inductor-fp32", FLOAT, "inductor"),
     "inductor bf16": Row("inductor-bf16", FLOAT, "inductor", (("inductor", "precision", "bf16"),)),
 }

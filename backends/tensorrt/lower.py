@@ -19,8 +19,10 @@ from ..export import where
 from ..onnx.blocks import BLOCKED_LINEAR, block_size, dequantized_blocks, rounds, with_signed_blocks
 from ..onnx.decoded import PAIRS, decode_codebook
 from ..onnx.emit import emit
+from ..onnx.fp4 import DECODE as DECODE_FP4
+from ..onnx.fp4 import LOWERINGS as FP4
+from ..onnx.fp4 import with_fp4_weights
 from ..onnx.precision import at_precision
-from . import fp4
 from .build import BuildFailure, Plan, build
 from .description import PlanDescription
 from .network import ParserRefusal
@@ -32,6 +34,7 @@ aten = torch.ops.aten
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BLOCK_BITS = (4, 8)
+WITHOUT_FP4 = ("SM75", "SM80", "SM86", "SM89")
 SYMMETRIC = "expected int8 activations with a stored scale and zero point 0, the only ones of TensorRT"
 INSTEAD = "Choose --set quantize.activations=symmetric, or the recipe trt-fp8."
 
@@ -115,7 +118,7 @@ def _modulated_norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, e
 
 LOWERINGS: dict[Any, Callable[..., Any]] = {
     **PAIRS,
-    **fp4.LOWERINGS,
+    **FP4,
     torch.ops.stepfold.decode_codebook.default: decode_codebook,
     torch.ops.stepfold.quantize_static.default: _quantize_static,
     torch.ops.stepfold.qlinear.default: _qlinear,
@@ -141,7 +144,7 @@ def lower(stage: Stage, folder: Path, options: TensorrtOptions) -> Path:
     chosen = provider(options.provider)
     with tempfile.TemporaryDirectory(prefix="stepfold-") as temporary:
         model = (folder if options.keep_graph else Path(temporary)) / f"{stage.name}.onnx"
-        emit(fp4.with_fp4_weights(prepare(stage, options)), model, LOWERINGS, with_signed_blocks)
+        emit(with_fp4_weights(prepare(stage, options)), model, LOWERINGS, with_signed_blocks)
         try:
             plan = build(chosen, model, options)
         except (ParserRefusal, BuildFailure) as error:
@@ -160,8 +163,18 @@ def prepare(stage: Stage, options: TensorrtOptions) -> Stage:
         if node.op == "call_function":
             _refuse_activations(stage, node)
             _refuse_blocks(stage, node)
-    fp4.refuse_older(stage, options.capability)
+    _refuse_fp4(stage, options)
     return at_precision(stage, PRECISIONS[options.precision])
+
+
+def _refuse_fp4(stage: Stage, options: TensorrtOptions) -> None:
+    """Raise StepfoldError where a stage has FP4 layers and the GPU that is built for has no such products."""
+    nodes = stage.graph.graph.find_nodes(op="call_function", target=DECODE_FP4)
+    if nodes and options.capability in WITHOUT_FP4:
+        raise StepfoldError(
+            f"stage {stage.name}: {where(nodes[0])}: expected a GPU with FP4 products, SM120 or SM121; received "
+            f"{options.capability}. Name another with --set tensorrt.capability=SM120, or choose the recipe trt-fp8."
+        )
 
 
 def _refuse_activations(stage: Stage, node: fx.Node) -> None:

@@ -190,9 +190,10 @@ def test_other_errors_pass_through(tmp_path: Path) -> None:
 
 
 CTRL_C = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from stepfold.bundle import writing
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background ignores it
 with writing(Path(sys.argv[1])) as folder:
     (folder / "big").write_bytes(bytes(1000))
     print("writing", flush=True)

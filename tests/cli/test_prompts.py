@@ -27,6 +27,7 @@ from stepfold.runtime.engine import load, open_stage
 from stepfold.runtime.prompts import draw
 from stepfold.runtime.unoptimized import load_unoptimized
 
+pytestmark = pytest.mark.slow
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "pipelines.md"
 PROMPT, NEGATIVE = "a cat in the sun", "rain"
 
@@ -61,7 +62,6 @@ def test_images_are_those_of_the_pipeline(folder: Path, bundle: Path, tmp_path: 
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
 def test_a_checkpoint_takes_prompts_too(
     folder: Path, bundle: Path, stepfold: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -148,7 +148,6 @@ def test_without_the_tokenizer_library(bundle: Path, monkeypatch: pytest.MonkeyP
         load(bundle).draw(PROMPT)
 
 
-@pytest.mark.slow
 def test_a_guidance_scale_that_was_distilled(tmp_path: Path) -> None:
     """FLUX is told its scale by an input; images are those of the pipeline."""
     folder = pipelines.flux(tmp_path / "flux")

@@ -176,7 +176,7 @@ MISTAKES = {
     ),
     "one of several values": (
         "passes:\n  - fuse: {rules: [atention]}\n",
-        ", line 2: pass fuse: option 'rules': expected 'attention', 'gelu' or 'modulate'; received 'atention'.",
+        ", line 2: pass fuse: option 'rules': expected 'rms_norm', 'rotary', 'attention', 'gelu' or 'modulate';",
     ),
     "value of a union": (
         "passes:\n  - schedule: {evaluations: few}\n",

@@ -58,6 +58,7 @@ def test_bench_with_baselines(
     assert "reference" not in seen  # its samples come from the cache
 
 
+@pytest.mark.slow
 def test_quality_is_measured_over_the_samples_of_the_seed(
     compiled_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

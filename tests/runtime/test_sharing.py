@@ -176,6 +176,7 @@ def test_a_stage_of_the_cache_is_whole_by_itself(built: Built, tmp_path: Path) -
         backend.open_session(file, entry.input_ports(), entry.output_ports())
 
 
+@pytest.mark.slow
 def test_two_builds_give_the_same_bytes(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEPFOLD_CACHE", str(tmp_path / "cache"))  # else nothing would be compiled
     stepfold.lower(built.program, built.backend, out=tmp_path / "again")

@@ -24,7 +24,10 @@ from stepfold.ir.program import Stage
 from stepfold.loop.errors import BundleError, StepfoldError, UsageError
 from stepfold.loop.ports import Port
 
-pytestmark = pytest.mark.skipif(not capability().can_build, reason=capability().reason or "it builds here")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not capability().can_build, reason=capability().reason or "it builds here"),
+]
 
 OPTIONS = InductorOptions()
 
@@ -141,7 +144,6 @@ def test_threads_that_share_a_session_take_turns(file: Path, stage: Stage) -> No
     assert wrong == []
 
 
-@pytest.mark.slow
 def test_another_object_at_the_same_place_is_the_one_that_is_opened(copied: Path, stage: Stage, tmp_path: Path) -> None:
     """The system's loader would take the one it has under that name, which is still in use."""
     from stepfold.backends.inductor.lower import lower

@@ -72,11 +72,13 @@ def test_parts_of_an_attention(reference: Sites) -> None:
     assert site.parts["sdpa"][0] in site.nodes and site.stage == "step"
 
 
+@pytest.mark.slow
 def test_joint_attention_has_two_linears_for_each(captured: Captured) -> None:
     site = find_sites(captured(zoo.FLUX)).attention[0]
     assert [len(site.parts[part]) for part in ("q", "k", "v", "out")] == [2, 2, 2, 2]
 
 
+@pytest.mark.slow
 def test_sites_do_not_share_linears(captured: Captured) -> None:
     """A linear belongs to one attention or one feed-forward."""
     for model in (zoo.SD3, zoo.FLUX, zoo.UNET):

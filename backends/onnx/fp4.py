@@ -1,7 +1,6 @@
 """NVFP4 in the form that TensorRT makes FP4 products of: E2M1 codes under E4M3 scales of blocks, twice dequantized.
 
-The activations' codes and scales are taken at run time, by an operator that only TensorRT's parser knows. Engines with
-FP4 products are those for Blackwell.
+The activations' codes and scales are taken at run time, by an operator that only TensorRT's parser knows.
 """
 
 from __future__ import annotations
@@ -14,25 +13,11 @@ import torch
 from ...ir.decoded import NVFP4_BLOCK
 from ...ir.edit import add_buffer, copy_graph
 from ...ir.program import Stage, attribute
-from ...loop.errors import StepfoldError
-from ..export import where
 
 FP4, FP8 = torch.float4_e2m1fn_x2, torch.float8_e4m3fn  # two FP4 numbers are one element to PyTorch
 E4M3 = 17  # onnx.TensorProto.FLOAT8E4M3FN
 OPSET = 23
-WITHOUT = ("SM75", "SM80", "SM86", "SM89")
-"""Compute capabilities without FP4 products."""
 DECODE, ROUND = torch.ops.stepfold.decode_nvfp4.default, torch.ops.stepfold.round_nvfp4.default
-
-
-def refuse_older(stage: Stage, capability: str | None) -> None:
-    """Raise StepfoldError where a stage has FP4 layers and the GPU that is built for has no such products."""
-    nodes = stage.graph.graph.find_nodes(op="call_function", target=DECODE)
-    if nodes and capability in WITHOUT:
-        raise StepfoldError(
-            f"stage {stage.name}: {where(nodes[0])}: expected a GPU with FP4 products, SM120 or SM121; received "
-            f"{capability}. Name another with --set tensorrt.capability=SM120, or choose the recipe trt-fp8."
-        )
 
 
 def with_fp4_weights(stage: Stage) -> Stage:
