@@ -11,7 +11,8 @@ from programs import component
 
 from stepfold.ir.program import Program, Stage
 from stepfold.passes.base import Context
-from stepfold.passes.quantize.quantize import Quantize, QuantizeOptions
+from stepfold.passes.quantize.options import QuantizeOptions
+from stepfold.passes.quantize.quantize import Quantize
 
 CPU = Path("/proc/cpuinfo")
 TOKENS = 9

@@ -9,7 +9,8 @@ from programs import context_of
 
 from stepfold.ir.program import Program
 from stepfold.passes.base import Context, PassResult
-from stepfold.passes.quantize.quantize import Quantize, QuantizeOptions
+from stepfold.passes.quantize.options import QuantizeOptions
+from stepfold.passes.quantize.quantize import Quantize
 
 
 def quantize(program: Program, context: Context | None = None, **options: Any) -> PassResult:

@@ -16,7 +16,7 @@ from .rotate import Rotation
 if TYPE_CHECKING:
     from ...ir.program import Program
     from ..base import Context
-    from .quantize import QuantizeOptions
+    from .options import QuantizeOptions
 
 SEQUENTIAL = "sequential-gptq"
 """GPTQ in the order of the graph, each layer under the moments that the layers before it leave to it."""

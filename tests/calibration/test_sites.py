@@ -12,7 +12,8 @@ from programs import component, context_of
 
 from stepfold.calibration.sites import Watched, watched_values
 from stepfold.ir.program import Program
-from stepfold.passes.quantize.quantize import Quantize, QuantizeOptions
+from stepfold.passes.quantize.options import QuantizeOptions
+from stepfold.passes.quantize.quantize import Quantize
 from stepfold.passes.schedule.hoist import Hoist, HoistOptions
 
 

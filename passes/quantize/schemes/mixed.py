@@ -23,7 +23,7 @@ from .int8 import Int8
 
 if TYPE_CHECKING:
     from ...base import Context
-    from ..quantize import QuantizeOptions
+    from ..options import QuantizeOptions
 
 FLOAT, FLOAT_BITS = "float", 32
 

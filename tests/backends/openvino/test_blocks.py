@@ -26,7 +26,8 @@ from stepfold.loop.errors import StepfoldError
 from stepfold.loop.metrics import drift
 from stepfold.loop.noise import noise
 from stepfold.loop.ports import StageCallable
-from stepfold.passes.quantize.quantize import Quantize, QuantizeOptions
+from stepfold.passes.quantize.options import QuantizeOptions
+from stepfold.passes.quantize.quantize import Quantize
 from stepfold.runtime.engine import open_stage
 
 openvino = pytest.importorskip("openvino", reason="openvino is not installed: pip install 'stepfold[openvino]'")

@@ -16,7 +16,8 @@ from stepfold.backends.tensorrt.description import PlanDescription
 from stepfold.backends.tensorrt.lower import lower
 from stepfold.backends.tensorrt.options import TensorrtOptions
 from stepfold.loop.errors import StepfoldError
-from stepfold.passes.quantize.quantize import Quantize, QuantizeOptions
+from stepfold.passes.quantize.options import QuantizeOptions
+from stepfold.passes.quantize.quantize import Quantize
 
 pytestmark = needs_rtx
 

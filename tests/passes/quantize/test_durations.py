@@ -16,7 +16,7 @@ from stepfold.loop.ports import BoundProgram
 from stepfold.passes.base import Context
 from stepfold.passes.quantize.durations import Durations, Formats, lone_stage
 from stepfold.passes.quantize.layers import Group, Selection, find_groups
-from stepfold.passes.quantize.quantize import QuantizeOptions
+from stepfold.passes.quantize.options import QuantizeOptions
 from stepfold.passes.quantize.schemes.blocks import Int8Weights
 
 

@@ -24,7 +24,8 @@ from stepfold.loop.metrics import drift
 from stepfold.passes.base import PassResult
 from stepfold.passes.manager import Step, run_passes
 from stepfold.passes.quantize.algebra import buckets
-from stepfold.passes.quantize.quantize import Quantize, QuantizeOptions
+from stepfold.passes.quantize.options import QuantizeOptions
+from stepfold.passes.quantize.quantize import Quantize
 from stepfold.passes.recipe import load_recipe
 from stepfold.passes.schedule.hoist import Hoist, HoistOptions
 from stepfold.runtime.compiler import Job, optimize

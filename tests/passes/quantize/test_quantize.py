@@ -28,7 +28,8 @@ from stepfold.loop.ports import BoundProgram
 from stepfold.passes.base import PassResult
 from stepfold.passes.manager import Step, run_passes
 from stepfold.passes.quantize.algebra.int8 import quantize_weight
-from stepfold.passes.quantize.quantize import Quantize, QuantizeOptions
+from stepfold.passes.quantize.options import QuantizeOptions
+from stepfold.passes.quantize.quantize import Quantize
 from stepfold.passes.schedule.hoist import Hoist, HoistOptions
 from stepfold.runtime.packing import batch_invariant
 from stepfold.runtime.workshop import workshop

@@ -16,7 +16,8 @@ from stepfold.passes.quantize.algebra.errors import drift
 from stepfold.passes.quantize.algebra.grids import IntegerGrid
 from stepfold.passes.quantize.algebra.rotations import rotation
 from stepfold.passes.quantize.layers import Group, Selection, find_groups
-from stepfold.passes.quantize.quantize import Quantize, QuantizeOptions
+from stepfold.passes.quantize.options import QuantizeOptions
+from stepfold.passes.quantize.quantize import Quantize
 from stepfold.passes.quantize.rotate import Rotation, rotate
 from stepfold.passes.quantize.writer import find_heads
 

@@ -22,7 +22,8 @@ from stepfold.loop.errors import GateError, StepfoldError, UsageError
 from stepfold.loop.metrics import drift
 from stepfold.passes.base import Context, PassResult
 from stepfold.passes.manager import Step, run_passes
-from stepfold.passes.quantize.quantize import Quantize, QuantizeOptions
+from stepfold.passes.quantize.options import QuantizeOptions
+from stepfold.passes.quantize.quantize import Quantize
 from stepfold.passes.quantize.scheme import RoundingScheme
 from stepfold.passes.quantize.schemes import SCHEMES, mixed
 from stepfold.passes.recipe import load_recipe

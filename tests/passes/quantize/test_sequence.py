@@ -20,7 +20,8 @@ from stepfold.passes.quantize import sequence
 from stepfold.passes.quantize.algebra.errors import drift, mean_gram
 from stepfold.passes.quantize.inputs import Inputs
 from stepfold.passes.quantize.layers import Group, Selection, find_groups
-from stepfold.passes.quantize.quantize import Quantize, QuantizeOptions
+from stepfold.passes.quantize.options import QuantizeOptions
+from stepfold.passes.quantize.quantize import Quantize
 from stepfold.passes.quantize.realize import Realization
 from stepfold.passes.quantize.rewrite import replaced
 from stepfold.passes.quantize.schemes.blocks import Int4

@@ -18,7 +18,8 @@ from stepfold.passes.base import PassResult
 from stepfold.passes.quantize.algebra.errors import drift
 from stepfold.passes.quantize.algebra.grids import INT8_CHANNEL
 from stepfold.passes.quantize.layers import Group, Selection, find_groups
-from stepfold.passes.quantize.quantize import Quantize, QuantizeOptions
+from stepfold.passes.quantize.options import QuantizeOptions
+from stepfold.passes.quantize.quantize import Quantize
 from stepfold.passes.quantize.realize import Place, Realization, Shifted, WithBranch
 from stepfold.passes.quantize.rewrite import replaced
 from stepfold.passes.quantize.schemes import int8

@@ -30,7 +30,8 @@ from stepfold.loop.ports import Rate
 from stepfold.loop.recurrence import Recurrence
 from stepfold.passes.base import PassResult
 from stepfold.passes.manager import Step, run_passes
-from stepfold.passes.quantize.quantize import Quantize, QuantizeOptions
+from stepfold.passes.quantize.options import QuantizeOptions
+from stepfold.passes.quantize.quantize import Quantize
 from stepfold.passes.schedule.hoist import Hoist, HoistOptions
 
 EXACT = 1e-5  # relative L2 of samples, the tolerance of float32

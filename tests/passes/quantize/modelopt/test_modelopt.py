@@ -29,7 +29,8 @@ from stepfold.passes.quantize.modelopt.floats import emit_floats
 from stepfold.passes.quantize.modelopt.read import read_decisions
 from stepfold.passes.quantize.modelopt.realize import realize
 from stepfold.passes.quantize.modelopt.run import Mode, Quantizer, quantize_onnx
-from stepfold.passes.quantize.quantize import Quantize, QuantizeOptions
+from stepfold.passes.quantize.options import QuantizeOptions
+from stepfold.passes.quantize.quantize import Quantize
 from stepfold.passes.schedule.hoist import Hoist, HoistOptions
 
 pytestmark = pytest.mark.slow

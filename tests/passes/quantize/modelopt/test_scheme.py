@@ -17,7 +17,8 @@ from stepfold.loop.errors import StepfoldError, UsageError
 from stepfold.loop.metrics import drift
 from stepfold.passes.base import PassResult
 from stepfold.passes.quantize.modelopt.read import FLOAT8, LinearDecision, QuantizedInput, QuantizedWeight
-from stepfold.passes.quantize.quantize import Quantize, QuantizeOptions
+from stepfold.passes.quantize.options import QuantizeOptions
+from stepfold.passes.quantize.quantize import Quantize
 from stepfold.passes.quantize.schemes import modelopt
 
 LINEAR = torch.ops.aten.linear.default
