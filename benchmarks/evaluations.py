@@ -10,12 +10,20 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from stepfold.bundle import writing
+from stepfold.frontend.load import load_checkpoint
+from stepfold.ir.program import Program
+from stepfold.passes.base import silent
+from stepfold.passes.manager import run_passes
+from stepfold.passes.recipe import load_recipe
 from stepfold.report.bench import bench
-from stepfold.runtime.compiler import Job, cache_folder, optimize
+from stepfold.runtime.compiler import Job, cache_folder, make_context, optimize
+from stepfold.runtime.packing import pack
+from stepfold.runtime.workshop import workshop
 
 
 @dataclass(frozen=True)
@@ -26,13 +34,17 @@ class Model:
         checkpoint: folder.
         steps: of its sampler.
         count: samples at once; guidance makes it twice as many rows for an evaluation.
+        trained: whether its samples say anything; those of random weights are not measured, but for a single one.
     """
 
     checkpoint: Path
     steps: int
     count: int
+    trained: bool = True
 
 
+SAMPLES = 64
+"""That quality is measured over."""
 REFERENCE = Model(Path(__file__).resolve().parents[1] / "examples" / "mnist_dit", 50, 10)
 
 
@@ -56,9 +68,26 @@ class Row:
         """Compile it and return the bundle."""
         out = folder / self.name
         recipe = {"name": "benchmark", "passes": list(self.passes)}
+        if not model.trained:
+            options = {option: value for _, option, value in self.settings}
+            return compiled(load_checkpoint(model.checkpoint).capture(), recipe, out, self.backend, options)
         job = Job(model.checkpoint, out, recipe=recipe, backend=self.backend, settings=self.settings)
         optimize(job, lambda task, done, total: None)
         return out
+
+
+def compiled(
+    original: Program, recipe: Mapping[str, Any], out: Path, backend: str, options: Mapping[str, Any] | None = None
+) -> Path:
+    """A bundle whose quality is not measured."""
+    loaded = load_recipe(recipe)
+    with workshop(backend, options) as shop:
+        context = replace(make_context(original, shop, 0, None, silent), quality=None)
+        program = run_passes(original, loaded.steps(), context)
+        bound = shop.open(program)
+        with writing(out) as folder:
+            pack(folder, program, bound, shop, loaded, None, None)
+    return out
 
 
 def run(description: str, rows: Mapping[str, Row], baselines: Sequence[str], model: Model = REFERENCE) -> None:
@@ -80,6 +109,7 @@ def run(description: str, rows: Mapping[str, Row], baselines: Sequence[str], mod
             reference=model.checkpoint,
             baselines=tuple(baselines),
             count=model.count,
+            quality_count=SAMPLES if model.trained else 1,
             repeats=options.repeats,
             seed=options.seed,
             cache=cache_folder(),

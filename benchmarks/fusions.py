@@ -20,19 +20,13 @@ from typing import Any
 
 import torch
 import yaml
+from evaluations import compiled
 
 from stepfold.backends.onnxruntime.lower import LOWERINGS
-from stepfold.bundle import writing
 from stepfold.frontend.load import load_checkpoint
 from stepfold.ir.program import Program
-from stepfold.passes.base import silent
 from stepfold.passes.fuse.onnxruntime import FuseOptions
-from stepfold.passes.manager import run_passes
-from stepfold.passes.recipe import load_recipe
 from stepfold.report.bench import bench
-from stepfold.runtime.compiler import make_context
-from stepfold.runtime.packing import pack
-from stepfold.runtime.workshop import workshop
 
 STEPS = 4
 FLOW = {
@@ -158,14 +152,9 @@ def _without_group_norm() -> Iterator[None]:
 def build(original: Program, left_out: str, out: Path) -> Path:
     """The bundle without one fusion, or with all of them; its quality is not measured."""
     rules = [rule for rule in FuseOptions().rules if rule != left_out]
-    recipe = load_recipe({"name": "fusions", "passes": [{"hoist": {}}, {"fuse": {"rules": rules}, "optional": True}]})
-    lowerings = _without_group_norm() if left_out == GROUP_NORMS else nullcontext()
-    with lowerings, workshop("onnxruntime") as shop:
-        program = run_passes(original, recipe.steps(), make_context(original, shop, 0, None, silent))
-        bound = shop.open(program)
-        with writing(out) as folder:
-            pack(folder, program, bound, shop, recipe, None, None)
-    return out
+    recipe = {"name": "fusions", "passes": [{"hoist": {}}, {"fuse": {"rules": rules}, "optional": True}]}
+    with _without_group_norm() if left_out == GROUP_NORMS else nullcontext():
+        return compiled(original, recipe, out, "onnxruntime")
 
 
 def operators(bundle: Path) -> int:
