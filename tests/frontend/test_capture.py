@@ -111,6 +111,7 @@ def test_prediction_is_the_first_half(sizes: tuple[int, ...], latent: tuple[int,
     assert torch.equal(prediction(output, latent), output[tuple(slice(size) for size in kept)])
 
 
+@pytest.mark.slow
 def test_an_output_gets_a_name_no_input_has(captured: Captured) -> None:
     program = captured(zoo.UNET)
     assert "sample" in {i.name for i in program.inputs} and program.outputs == ("sample_output",)

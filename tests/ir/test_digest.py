@@ -42,6 +42,7 @@ def test_a_stage_that_is_made_again_has_the_same_hash() -> None:
     assert stage_digest(stage()) == digest == stage_digest(copy(stage()))
 
 
+@pytest.mark.slow
 def test_the_hash_is_the_same_in_another_process() -> None:
     code = (
         "from programs import Modulated, denoiser, modulated_example; from stepfold.ir.digest import stage_digest; "

@@ -56,7 +56,10 @@ class Built:
     apart: Path
 
 
-@pytest.fixture(scope="module", params=ACTIVATIONS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow) if name == "openvino" else name for name in ACTIVATIONS],
+)
 def built(request: pytest.FixtureRequest, tiny_program: Program, tmp_path_factory: pytest.TempPathFactory) -> Built:
     pytest.importorskip(request.param, reason=f"{request.param} is not installed")
     folder = tmp_path_factory.mktemp(request.param)

@@ -47,6 +47,7 @@ def test_where_between_numbers_is_kept() -> None:
     assert isinstance(answer, Refused) and answer.reason == "its branches are not boolean"
 
 
+@pytest.mark.slow
 def test_hunyuanvideo_selects_no_booleans(captured) -> None:
     """The real class that needs it: it masks a boolean attention mask."""
     for node in captured(zoo.HUNYUANVIDEO).step.graph.graph.nodes:

@@ -118,6 +118,7 @@ def test_tied_weights_are_read_under_one_name() -> None:
     assert share_equal_weights(before.graph) == 0
 
 
+@pytest.mark.slow
 def test_rotary_tables_of_flux_leave_no_float64(captured) -> None:
     """The real class that needs it: FLUX computes its rotary tables in float64, in the graph."""
     graph = captured(zoo.FLUX).step.graph

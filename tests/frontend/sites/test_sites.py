@@ -88,6 +88,7 @@ def test_sites_do_not_share_linears(captured: Captured) -> None:
         assert len(set(owned)) == len(owned)
 
 
+@pytest.mark.slow
 def test_near_miss_of_flux_single_blocks(captured: Captured) -> None:
     misses = [miss for miss in find_sites(captured(zoo.FLUX)).near_misses if miss.kind == "feed_forward"]
     assert [miss.name for miss in misses] == ["single_transformer_blocks.0", "single_transformer_blocks.1"]

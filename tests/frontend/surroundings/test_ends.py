@@ -54,7 +54,14 @@ def test_every_family_is_tried() -> None:
     assert all(kind.source.startswith("diffusers") for kind in SURROUNDINGS.values())
 
 
-@pytest.mark.parametrize("name", [name for name in MAKERS if name != "DiTPipeline"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "StableDiffusion3Pipeline",
+        pytest.param("FluxPipeline", marks=pytest.mark.slow),
+        pytest.param("StableDiffusionPipeline", marks=pytest.mark.slow),
+    ],
+)
 def test_prompts_become_the_conditions_of_the_pipeline(name: str, loaded: Any) -> None:
     """Another number of prompts than it was captured with: none, and one that is cut, among them."""
     checkpoint, ends = loaded(name)

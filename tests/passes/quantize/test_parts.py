@@ -146,6 +146,7 @@ def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
+@pytest.mark.slow
 def test_a_bundle_runs_each_part_on_its_own_stage(bundle: Path, tiny_checkpoint: Path) -> None:
     stages = {stage.name: stage.calls for stage in read(bundle).manifest.stages if stage.calls}
     assert stages == {"step_0_4": (0, 4), "step_4_8": (4, 8)}
@@ -165,6 +166,7 @@ def test_a_bundle_runs_each_part_on_its_own_stage(bundle: Path, tiny_checkpoint:
         ([[0, 4], [4, 4]], "'step_4_8' runs at calls 4 to 4"),
     ],
 )
+@pytest.mark.slow
 def test_a_manifest_with_a_call_of_no_or_of_two_stages_is_refused(
     bundle: Path, tmp_path: Path, calls: list[list[int]], message: str
 ) -> None:
@@ -179,6 +181,7 @@ def test_a_manifest_with_a_call_of_no_or_of_two_stages_is_refused(
         read(copy)
 
 
+@pytest.mark.slow
 def test_both_stages_are_replayed_by_verify(bundle: Path, tmp_path: Path) -> None:
     copy = tmp_path / "bundle"
     shutil.copytree(bundle, copy)
