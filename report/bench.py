@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..backends.cores import physical_cores
 from ..bundle.reader import Bundle, read
 from ..loop.errors import StepfoldError, UsageError
 from . import work
 from .baselines.names import Baseline, parse_all
-from .machine import describe_machine, physical_cores
+from .machine import describe_machine
 from .measure import WARMUP, Measured, Measurement, Settings, reference_file
 from .page import PAGE, build_page, describe_bundle, missing_packages, write_page
 from .plan import Prepared, RowPlan, baseline_plans, bundle_name, bundle_plans, inspected, prepare, reference_plan

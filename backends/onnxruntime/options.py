@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import PositiveInt
+
 from ...loop.options import Options
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
@@ -15,9 +17,12 @@ class OnnxruntimeOptions(Options):
     Attributes:
         provider: what runs the stages: `cuda` and `tensorrt` need onnxruntime-gpu and an NVIDIA GPU; the files are the
             same for all.
+        rows: of a batch that a core gets for itself at least. A batch that has as many for every core of the CPU runs
+            in parts, side by side; None runs every batch whole, with all cores in one operator after the other.
     """
 
     provider: Provider = "cpu"
+    rows: PositiveInt | None = 5
 
     @property
     def device(self) -> str:

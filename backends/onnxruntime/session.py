@@ -13,6 +13,7 @@ from ...loop.errors import BundleError, StepfoldError, UsageError
 from ...loop.ports import Port, StageCallable
 from ..ports import check_ports, first_line, shapes
 from .options import OnnxruntimeOptions, Provider
+from .parts import InParts, divisible
 
 Array = np.ndarray
 ERRORS_ONLY = 3  # log severity
@@ -53,7 +54,7 @@ def open_session(
         file: the model.
         inputs: what it must read.
         outputs: what it must compute.
-        threads: for one operator; None leaves the number to ONNX Runtime.
+        threads: to compute with; None leaves the number to ONNX Runtime, which takes one for each core.
         device: `cpu` or `cuda`; where it is not the one of the provider, the provider of that name is taken.
         options: of the engine.
 
@@ -68,6 +69,25 @@ def open_session(
     import onnxruntime
 
     names = providers(device, options, onnxruntime.get_available_providers())
+    if names[0] != CPU:
+        session = _checked(file, inputs, outputs, names, threads)
+        return BoundSession(session, file.name, inputs, outputs, "cuda")
+
+    def open_with(threads: int | None) -> StageCallable:
+        session = _checked(file, inputs, outputs, names, threads)
+        return _callable(session, file.name, inputs, [port.name for port in outputs])
+
+    if options.rows is None or not divisible(inputs, outputs):
+        return open_with(threads)
+    return InParts(open_with, inputs, outputs, options.rows, threads)
+
+
+def _checked(
+    file: Path, inputs: tuple[Port, ...], outputs: tuple[Port, ...], names: Sequence[str], threads: int | None
+) -> Any:
+    """A session on execution providers, the first of which it has to have; see `open_session`."""
+    import onnxruntime
+
     try:
         session = onnxruntime.InferenceSession(str(file), session_options(threads), providers=list(names))
     except Exception as error:  # ONNX Runtime has a dozen error classes without a common base
@@ -76,14 +96,12 @@ def open_session(
         ) from error
     if names[0] not in session.get_providers():
         raise UsageError(
-            f"device {device!r}: expected a working {names[0]}; ONNX Runtime could not start it. Check that the "
-            "libraries of this onnxruntime-gpu (CUDA and cuDNN, TensorRT) are installed, or use the device 'cpu'."
+            f"{names[0]}: expected to start; ONNX Runtime could not start it. Check that the libraries of this "
+            "onnxruntime-gpu (CUDA and cuDNN, TensorRT) are installed, or use the device 'cpu'."
         )
     check_ports(file, "input", _ports(session.get_inputs()), inputs)
     check_ports(file, "output", _ports(session.get_outputs()), outputs)
-    if names[0] == CPU:
-        return _callable(session, file.name, inputs, [port.name for port in outputs])
-    return BoundSession(session, file.name, inputs, outputs, "cuda")
+    return session
 
 
 def providers(device: str, options: OnnxruntimeOptions, available: Sequence[str]) -> tuple[str, ...]:

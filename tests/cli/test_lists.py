@@ -69,7 +69,7 @@ def test_backends(stepfold) -> None:
     for entry in entries.values():
         assert entry.keys() == {"name", "can_build", "can_run", "version", "reason", "install", "options"}
         assert [name for name, option in entry["options"].items() if not option["description"]] == []
-    assert entries["onnxruntime"]["can_run"] and list(entries["onnxruntime"]["options"]) == ["provider"]
+    assert entries["onnxruntime"]["can_run"] and list(entries["onnxruntime"]["options"]) == ["provider", "rows"]
     assert entries["openvino"]["options"]["precision"]["type"] == "fp32 | bf16"
     text = stepfold("backends").out
     assert entries["onnxruntime"]["version"] in text and "openvino.precision" in text

@@ -73,7 +73,8 @@ def test_defaults_are_recorded_too(seen: list, program: Program, tmp_path: Path)
     out = stepfold.lower(program, "tunable", out=tmp_path / "bundle")
     assert stepfold.load(out).manifest.backend.options == {"level": 1}
     assert stepfold.load(stepfold.lower(program, out=tmp_path / "other")).manifest.backend.options == {
-        "provider": "cpu"
+        "provider": "cpu",
+        "rows": 5,
     }
 
 

@@ -213,6 +213,7 @@ def test_a_bundle_for_a_gpu_is_built_without_one(stage: Stage, tmp_path: Path, m
     with pytest.raises(UsageError, match=f"has no {CUDA}"):
         stepfold.load(out)
     engine = stepfold.load(out, device="cpu", threads=1)
-    assert (engine.manifest.backend.device, engine.manifest.backend.options) == ("cuda", {"provider": "cuda"})
+    entry = engine.manifest.backend
+    assert (entry.device, entry.options["provider"]) == ("cuda", "cuda")
     inputs = {name: value.numpy() for name, value in program.example.items()}
     np.testing.assert_allclose(engine.run(**inputs)[0], program.bind().evaluate(inputs)[0], rtol=1e-4, atol=1e-5)
