@@ -24,9 +24,6 @@ ROWS = {
     "onnxruntime fp32": Row("onnxruntime-fp32", FLOAT),
     "onnxruntime int8": Row("onnxruntime-int8-smooth", DYNAMIC),
     "onnxruntime int8, not fused": Row("onnxruntime-int8-not-fused", UNFUSED),
-    "onnxruntime int8, norms not fused": Row(
-        "onnxruntime-int8-plain-norms", (*UNFUSED, {"fuse": {"rules": ["attention", "gelu"]}})
-    ),
     "onnxruntime int8, symmetric scales": Row("onnxruntime-int8-symmetric", STATIC),
     "openvino fp32": Row("openvino-fp32", FLOAT, "openvino"),
     "openvino bf16": Row("openvino-bf16", FLOAT, "openvino", (("openvino", "precision", "bf16"),)),

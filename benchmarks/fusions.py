@@ -131,8 +131,8 @@ UNET = Network(
 NETWORKS = {"DiT": DIT, "FLUX": FLUX, "UNet": UNET}
 GROUP_NORMS = "group norm"
 LEFT_OUT = {
-    "DiT": ("attention", "gelu", "modulate"),
-    "FLUX": ("rotary", "attention", "gelu", "modulate"),
+    "DiT": ("attention",),
+    "FLUX": ("rotary", "attention"),
     "UNet": ("attention", GROUP_NORMS),
 }
 """What each model is measured without, one at a time."""

@@ -133,38 +133,6 @@ def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, s
     return query.new_empty((query.shape[0], query.shape[1], value.shape[2]))
 
 
-@torch.library.custom_op("stepfold::fast_gelu", mutates_args=())
-def fast_gelu(x: torch.Tensor) -> torch.Tensor:
-    """GELU in its tanh form (contrib `FastGelu`); any shape."""
-    return torch.nn.functional.gelu(x, approximate="tanh")
-
-
-@fast_gelu.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("stepfold::modulated_norm", mutates_args=())
-def modulated_norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Layer norm over the last dimension with a scale and a shift for each sample (ONNX `LayerNormalization`).
-
-    Args:
-        x: [B, T, D].
-        scale: [B, 1, D], what the normalized value is multiplied by.
-        shift: [B, 1, D].
-        epsilon: added to the variance.
-
-    Returns:
-        [B, T, D].
-    """
-    return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=epsilon) * scale + shift
-
-
-@modulated_norm.register_fake
-def _(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, epsilon: float) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
 def _attention_flops(node: fx.Node) -> int:
     B, T, D = node.args[0].meta["val"].shape  # type: ignore[union-attr]
     keys, width = node.args[2].meta["val"].shape[1:]  # type: ignore[union-attr]
@@ -184,8 +152,6 @@ OPERATORS = (
     torch.ops.stepfold.decode_nvfp4.default,
     torch.ops.stepfold.decode_codebook.default,
     torch.ops.stepfold.attention.default,
-    torch.ops.stepfold.fast_gelu.default,
-    torch.ops.stepfold.modulated_norm.default,
     torch.ops.stepfold.rotary.default,
 )
 """All operators of this namespace; a backend either lowers or refuses each."""

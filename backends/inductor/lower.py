@@ -55,8 +55,6 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
             operators.quantize_static,
             operators.qlinear,
             operators.attention,
-            operators.fast_gelu,
-            operators.modulated_norm,
             rotary.rotary,
             blocked.blocked_linear,
         )

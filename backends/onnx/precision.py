@@ -47,7 +47,6 @@ PRODUCTS = (
 
 EXACT = (
     aten.layer_norm,
-    torch.ops.stepfold.modulated_norm,
     aten.native_layer_norm,
     aten.rms_norm,
     aten.group_norm,

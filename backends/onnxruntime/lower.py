@@ -90,18 +90,6 @@ def _scaled_dot_product_attention(
     return torch.softmax(logits + attn_mask, dim=-1) @ value
 
 
-def _fast_gelu(x: torch.Tensor) -> torch.Tensor:
-    return torch.onnx.ops.symbolic("com.microsoft::FastGelu", (x,), dtype=x.dtype, shape=x.shape, version=1)
-
-
-def _modulated_norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """ONNX lets scale and bias broadcast; the engine has a kernel for those of one row a sample."""
-    attributes = {"axis": -1, "epsilon": epsilon}
-    return torch.onnx.ops.symbolic(
-        "LayerNormalization", (x, scale, shift), attributes, dtype=x.dtype, shape=x.shape, version=17
-    )
-
-
 def _rotary(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, heads_first: bool) -> torch.Tensor:
     """The contrib form, whose tables belong to positions from the first on; that of ONNX has one for each sample."""
     turned = x if heads_first else x.flatten(2)
@@ -150,8 +138,6 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.stepfold.qlinear.default: _qlinear,
     torch.ops.stepfold.blocked_linear.default: matmul_nbits,
     torch.ops.stepfold.attention.default: _attention,
-    torch.ops.stepfold.fast_gelu.default: _fast_gelu,
-    torch.ops.stepfold.modulated_norm.default: _modulated_norm,
     torch.ops.stepfold.rotary.default: _rotary,
     aten.group_norm.default: _group_norm,
     aten.scaled_dot_product_attention.default: _scaled_dot_product_attention,

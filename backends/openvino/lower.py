@@ -76,23 +76,12 @@ def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, head
     return merged.flatten(2)
 
 
-def _fast_gelu(x: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.gelu(x, approximate="tanh")
-
-
-def _modulated_norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Its three operators, which the engine puts together by itself."""
-    return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=epsilon) * scale + shift
-
-
 LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.stepfold.quantize_static.default: _quantize_static,
     torch.ops.stepfold.qlinear.default: _qlinear,
     GROUP_QLINEAR: _group_qlinear,
     BLOCKED_LINEAR: matmul_nbits,
     torch.ops.stepfold.attention.default: _attention,
-    torch.ops.stepfold.fast_gelu.default: _fast_gelu,
-    torch.ops.stepfold.modulated_norm.default: _modulated_norm,
     torch.ops.stepfold.rotary.default: rotary._init_fn,
 }
 INTEGER_LAYERS = (torch.ops.stepfold.qlinear.default, GROUP_QLINEAR)

@@ -30,8 +30,7 @@ MIB = 1 << 20
 
 # Operators whose definition is all ATen. Quantized layers have no form here: it would be one in floats.
 LOWERINGS: dict[Any, Callable[..., Any]] = {
-    definition._opoverload: definition._init_fn
-    for definition in (operators.attention, operators.fast_gelu, operators.modulated_norm, rotary.rotary)
+    definition._opoverload: definition._init_fn for definition in (operators.attention, rotary.rotary)
 }
 
 

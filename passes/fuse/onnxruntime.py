@@ -12,24 +12,15 @@ from ...ir.edit import copy_graph, finish
 from ...ir.program import Program, Refusal
 from ..base import Context, Options, Pass, PassResult
 from .attention import FuseAttention
-from .gelu import FuseGelu
-from .modulate import FuseModulatedNorm
 from .rms_norm import FuseRMSNorm
 from .rotary import FuseRotary
 from .rules import Rule, apply_rule
 
-RULES: tuple[Rule[Any], ...] = (FuseRMSNorm(), FuseRotary(), FuseAttention(), FuseGelu(), FuseModulatedNorm())
+RULES: tuple[Rule[Any], ...] = (FuseRMSNorm(), FuseRotary(), FuseAttention())
 FUSED = (
     torch.ops.aten.rms_norm.default,
     torch.ops.stepfold.attention.default,
-    torch.ops.stepfold.fast_gelu.default,
-    torch.ops.stepfold.modulated_norm.default,
     torch.ops.stepfold.rotary.default,
-)
-FUSIBLE = (
-    torch.ops.aten.scaled_dot_product_attention.default,
-    torch.ops.aten.gelu.default,
-    torch.ops.aten.layer_norm.default,
 )
 
 
@@ -40,21 +31,14 @@ class FuseOptions(Options):
         rules: names of the rules to apply; all by default.
     """
 
-    rules: tuple[Literal["rms_norm", "rotary", "attention", "gelu", "modulate"], ...] = (
-        "rms_norm",
-        "rotary",
-        "attention",
-        "gelu",
-        "modulate",
-    )
+    rules: tuple[Literal["rms_norm", "rotary", "attention"], ...] = ("rms_norm", "rotary", "attention")
 
 
 class FuseOnnxRuntime(Pass[FuseOptions]):
     """Put operators together into the ones that are fast on ONNX Runtime.
 
     Norms by the root of the mean square and rotary embeddings become one operator each; attention takes its head split
-    and merge along; the tanh form of GELU becomes the contrib kernel; a norm takes the scale and shift of each sample
-    along.
+    and merge along.
     """
 
     name = "fuse"
@@ -64,11 +48,10 @@ class FuseOnnxRuntime(Pass[FuseOptions]):
     options_type = FuseOptions
 
     def not_applicable(self, program: Program) -> str | None:
-        """Whether the program has anything the rules act on."""
-        targets = {node.target for stage in program.stages for node in stage.graph.graph.nodes}
-        return (
-            None if targets.intersection((*FUSIBLE, *FUSED)) else "the program has neither attention nor GELU nor norm"
-        )
+        """Whether any rule begins to match, or its operator is there already."""
+        nodes = [node for stage in program.stages for node in stage.graph.graph.nodes]
+        begun = any(node.target in FUSED or any(rule.match(node) is not None for rule in RULES) for node in nodes)
+        return None if begun else "the program has neither attention nor rotary embeddings nor norms to put together"
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Apply every chosen rule to every stage."""

@@ -141,24 +141,6 @@ def test_attention(B: int, T: int, keys: int, H: int, K: int, V: int, scale: flo
     np.testing.assert_allclose(received.numpy(), attention(q, k, v, H, scale), rtol=1e-5, atol=ATTENTION)
 
 
-@given(VALUES)
-def test_fast_gelu(x: np.ndarray) -> None:
-    """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
-    wide = x.astype(np.float64)
-    wanted = wide / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)))
-    np.testing.assert_allclose(stepfold.fast_gelu(torch.from_numpy(x)).numpy(), wanted, rtol=1e-5, atol=1e-6)
-
-
-@given(seed=st.integers(0, 1000), B=st.integers(1, 3), T=st.integers(1, 5), D=st.integers(2, 9))
-def test_modulated_norm(seed: int, B: int, T: int, D: int) -> None:
-    """(x - mean) / sqrt(variance + epsilon) * scale + shift."""
-    random = np.random.default_rng(seed)
-    x, scale, shift = (random.standard_normal(shape) for shape in ((B, T, D), (B, 1, D), (B, 1, D)))
-    wanted = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-3) * scale + shift
-    received = stepfold.modulated_norm(*(torch.from_numpy(value) for value in (x, scale, shift)), 1e-3)
-    np.testing.assert_allclose(received.numpy(), wanted, rtol=1e-9, atol=1e-9)
-
-
 @given(
     seed=st.integers(0, 1000), B=st.integers(1, 3), T=st.integers(1, 5), H=st.integers(1, 3), pairs=st.integers(1, 4)
 )
@@ -248,8 +230,6 @@ EXAMPLES: dict[Callable, list[tuple]] = {
         (torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(2, 3, 8), 2, 0.5),
         (torch.randn(2, 3, 8), torch.randn(2, 5, 8), torch.randn(2, 5, 4), 2, 0.5),
     ],
-    stepfold.fast_gelu.default: [(torch.randn(2, 3, 4),), (torch.randn(()),)],
-    stepfold.modulated_norm.default: [(torch.randn(2, 3, 4), torch.randn(2, 1, 4), torch.randn(2, 1, 4), 1e-6)],
     stepfold.rotary.default: [
         (torch.randn(2, 3, 5, 4), torch.randn(3, 2), torch.randn(3, 2), False),
         (torch.randn(2, 5, 3, 4), torch.randn(3, 2), torch.randn(3, 2), True),

@@ -331,7 +331,7 @@ def test_passes_on_the_loop_do_not_apply_to_a_component(tmp_path: Path, name: st
 
 def test_quantize_and_fuse_do_not_apply_to_a_program_of_other_operators(tmp_path: Path) -> None:
     program = component(lambda x: x.softmax(-1), torch.randn(2, 3))
-    for name, reason in {"quantize": "no linear layer", "fuse": "neither attention nor GELU"}.items():
+    for name, reason in {"quantize": "no linear layer", "fuse": "neither attention nor rotary"}.items():
         kind = pass_named(name)
         (record,) = run(program, kind(kind.options_type()), cache=tmp_path).records
         assert record.outcome == "not_applicable" and reason in record.details["reason"]

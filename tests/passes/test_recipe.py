@@ -95,9 +95,9 @@ def test_a_file_without_the_suffix_is_found(write) -> None:
 
 
 def test_content_as_a_mapping() -> None:
-    recipe = load_recipe({"passes": ["hoist", {"fuse": {"rules": ["gelu"]}}]})
+    recipe = load_recipe({"passes": ["hoist", {"fuse": {"rules": ["rotary"]}}]})
     assert recipe.backend is None and recipe.name == "recipe"
-    assert recipe.steps()[1].operation.options.rules == ("gelu",)
+    assert recipe.steps()[1].operation.options.rules == ("rotary",)
 
 
 def test_loading_does_not_change_a_mapping() -> None:
@@ -176,7 +176,7 @@ MISTAKES = {
     ),
     "one of several values": (
         "passes:\n  - fuse: {rules: [atention]}\n",
-        ", line 2: pass fuse: option 'rules': expected 'rms_norm', 'rotary', 'attention', 'gelu' or 'modulate';",
+        ", line 2: pass fuse: option 'rules': expected 'rms_norm', 'rotary' or 'attention';",
     ),
     "value of a union": (
         "passes:\n  - schedule: {evaluations: few}\n",
@@ -247,7 +247,7 @@ def test_a_recipe_cannot_extend_itself(write) -> None:
 
 
 def test_replacing_a_pass_twice_is_ambiguous(write) -> None:
-    path = write("extends: int8\npasses:\n  - fuse: {}\n  - fuse: {rules: [gelu]}\n")
+    path = write("extends: int8\npasses:\n  - fuse: {}\n  - fuse: {rules: [rotary]}\n")
     assert message(path).startswith(f"{path}, line 4: pass 'fuse' stands twice and would replace one")
 
 

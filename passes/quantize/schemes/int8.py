@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from ...base import Context
 
 UINT8_TENSOR = IntegerGrid(8, "tensor", symmetric=False)
-ACTIVATED = ACTIVATIONS | {torch.ops.stepfold.fast_gelu.default}
-"""Functions whose values may lie on one side of zero."""
 
 
 class Int8(RoundingScheme):
@@ -133,4 +131,4 @@ def _is_activated(value: fx.Node) -> bool:
     """Whether an activation function writes a value, layouts aside."""
     while value.target in LAYOUT and isinstance(value.args[0], fx.Node):
         value = value.args[0]
-    return value.target in ACTIVATED
+    return value.target in ACTIVATIONS

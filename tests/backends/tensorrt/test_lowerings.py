@@ -43,8 +43,6 @@ sdpa = torch.nn.functional.scaled_dot_product_attention
 MASK = torch.tensor([[True, False, True]]).expand(5, 3)
 CASES: dict[str, tuple[Callable, list[torch.Tensor]]] = {
     "attention": (lambda q, k, v: ops.attention(q, k, v, 2, 0.5), [Q, K, K]),
-    "fast_gelu": (lambda x: ops.fast_gelu(x), [Q]),
-    "modulated_norm": (lambda x, s, t: ops.modulated_norm(x, s, t, 1e-6), [Q, Q[:, :1], Q[:, 1:2]]),
     "rotary": (lambda x, c, s: ops.rotary(x[:, :, None], c[0, :, :4], s[0, :, :4], False), [Q, Q, Q]),
     "sdpa": (lambda q, k, v: sdpa(q, k, v), HEADS),
     "sdpa with a scale": (lambda q, k, v: sdpa(q, k, v, scale=0.3), HEADS),

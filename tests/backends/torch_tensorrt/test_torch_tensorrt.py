@@ -27,7 +27,7 @@ class Converter(SimpleNamespace):
     """Remembers what it was asked for; its plans have names of their own."""
 
     def __init__(self) -> None:
-        super().__init__(asked=None, error=None, names=["arg_x", "arg_scale", "arg_shift", "output0"])
+        super().__init__(asked=None, error=None, names=["arg_x", "arg_k", "arg_v", "output0"])
         self.dynamo = SimpleNamespace(convert_exported_program_to_serialized_trt_engine=self._convert)
         self.Input = lambda **values: values
         self.TensorIOMode = SimpleNamespace(INPUT="input")
@@ -61,7 +61,7 @@ def converter(monkeypatch: pytest.MonkeyPatch) -> Converter:
 
 
 def test_a_plan_and_its_description(converter: Converter, tmp_path: Path) -> None:
-    stage = STAGES["modulated_norm"][1]
+    stage = STAGES["attention"][1]
     file = lower.lower(stage, tmp_path, options=OPTIONS)
     assert (file.name, file.read_bytes()) == ("one.engine", b"plan")
     exported, values = converter.asked
@@ -69,12 +69,12 @@ def test_a_plan_and_its_description(converter: Converter, tmp_path: Path) -> Non
     assert not [node for node in exported.graph.nodes if "stepfold" in str(node.target)]
     assert values["workspace_size"] == 2 << 20 and values["require_full_compilation"]
     first = values["arg_inputs"][0]
-    assert (first["min_shape"], first["opt_shape"], first["max_shape"]) == ((1, 3, 6), (8, 3, 6), (16, 3, 6))
+    assert (first["min_shape"], first["opt_shape"], first["max_shape"]) == ((1, 3, 8), (8, 3, 8), (16, 3, 8))
     assert first["dtype"] is torch.float32
     plan = PlanDescription.read(file)
     assert (plan.provider, plan.provider_version, plan.capability) == ("tensorrt", "11.0", "SM89")
-    assert plan.tensors == {"normed": "arg_x", "scale": "arg_scale", "shift": "arg_shift", "y0": "output0"}
-    assert plan.tensor("normed") == "arg_x" and plan.tensor("other") == "other"
+    assert plan.tensors == {"q": "arg_x", "k": "arg_k", "v": "arg_v", "y0": "output0"}
+    assert plan.tensor("q") == "arg_x" and plan.tensor("other") == "other"
     assert plan.input_ports() == stage.inputs and plan.output_ports() == stage.outputs
 
 
@@ -94,14 +94,14 @@ def test_quantized_layers_are_refused(converter: Converter, tmp_path: Path) -> N
 def test_what_it_refuses_is_told(converter: Converter, tmp_path: Path) -> None:
     converter.error = RuntimeError("no converter for aten.det\nmore")
     with pytest.raises(StepfoldError, match=r"stage one: Torch-TensorRT cannot build it: no converter for aten\.det$"):
-        lower.lower(STAGES["fast_gelu"][1], tmp_path, options=OPTIONS)
+        lower.lower(STAGES["rotary"][1], tmp_path, options=OPTIONS)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_input_that_was_dropped_is_noticed(converter: Converter, tmp_path: Path) -> None:
     converter.names = ["arg_x", "output0"]
-    with pytest.raises(StepfoldError, match="expected a plan with the inputs normed, scale, shift; it has arg_x"):
-        lower.lower(STAGES["modulated_norm"][1], tmp_path, options=OPTIONS)
+    with pytest.raises(StepfoldError, match="expected a plan with the inputs q, k, v; it has arg_x"):
+        lower.lower(STAGES["attention"][1], tmp_path, options=OPTIONS)
 
 
 @pytest.mark.parametrize(
