@@ -12,6 +12,7 @@ from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
 from ...ir.program import Stage
 from ...loop.errors import StepfoldError
 from ..export import where
+from ..onnx.attention import masked_attention_by_products
 from ..onnx.blocks import matmul_nbits
 from ..onnx.decoded import DECODED
 from ..onnx.emit import emit
@@ -68,28 +69,6 @@ def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, head
     )
 
 
-def _scaled_dot_product_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    """Plain products where there is a mask: the engine's Attention takes no mask that broadcasts over queries."""
-    if attn_mask is None or enable_gqa:
-        return aten.scaled_dot_product_attention.default(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    logits = (query * (scale if scale is not None else query.shape[-1] ** -0.5)) @ key.transpose(-1, -2)
-    if attn_mask.dtype is torch.bool:
-        attn_mask = torch.where(attn_mask, 0.0, torch.finfo(query.dtype).min)
-    return torch.softmax(logits + attn_mask, dim=-1) @ value
-
-
 def _rotary(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, heads_first: bool) -> torch.Tensor:
     """The contrib form, whose tables belong to positions from the first on; that of ONNX has one for each sample."""
     turned = x if heads_first else x.flatten(2)
@@ -140,7 +119,7 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.stepfold.attention.default: _attention,
     torch.ops.stepfold.rotary.default: _rotary,
     aten.group_norm.default: _group_norm,
-    aten.scaled_dot_product_attention.default: _scaled_dot_product_attention,
+    aten.scaled_dot_product_attention.default: masked_attention_by_products,
 }
 
 

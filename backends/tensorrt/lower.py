@@ -16,6 +16,7 @@ from ...ir.program import Stage, attribute
 from ...ir.rotary import rotary
 from ...loop.errors import StepfoldError
 from ..export import where
+from ..onnx.attention import attention_by_products, products
 from ..onnx.blocks import BLOCKED_LINEAR, block_size, dequantized_blocks, rounds, with_signed_blocks
 from ..onnx.decoded import PAIRS, decode_codebook
 from ..onnx.emit import emit
@@ -63,48 +64,10 @@ def _qlinear(
     return product if bias is None else product + bias
 
 
-def _products(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float | None,
-) -> torch.Tensor:
-    """Attention as two products and a softmax, which the engine fuses where it has a kernel.
-
-    ONNX `Attention` becomes an operator that the engine refuses to take apart where it has no kernel, as in float32.
-    """
-    factor = scale if scale is not None else query.shape[-1] ** -0.5
-    logits = (query * factor) @ key.transpose(-1, -2)
-    if mask is not None:
-        if mask.dtype is torch.bool:
-            lowest = torch.finfo(query.dtype).min
-            mask = torch.where(mask, 0.0, lowest).to(query.dtype)
-        logits = logits + mask
-    return torch.softmax(logits, dim=-1) @ value
-
-
-def _scaled_dot_product_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    if is_causal or enable_gqa:  # their usual translation has masks and repeated heads
-        return aten.scaled_dot_product_attention.default(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    return _products(query, key, value, attn_mask, scale)
-
-
 def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, scale: float) -> torch.Tensor:
+    """ONNX `Attention` becomes an operator that the engine refuses to take apart where it has no kernel, as in float32."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
-    return _products(q, k, v, None, scale).transpose(1, 2).flatten(2)
+    return products(q, k, v, None, scale).transpose(1, 2).flatten(2)
 
 
 LOWERINGS: dict[Any, Callable[..., Any]] = {
@@ -116,7 +79,7 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
     BLOCKED_LINEAR: dequantized_blocks,
     torch.ops.stepfold.attention.default: _attention,
     torch.ops.stepfold.rotary.default: rotary._init_fn,
-    aten.scaled_dot_product_attention.default: _scaled_dot_product_attention,
+    aten.scaled_dot_product_attention.default: attention_by_products,
 }
 
 
