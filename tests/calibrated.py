@@ -17,6 +17,7 @@ from stepfold.ir.program import Program
 Array = np.ndarray
 TOKENS, WIDTH, INNER = 3, 5, 7
 CALLS = 4
+SHARDS = 3  # of 20 samples
 
 
 class Network(torch.nn.Module):

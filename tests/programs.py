@@ -23,6 +23,7 @@ from stepfold.loop.ports import BoundProgram, InputPort, Rate
 from stepfold.loop.spec import LoopSpec
 from stepfold.loop.table import fold
 from stepfold.passes.base import Context, Options, Pass, PassResult
+from stepfold.passes.manager import Step, run_passes
 
 FLOW = {
     "scheduler": "FlowMatchEulerDiscreteScheduler",
@@ -157,3 +158,9 @@ class FakePass(Pass[Any]):
 
     def run(self, program: Program, context: Context) -> PassResult:
         return self.rewrite(program, context)
+
+
+def run(program: Program, *operations: Pass[Any] | Step, cache: Path = Path("unused")) -> Program:
+    """Run passes one after the other, as the manager does."""
+    steps = [item if isinstance(item, Step) else Step(item) for item in operations]
+    return run_passes(program, steps, context_of(program, cache))

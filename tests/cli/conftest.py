@@ -46,3 +46,11 @@ def stepfold(capsys: pytest.CaptureFixture[str]) -> Stepfold:
         return Outcome(code, printed.out, printed.err)
 
     return run
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Where a bundle goes, in an empty folder of its own."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder / "bundle"

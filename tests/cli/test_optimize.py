@@ -2,15 +2,14 @@
 
 import errno
 import json
-import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import yaml
-from checkpoints import HOIST, LOOP, QUICK
+from checkpoints import HOIST, QUICK
+from folders import empty
 
 from stepfold.bundle.manifest import QualityEntry
 from stepfold.cli.optimize import parse_setting, refusals, schedule_line
@@ -20,36 +19,12 @@ from stepfold.runtime.quality import check_budget
 SEARCH = [word for name, value in QUICK.items() for word in ("--set", f"schedule.{name}={value}")]
 
 
-@pytest.fixture
-def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
-    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    folder = tmp_path / "out"
-    folder.mkdir()
-    return folder / "bundle"
-
-
-def empty(folder: Path) -> bool:
-    return list(folder.iterdir()) == []
-
-
 def recipe(folder: Path, text: str) -> Path:
     (folder / "recipe.yaml").write_text(text)
     return folder / "recipe.yaml"
 
 
-def rewrite(file: Path, **changes: Any) -> None:
-    load, dump = (json.loads, json.dumps) if file.suffix == ".json" else (yaml.safe_load, yaml.safe_dump)
-    file.write_text(dump(load(file.read_text()) | changes))
-
-
 # What it does
-
-
 def test_json(stepfold, tiny_checkpoint: Path, out: Path) -> None:
     result = stepfold("optimize", tiny_checkpoint, "--out", out, "--min-psnr", 25, *SEARCH, "--json")
     assert result.code == 0, result.err
@@ -101,8 +76,6 @@ def test_schedule_in_words() -> None:
 
 
 # Words of the command line
-
-
 @pytest.mark.parametrize(
     ("text", "setting"),
     [
@@ -160,7 +133,6 @@ def test_wrong_use(stepfold, tiny_checkpoint: Path, out: Path, case: str) -> Non
 
 
 # Recipes
-
 RECIPES = {
     "pass": ("passes:\n  - hoist: {}\n  - quantise: {}\n", "line 3: unknown pass 'quantise'; did you mean 'quantize'?"),
     "option": (
@@ -215,87 +187,7 @@ def test_a_pass_that_changes_nothing_fails(stepfold, tiny_checkpoint: Path, out:
     assert empty(out.parent)
 
 
-# Checkpoints
-
-
-def test_missing_folder(stepfold, out: Path, tmp_path: Path) -> None:
-    result = stepfold("optimize", tmp_path / "none", "--out", out)
-    assert (result.code, result.error.startswith(f"{tmp_path / 'none'}: no such checkpoint folder")) == (2, True)
-
-
-def pickled(folder: Path) -> None:
-    (folder / "diffusion_pytorch_model.safetensors").rename(folder / "diffusion_pytorch_model.bin")
-
-
-def truncated(folder: Path) -> None:
-    file = folder / "diffusion_pytorch_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def without_weights(folder: Path) -> None:
-    (folder / "diffusion_pytorch_model.safetensors").unlink()
-
-
-def unknown_class(folder: Path) -> None:
-    rewrite(folder / "config.json", _class_name="DiTTransformer3DModel")
-
-
-def another_size(folder: Path) -> None:
-    rewrite(folder / "config.json", num_layers=2)
-
-
-def without_config(folder: Path) -> None:
-    (folder / "config.json").unlink()
-
-
-def without_loop(folder: Path) -> None:
-    (folder / "loop.yaml").unlink()
-
-
-def stochastic(folder: Path) -> None:
-    sampler = {"scheduler": "EulerAncestralDiscreteScheduler", "steps": 8}
-    rewrite(folder / "loop.yaml", sampler=sampler)
-
-
-def clipping(folder: Path) -> None:
-    rewrite(folder / "loop.yaml", sampler={"scheduler": "DDIMScheduler", "steps": 8})
-
-
-def unknown_scheduler(folder: Path) -> None:
-    rewrite(folder / "loop.yaml", sampler={"scheduler": "EulerDiscreetScheduler", "steps": 8})
-
-
-def two_states(folder: Path) -> None:
-    rewrite(folder / "loop.yaml", inputs={**LOOP["inputs"], "class_labels": "state"})
-
-
-DAMAGES = {
-    pickled: "the weights are pickled (diffusion_pytorch_model.bin)",
-    truncated: "damaged or truncated safetensors file",
-    without_weights: "no weights",
-    unknown_class: "no model class 'DiTTransformer3DModel'; did you mean 'DiTTransformer2DModel'?",
-    another_size: "the weights do not fit DiTTransformer2DModel as config.json describes it",
-    without_config: "no config.json",
-    without_loop: "no loop.yaml",
-    stochastic: "EulerAncestralDiscreteScheduler",
-    clipping: "clip_sample",
-    unknown_scheduler: "EulerDiscreteScheduler",
-    two_states: "exactly one input must have the role 'state'",
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_unfit_checkpoints(stepfold, checkpoint: Path, out: Path, damage) -> None:
-    damage(checkpoint)
-    result = stepfold("optimize", checkpoint, "--out", out, "--recipe", HOIST)
-    assert result.code == 2, result.err
-    assert DAMAGES[damage] in result.error
-    assert result.out == "" and empty(out.parent)
-
-
 # What goes wrong later
-
-
 def test_a_budget_that_cannot_be_met(stepfold, tiny_checkpoint: Path, out: Path) -> None:
     result = stepfold("optimize", tiny_checkpoint, "--out", out, "--min-psnr", 110, *SEARCH, "--json")
     assert result.code == 3

@@ -1,4 +1,4 @@
-"""Captures shared by the tests of the frontend."""
+"""Captures and folders shared by the tests of the frontend."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from zoo import ZooModel
+from zoo import DIT, ZooModel
 
 from stepfold.frontend.capture import capture
 from stepfold.frontend.load import load_checkpoint
@@ -30,3 +30,9 @@ def captured() -> Callable[[ZooModel], Program]:
 def reference_program() -> Program:
     """The program of the reference checkpoint."""
     return load_checkpoint(Path(__file__).parents[2] / "examples" / "mnist_dit").capture()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The checkpoint of a small DiT, to change."""
+    return DIT.save(tmp_path / "dit")

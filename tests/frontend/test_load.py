@@ -1,9 +1,7 @@
-"""Checkpoint folders: what loads, and what is refused with one clear line."""
+"""Checkpoint folders that load: names, roles, example inputs, precisions, components."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 import torch
 import yaml
 import zoo
+from folders import WEIGHTS, edit_config
 from safetensors.torch import load_file, save_file
 from zoo import EACH, ZooModel
 
@@ -20,14 +19,6 @@ from stepfold.frontend.load import load_checkpoint
 from stepfold.ir.probe import ROWS, probe_inputs
 from stepfold.loop.errors import UsageError
 from stepfold.loop.noise import SampleSet
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-Edit = Callable[[Path], object]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return zoo.DIT.save(tmp_path / "dit")
 
 
 @pytest.mark.parametrize("model", EACH)
@@ -116,143 +107,6 @@ def test_constants_may_be_written_out(tmp_path: Path) -> None:
     document["constants"] = {name: value.tolist() for name, value in zoo.FLUX.constants.items()}
     (folder / "loop.yaml").write_text(yaml.safe_dump(document))
     assert torch.equal(load_checkpoint(folder).kwargs["img_ids"], zoo.FLUX.constants["img_ids"])
-
-
-def edit_config(folder: Path, **changes: object) -> None:
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-
-
-def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    weights = load_file(folder / WEIGHTS)
-    edit(weights)
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def truncate(folder: Path, size: int) -> None:
-    data = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(data[:size])
-
-
-def edit_loop(folder: Path, **changes: object) -> None:
-    document = yaml.safe_load((folder / "loop.yaml").read_text()) | changes
-    (folder / "loop.yaml").write_text(yaml.safe_dump(document))
-
-
-def shard(folder: Path, names: dict[str, str]) -> None:
-    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
-
-
-PROJECTION = "proj_out_2.weight"
-BAD: dict[str, tuple[Edit, str]] = {
-    "no_config": (
-        lambda f: (f / "config.json").unlink(),
-        "no config.json; expected a diffusers or transformers folder",
-    ),
-    "config_not_json": (lambda f: (f / "config.json").write_text("{a"), "config.json: not a JSON file"),
-    "config_a_list": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object; received list"),
-    "config_binary": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "not a JSON file"),
-    "no_class": (lambda f: edit_config(f, _class_name=None), "names no model class"),
-    "class_misspelled": (
-        lambda f: edit_config(f, _class_name="DiTTransformer2DModle"),
-        "no model class 'DiTTransformer2DModle'; did you mean 'DiTTransformer2DModel'?",
-    ),
-    "class_a_pipeline": (lambda f: edit_config(f, _class_name="DiTPipeline"), "no model class 'DiTPipeline'"),
-    "class_a_path": (lambda f: edit_config(f, _class_name="os.system"), "no model class 'os.system'"),
-    "quantized": (lambda f: edit_config(f, quantization_config={"bits": 4}), "the weights are quantized"),
-    "config_value": (lambda f: edit_config(f, num_layers="two"), "DiTTransformer2DModel cannot be built from it"),
-    "no_weights": (lambda f: (f / WEIGHTS).unlink(), "no weights; expected diffusion_pytorch_model.safetensors"),
-    "pickled": (
-        lambda f: (f / WEIGHTS).rename(f / "diffusion_pytorch_model.bin"),
-        r"pickled \(diffusion_pytorch_model.bin\), and loading them can run any code; .* convert it once: python -c",
-    ),
-    "truncated_header": (lambda f: truncate(f, 100), "damaged or truncated safetensors file of 100 bytes"),
-    "truncated_data": (lambda f: truncate(f, 50_000), "damaged or truncated safetensors file of 50000 bytes"),
-    "empty_weights": (lambda f: truncate(f, 0), "damaged or truncated safetensors file of 0 bytes"),
-    "missing_weight": (
-        lambda f: edit_weights(f, lambda w: w.pop(PROJECTION)),
-        f"do not fit DiTTransformer2DModel as config.json describes it: 1 missing from the files: {PROJECTION}",
-    ),
-    "unexpected_weight": (
-        lambda f: edit_weights(f, lambda w: w.update(extra=torch.zeros(1))),
-        "1 unknown to the model: extra",
-    ),
-    "wrong_shape": (
-        lambda f: edit_weights(f, lambda w: w.update({PROJECTION: torch.zeros(3, 3)})),
-        r"1 of another shape: proj_out_2.weight \(file \[3, 3\], config \[32, 32\]\)",
-    ),
-    "config_of_another_model": (lambda f: edit_config(f, num_layers=3), "missing from the files: transformer_blocks.2"),
-    "missing_shard": (lambda f: shard(f, {"a": "b.safetensors"}), "b.safetensors: this shard is missing"),
-    "shard_outside": (lambda f: shard(f, {"a": "../b.safetensors"}), "expected names of safetensors files beside it"),
-    "index_damaged": (
-        lambda f: (f / f"{WEIGHTS}.index.json").write_text("{}"),
-        "not a safetensors index: KeyError: 'weight_map'",
-    ),
-    "no_loop": (lambda f: (f / "loop.yaml").unlink(), "inputs: {hidden_states: state, timestep: timestep"),
-    "condition_without_shape": (
-        lambda f: edit_loop(
-            f, inputs={"hidden_states": "state", "timestep": "timestep", "encoder": "condition"}, guidance=None
-        ),
-        r"input 'encoder' has no shape. Add it to loop.yaml, without the batch:\n  inputs: {encoder: {role: condition",
-    ),
-    "unknown_dtype": (
-        lambda f: edit_loop(
-            f,
-            inputs={
-                "hidden_states": "state",
-                "timestep": "timestep",
-                "class_labels": {"role": "condition", "shape": [], "dtype": "int65"},
-            },
-        ),
-        "unknown dtype 'int65'",
-    ),
-    "constant_without_value": (
-        lambda f: edit_loop(
-            f,
-            inputs={"hidden_states": "state", "timestep": "timestep", "class_labels": {"role": "constant"}},
-            guidance=None,
-        ),
-        "input 'class_labels' is constant, but has no value",
-    ),
-    "component_method": (
-        lambda f: (f / "loop.yaml").write_text("component: {method: decode}"),
-        "DiTTransformer2DModel has no method 'decode'",
-    ),
-    "foreign_input": (
-        lambda f: save_file({"classlabels": torch.zeros(2)}, f / "inputs.safetensors"),
-        "'classlabels' is no input of the model; did you mean 'class_labels'?",
-    ),
-    "input_without_batch": (
-        lambda f: save_file({"class_labels": torch.tensor(1)}, f / "inputs.safetensors"),
-        r"'class_labels' has shape \[\]; expected a leading batch",
-    ),
-    "rows_that_differ": (
-        lambda f: save_file({"class_labels": torch.arange(3), "timestep": torch.ones(4)}, f / "inputs.safetensors"),
-        "expected as many rows in each tensor, or one that serves all; received class_labels 3, timestep 4",
-    ),
-    "inputs_damaged": (
-        lambda f: (f / "inputs.safetensors").write_bytes(b"{}"),
-        "not a safetensors file of example inputs",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_folder(name: str, folder: Path) -> None:
-    edit, message = BAD[name]
-    edit(folder)
-    with pytest.raises(UsageError, match=message):
-        load_checkpoint(folder)
-
-
-def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="nowhere: no such checkpoint folder"):
-        load_checkpoint(tmp_path / "nowhere")
-
-
-def test_missing_inputs_file(folder: Path) -> None:
-    with pytest.raises(UsageError, match="no such file of example inputs"):
-        load_checkpoint(folder, inputs=folder / "absent.safetensors")
 
 
 @pytest.fixture

@@ -1,27 +1,23 @@
-"""From a model to a bundle and back to samples, in Python."""
+"""From a checkpoint to a bundle: what is recorded, and that nothing is left when something goes wrong."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from checkpoints import QUICK
-from programs import Modulated, loop_around, modulated_example, samples_of
+from folders import hashes
 
 import stepfold
-from stepfold.backends.registry import Backend
 from stepfold.bundle.verify import verify
-from stepfold.ir.program import Program, Stage
+from stepfold.ir.program import Program
 from stepfold.loop.errors import GateError, StepfoldError, UsageError
 from stepfold.loop.metrics import drift, lower_bound, psnr
 from stepfold.loop.noise import noise
@@ -31,10 +27,8 @@ from stepfold.runtime.compiler import Job, cache_folder, optimize
 from stepfold.runtime.ends import Ends
 from stepfold.runtime.engine import open_stage
 from stepfold.runtime.unoptimized import Unoptimized
-from stepfold.runtime.workshop import workshop
 
-EVALUATION = 1e-4  # relative, of one evaluation in ONNX Runtime against eager PyTorch
-FP32 = {"passes": ["hoist", {"fuse": {}, "optional": True}]}
+pytestmark = pytest.mark.usefixtures("each_stage_once")
 SCHEDULE = {"schedule": {**QUICK, "evaluations": 3}}
 FITTED = {"passes": ["hoist", {"quantize": {}}, {"fuse": {}}, SCHEDULE]}
 
@@ -48,31 +42,6 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def compiled_stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("stages")
-
-
-@pytest.fixture(autouse=True)
-def each_stage_once(compiled_stages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stages that several tests compile are compiled once: a stage never changes."""
-    from stepfold.backends.onnxruntime import lower as module
-
-    real = module.lower
-
-    def lower(stage: Stage, folder: Path, **_: Any) -> Path:
-        if id(stage) not in _STAGES:
-            kept = compiled_stages / str(len(_STAGES))
-            kept.mkdir()
-            _STAGES[id(stage)] = (stage, real(stage, kept))
-        return Path(shutil.copyfile(_STAGES[id(stage)][1], folder / _STAGES[id(stage)][1].name))
-
-    monkeypatch.setattr(module, "lower", lower)
-
-
-_STAGES: dict[int, tuple[Stage, Path]] = {}
-
-
 @pytest.fixture
 def already_captured(tiny_program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny checkpoint without loading and capturing it again."""
@@ -82,154 +51,6 @@ def already_captured(tiny_program: Program, monkeypatch: pytest.MonkeyPatch) -> 
 
 def build(checkpoint: Path, out: Path, recipe: Any = None, **more: Any) -> dict[str, Any]:
     return optimize(Job(checkpoint, out, recipe=recipe or FITTED, **more), silent)
-
-
-def hashes(folder: Path, *names: str) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and (not names or path.relative_to(folder).as_posix().startswith(names))
-    }
-
-
-# -- capture, apply, lower, load
-
-
-@pytest.fixture(scope="module")
-def model() -> Modulated:
-    return Modulated()
-
-
-@pytest.fixture(scope="module")
-def captured(model: Modulated) -> Program:
-    x, t, c = modulated_example()
-    return stepfold.capture(model, {"x": x, "t": t, "c": c}, loop_around(["x", "t", "c"], (3, 5)))
-
-
-@pytest.fixture(scope="module")
-def hoisted(captured: Program) -> Program:
-    return stepfold.apply(captured, FP32)[0]
-
-
-@pytest.fixture(scope="module")
-def fitted(captured: Program) -> Program:
-    return stepfold.apply(captured, {"passes": ["hoist", {"schedule": {**QUICK, "evaluations": 2}}]}, seed=4)[0]
-
-
-def eager_loop(model: Modulated, latents: np.ndarray, labels: np.ndarray, scale: float) -> np.ndarray:
-    """Four Euler steps of a quarter, guided by class 3, without any of our code."""
-    x = torch.from_numpy(latents)
-    with torch.no_grad():
-        for timestep in (1000.0, 750.0, 500.0, 250.0):
-            t = torch.full((len(x),), timestep)
-            conditional, unconditional = (model(x, t, torch.from_numpy(c)) for c in (labels, np.full_like(labels, 3)))
-            x = x - (unconditional + scale * (conditional - unconditional)) / 4
-    return x.numpy()
-
-
-@pytest.mark.parametrize("passes", [False, True], ids=["captured", "hoisted"])
-@pytest.mark.parametrize("scale", [None, 3.5])
-def test_samples_of_a_model_are_those_of_an_eager_loop(
-    captured: Program, hoisted: Program, model: Modulated, tmp_path: Path, passes: bool, scale: float | None
-) -> None:
-    program = hoisted if passes else captured
-    engine = stepfold.load(stepfold.lower(program, out=tmp_path / "bundle"))
-    latents, labels = noise(7, (5, 3, 5)), np.array([0, 1, 2, 1, 0])
-    received = engine.sample(noise=latents, guidance=scale, c=labels)
-    assert received.shape == (5, 3, 5) and received.dtype == np.float32
-    assert drift(received, eager_loop(model, latents, labels, scale or 2.0)) < EVALUATION
-
-
-def test_one_evaluation_takes_the_arguments_of_the_model(
-    captured: Program, hoisted: Program, model: Modulated, tmp_path: Path
-) -> None:
-    """Tensors or arrays, of any batch; after hoisting the timestep is one of the grid."""
-    for name, built in {"captured": captured, "hoisted": hoisted}.items():
-        engine = stepfold.load(stepfold.lower(built, "onnxruntime", out=tmp_path / name))
-        x, _, c = modulated_example(3)
-        t = torch.full((3,), 750.0)
-        with torch.no_grad():
-            wanted = model(x, t, c).numpy()
-        for kwargs in ({"x": x, "t": t, "c": c}, {"x": x.numpy(), "t": t.numpy(), "c": c.numpy()}):
-            (received,) = engine.run(**kwargs)
-            assert drift(received, wanted) < EVALUATION
-
-
-def test_a_component(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
-    program = stepfold.capture(model, {"input": torch.randn(2, 4)})
-    program, records = stepfold.apply(program, {"passes": ["hoist", "schedule", {"quantize": {}, "optional": True}]})
-    assert [record.outcome for record in records][:2] == ["not_applicable", "not_applicable"]
-    engine = stepfold.load(stepfold.lower(program, out=tmp_path / "bundle"))
-    x = torch.randn(5, 4)
-    assert drift(engine.run(input=x)[0], model(x).detach().numpy()) < 0.05
-    assert engine.manifest.loop is None and engine.manifest.schedule is None and engine.manifest.seeds == {}
-
-
-def test_apply_returns_its_own_records(captured: Program) -> None:
-    first, records = stepfold.apply(captured, {"passes": ["hoist"]})
-    assert [record.name for record in records] == ["hoist"] and captured.records == ()
-    second, more = stepfold.apply(first, {"passes": [{"fuse": {}, "optional": True}]})
-    assert [record.name for record in more] == ["fuse"] and len(second.records) == 2
-
-
-def test_a_schedule_fitted_in_python_is_the_one_that_is_shipped(fitted: Program, tmp_path: Path) -> None:
-    engine = stepfold.load(stepfold.lower(fitted, out=tmp_path / "bundle"))
-    assert fitted.schedule is not None and engine.manifest.schedule is not None
-    assert (engine.manifest.schedule.evaluations, engine.manifest.schedule.grid_steps) == (2, 4)
-    for name, value in fitted.schedule.fitted[2.0].arrays().items():
-        np.testing.assert_array_equal(engine.table().arrays()[name], value)
-    assert engine.manifest.seeds == {}  # they were apply's; lower does not know them
-
-
-def test_batch_invariance_in_the_manifest(captured: Program, tmp_path: Path) -> None:
-    for activations, invariant in {"dynamic": False, "static": True}.items():
-        program, _ = stepfold.apply(captured, {"passes": [{"quantize": {"activations": activations}}]})
-        engine = stepfold.load(stepfold.lower(program, out=tmp_path / activations))
-        assert engine.manifest.batch_invariant is invariant
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda p, out: stepfold.apply(p, "defalt"), "did you mean 'default'"),
-        (
-            lambda p, out: stepfold.apply(p, FP32, calibration="none"),
-            "none: expected a calibration store; there is no store.json",
-        ),
-        (lambda p, out: stepfold.apply(p, FP32, backend="onnxrt"), "did you mean 'onnxruntime'"),
-        (lambda p, out: stepfold.lower(p, "onnxrt", out=out / "new"), "did you mean 'onnxruntime'"),
-        (lambda p, out: stepfold.lower(p, out=out), "already exists"),
-    ],
-)
-def test_wrong_use(captured: Program, tmp_path: Path, call: Callable, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        call(captured, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_lower_replaces_a_bundle_when_asked(captured: Program, hoisted: Program, tmp_path: Path) -> None:
-    out = stepfold.lower(captured, out=str(tmp_path / "bundle"))
-    before = hashes(out)
-    assert stepfold.lower(hoisted, out=out, overwrite=True) == out
-    assert hashes(out) != before and "once" in {stage.name for stage in stepfold.load(out).manifest.stages}
-    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
-
-
-def test_a_backend_that_cannot_build_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stepfold.backends.capability import Capability
-
-    lacking = Capability("onnxruntime", False, True, "1", "building needs torch", "pip install 'stepfold[compile]'")
-    monkeypatch.setattr(Backend, "capability_here", lambda self: lacking)
-    with pytest.raises(UsageError) as caught, workshop("onnxruntime"):
-        pass
-    assert str(caught.value) == (
-        "backend 'onnxruntime' cannot build here: building needs torch. Install it: pip install 'stepfold[compile]'"
-    )
-
-
-# -- optimize
 
 
 @pytest.fixture(scope="module")
@@ -319,13 +140,6 @@ def test_the_same_seed_gives_the_same_bytes(
     assert before.keys() == after.keys()
     assert {name for name in before if before[name] != after[name]} <= {"manifest.json"}
     assert names == ["once", "once_timestep", "step", "step"]
-
-
-def test_another_seed_gives_other_tables(hoisted: Program) -> None:
-    recipe = {"passes": [{"schedule": {**QUICK, "evaluations": 2}}]}
-    schedules = [stepfold.apply(hoisted, recipe, seed=seed)[0].schedule for seed in (0, 1)]
-    first, other = (schedule.fitted[2.0].conditional for schedule in schedules if schedule is not None)
-    assert (first != other).any()
 
 
 @pytest.mark.usefixtures("already_captured")
@@ -463,12 +277,3 @@ def test_plain_values() -> None:
     }
     assert packing.plain(value) == {"1": 0.5, "nan": None, "list": [3, [None]], "text": "a", "none": None, "yes": True}
     assert type(packing.plain(np.int64(3))) is int and type(packing.plain(np.float32(1))) is float
-
-
-def test_the_engine_is_the_reference(captured: Program) -> None:
-    """What the schedule is fitted on computes what verification ran."""
-    with workshop("onnxruntime") as shop:
-        assert drift(samples_of(captured, shop.open(captured)), samples_of(captured)) < EVALUATION
-        folder = shop.folder
-        assert folder.is_dir()
-    assert not folder.exists()

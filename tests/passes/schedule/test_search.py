@@ -10,58 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from analytic import Counter, analytic_context, analytic_program, euler, loop
+from analytic import Counter, analytic_context, euler
 from programs import component
+from searching import QUICK, STEPS, program_of, quality, refit, search, tables
 
-from stepfold.calibration.trajectories import trajectories
-from stepfold.ir.program import Program
 from stepfold.loop.errors import GateError, UsageError
-from stepfold.loop.metrics import lower_bound, psnr
-from stepfold.loop.noise import SampleSet
-from stepfold.loop.table import FoldedTable, fold
-from stepfold.passes.base import Context, PassResult
+from stepfold.loop.metrics import lower_bound
+from stepfold.loop.table import fold
 from stepfold.passes.schedule.fit import Fitter
 from stepfold.passes.schedule.options import ScheduleOptions
 from stepfold.passes.schedule.schedule import SearchSchedule
-from stepfold.passes.schedule.search import ScheduleSearch
-from stepfold.passes.schedule.trials import Candidate
-
-STEPS = 12
-QUICK = {"samples": 12, "search_samples": 8, "moves": 6}
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Reference trajectories, shared: their key has everything they depend on."""
-    return tmp_path_factory.mktemp("cache")
-
-
-def program_of(scale: Any = 2.0) -> Program:
-    return analytic_program(euler(STEPS), loop(scale))
-
-
-def search(cache: Path, engine: Counter | None = None, scale: Any = 2.0, seed: int = 0, **options: Any) -> PassResult:
-    program = program_of(scale)
-    context = analytic_context(program, cache, engine, seed=seed)
-    operation = SearchSchedule(ScheduleOptions.model_validate(QUICK | options))
-    operation.requires(program)
-    return operation.run(program, context)
-
-
-def tables(result: PassResult) -> dict[float, FoldedTable]:
-    assert result.program.schedule is not None
-    return dict(result.program.schedule.fitted)
-
-
-def quality(table: FoldedTable, cache: Path, name: str = "validation", engine: Counter | None = None) -> np.ndarray:
-    """PSNR of a table's samples against the full loop of the exact field."""
-    program = program_of()
-    data = trajectories(
-        program, Counter().bound(), SampleSet(name, 0, 64), 2.0, cache, lambda done, total: None, whole=False
-    )
-    fitter = Fitter((engine or Counter()).bound(), loop(), euler(STEPS), 2.0, data)
-    return psnr(fitter.samples(table, data), data.latents[-1])
-
 
 # -- a budget
 
@@ -255,90 +213,6 @@ def test_a_refit_keeps_the_branches(cache: Path) -> None:
         cache, replace(table, guided=guided, unconditional=unconditional), Counter(), min_psnr=15.0
     )
     assert not searched and (candidate.table.guided == guided).all()
-
-
-# -- the same again
-
-
-def test_deterministic_for_a_seed(cache: Path, tmp_path: Path) -> None:
-    """With trajectories read from the cache or made anew."""
-    results = [search(folder, min_psnr=35.0) for folder in (cache, tmp_path)]
-    first, second = (tables(result)[2.0] for result in results)
-    for name, value in first.arrays().items():
-        np.testing.assert_array_equal(value, second.arrays()[name], err_msg=name)
-    assert repr(results[0].details) == repr(results[1].details)  # NaN is not equal to itself
-
-
-def test_the_moves_are_those_of_the_seed(cache: Path) -> None:
-    """The same candidates in the same order."""
-
-    def scored(seed: int) -> list[tuple[int, ...]]:
-        program = program_of()
-        context = analytic_context(program, cache, seed=seed)
-        options = ScheduleOptions.model_validate(QUICK | {"evaluations": 6})
-        one = ScheduleSearch(options, program, Counter().bound(), context, 2.0)
-        one.run()
-        return [plan.positions for plan in one.trials.scores]
-
-    assert scored(0) == scored(0) != scored(1)
-
-
-def test_another_seed_has_other_samples(cache: Path) -> None:
-    first, second = (tables(search(cache, evaluations=4, seed=seed))[2.0] for seed in (0, 1))
-    assert (first.conditional != second.conditional).any()
-
-
-def test_progress_is_told(cache: Path) -> None:
-    told: list[tuple[str, int, int]] = []
-    program = program_of()
-    context = analytic_context(program, cache, progress=lambda *report: told.append(report))
-    SearchSchedule(ScheduleOptions.model_validate(QUICK | {"evaluations": 4})).run(program, context)
-    assert any("searching" in task for task, _, _ in told)
-    assert all(0 <= done <= total for _, done, total in told)
-
-
-# -- fitting again
-
-
-def refit(cache: Path, table: FoldedTable, engine: Counter, **options: Any) -> tuple[Candidate, bool]:
-    program = program_of()
-    context: Context = analytic_context(program, cache, engine)
-    chosen = ScheduleOptions.model_validate(QUICK | options)
-    return ScheduleSearch(chosen, program, engine.bound(), context, 2.0).refit(table)
-
-
-def test_refit_keeps_the_positions_while_the_budget_is_met(cache: Path) -> None:
-    (table,) = tables(search(cache, min_psnr=35.0)).values()
-    candidate, searched = refit(cache, table, Counter(gain=0.95), min_psnr=35.0)
-    assert not searched and candidate.low >= 35.0
-    np.testing.assert_array_equal(candidate.table.positions, table.positions)
-    assert (candidate.table.conditional != table.conditional).any()
-    before = quality(table, cache, engine=Counter(gain=0.95))
-    assert candidate.mean > before.mean()
-
-
-def test_refit_searches_when_the_budget_is_missed(cache: Path) -> None:
-    (table,) = tables(search(cache, evaluations=2)).values()
-    candidate, searched = refit(cache, table, Counter(), min_psnr=60.0)
-    assert searched and candidate.low >= 60.0 and candidate.table.evaluations > 2
-
-
-def test_refit_of_a_number_of_evaluations_has_no_budget(cache: Path) -> None:
-    (table,) = tables(search(cache, evaluations=2)).values()
-    candidate, searched = refit(cache, table, Counter(), evaluations=2, min_psnr=90.0)
-    assert not searched and candidate.table.evaluations == 2
-
-
-def test_refit_keeps_a_table_that_is_better(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (table,) = tables(search(cache, evaluations=6)).values()
-    fit = Fitter.fit
-    monkeypatch.setattr(
-        Fitter,
-        "fit",
-        lambda self, plan, terms: replace(fit(self, plan, terms), table=fold(euler(STEPS), 2.0, plan.positions)),
-    )
-    candidate, _ = refit(cache, table, Counter(), evaluations=6)
-    assert candidate.origin == "as it was" and candidate.table is table
 
 
 # -- what it does not apply to
