@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
+import pytest
 import yaml
+
+if TYPE_CHECKING:
+    from stepfold.ir.program import Program
 
 CONFIG: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -46,3 +51,15 @@ def save_tiny_dit(folder: Path, seed: int = 0) -> Path:
     model.save_pretrained(folder, safe_serialization=True)
     (folder / "loop.yaml").write_text(yaml.safe_dump(LOOP, sort_keys=False))
     return folder
+
+
+def load_captured(patch: pytest.MonkeyPatch, checkpoint: Path, program: Program) -> None:
+    """Do not load and capture a checkpoint again; with a loop or inputs of its own it is another one."""
+    from stepfold.frontend import load
+
+    real, captured = load.load_checkpoint, SimpleNamespace(capture=lambda: program, capture_ends=lambda: None)
+
+    def loaded(path: Path, **more: Any) -> Any:
+        return captured if path == checkpoint and not any(more.values()) else real(path, **more)
+
+    patch.setattr(load, "load_checkpoint", loaded)

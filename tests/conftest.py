@@ -226,21 +226,39 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def compiled_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny DiT through `optimize` with the default recipe; for tests that do not change it."""
-    from checkpoints import QUICK
-
-    from stepfold.runtime.compiler import Job, optimize
-
-    out = tmp_path_factory.mktemp("compiled") / "tiny"
-    settings = [("schedule", name, value) for name, value in QUICK.items()]
-    optimize(Job(tiny_checkpoint, out, settings=settings, min_psnr=30.0), lambda task, done, total: None)
-    return out
-
-
-@pytest.fixture(scope="session")
 def tiny_program(tiny_checkpoint: Path) -> Program:
     """The captured tiny DiT, before any pass."""
     from stepfold.frontend.load import load_checkpoint
 
     return load_checkpoint(tiny_checkpoint).capture()
+
+
+@pytest.fixture
+def captured_once(tiny_checkpoint: Path, tiny_program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands find the tiny DiT captured, which takes longer than most of what they do."""
+    from checkpoints import load_captured
+
+    load_captured(monkeypatch, tiny_checkpoint, tiny_program)
+
+
+@pytest.fixture(scope="session")
+def reference_program() -> Program:
+    """The program of the reference checkpoint."""
+    from stepfold.frontend.load import load_checkpoint
+
+    return load_checkpoint(Path(__file__).parents[1] / "examples" / "mnist_dit").capture()
+
+
+@pytest.fixture(scope="session")
+def compiled_bundle(tiny_checkpoint: Path, tiny_program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny DiT through `optimize` with the default recipe; for tests that do not change it."""
+    from checkpoints import QUICK, load_captured
+
+    from stepfold.runtime.compiler import Job, optimize
+
+    out = tmp_path_factory.mktemp("compiled") / "tiny"
+    settings = [("schedule", name, value) for name, value in QUICK.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        load_captured(patch, tiny_checkpoint, tiny_program)
+        optimize(Job(tiny_checkpoint, out, settings=settings, min_psnr=30.0), lambda task, done, total: None)
+    return out

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +13,8 @@ import yaml
 from checkpoints import HOIST, LOOP, save_tiny_dit
 
 from stepfold.calibration import durable, run
-from stepfold.frontend import load
-from stepfold.ir.program import Program
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 KEYS = {"store", "key", "shards", "resumed", "sites", "plan", "seconds"}
 
@@ -28,18 +27,6 @@ def store(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     out = tmp_path_factory.mktemp("stores") / "store"
     assert main(["calibrate", str(tiny_checkpoint), "--out", str(out), "--samples", "9", "--json"]) == 0
     return out
-
-
-@pytest.fixture(autouse=True)
-def captured_once(tiny_checkpoint: Path, tiny_program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not load and capture the tiny DiT again for every command."""
-    real = load.load_checkpoint
-
-    def loaded(path: Path, **more: Any) -> Any:
-        plain = path == tiny_checkpoint and not any(more.values())
-        return SimpleNamespace(capture=lambda: tiny_program, capture_ends=lambda: None) if plain else real(path, **more)
-
-    monkeypatch.setattr(load, "load_checkpoint", loaded)
 
 
 @pytest.fixture

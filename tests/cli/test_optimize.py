@@ -16,6 +16,8 @@ from stepfold.cli.optimize import parse_setting, refusals, schedule_line
 from stepfold.loop.errors import GateError, UsageError
 from stepfold.runtime.quality import check_budget
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 SEARCH = [word for name, value in QUICK.items() for word in ("--set", f"schedule.{name}={value}")]
 
 

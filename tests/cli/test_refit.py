@@ -12,12 +12,27 @@ from safetensors.numpy import load_file
 
 from stepfold.bundle import Tables, read, write_manifest, write_tables
 from stepfold.bundle.manifest import PipelineEntry, TokenizerEntry
+from stepfold.ir.program import Program
+from stepfold.runtime import refit
+from stepfold.runtime.engine import load
 
 
 @pytest.fixture
 def bundle(compiled_bundle: Path, tmp_path: Path) -> Path:
     """A copy to fit again."""
     return Path(shutil.copytree(compiled_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="module")
+def original(compiled_bundle: Path, tiny_checkpoint: Path) -> Program:
+    """What the bundle and its copies were made from."""
+    return refit._original(load(compiled_bundle), tiny_checkpoint)
+
+
+@pytest.fixture
+def captured_once(original: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not load and capture it again for every command."""
+    monkeypatch.setattr(refit, "_original", lambda engine, checkpoint: original)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -65,6 +80,7 @@ def test_a_spoiled_schedule_is_mended(stepfold, bundle: Path, tiny_checkpoint: P
     assert after.keys() == before.keys()
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_a_higher_budget_is_searched_for(stepfold, bundle: Path, tiny_checkpoint: Path) -> None:
     best = json.loads((bundle / "manifest.json").read_text())["quality"]["psnr_db"]["low"]
     words = ("refit", bundle, "--reference", tiny_checkpoint, "--min-psnr", f"{best + 4:.1f}", "--json")
@@ -79,6 +95,7 @@ def test_a_higher_budget_is_searched_for(stepfold, bundle: Path, tiny_checkpoint
     assert manifest["schedule"] == document["schedule"] and manifest["quality"] == document["quality"]
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_text(stepfold, bundle: Path, tiny_checkpoint: Path) -> None:
     result = stepfold("refit", bundle, "--reference", tiny_checkpoint)
     assert (result.code, result.err) == (0, "")
@@ -86,6 +103,7 @@ def test_text(stepfold, bundle: Path, tiny_checkpoint: Path) -> None:
     assert "The evaluated calls were kept." in result.out
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_reports_of_the_old_schedule_go(stepfold, bundle: Path, tiny_checkpoint: Path) -> None:
     before = contents(bundle)
     for name in ("report.json", "report.html"):
@@ -96,6 +114,7 @@ def test_reports_of_the_old_schedule_go(stepfold, bundle: Path, tiny_checkpoint:
     assert contents(bundle).keys() == read(bundle).manifest.files.keys() | {"manifest.json"} == before.keys()
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_what_surrounds_the_loop_stays(stepfold, bundle: Path, bundle_folder: Path, tiny_checkpoint: Path) -> None:
     """A decoder and a tokenizer beside the loop, as a pipeline has them."""
     shutil.copytree(bundle_folder, bundle / "decoder")
@@ -114,6 +133,7 @@ def test_what_surrounds_the_loop_stays(stepfold, bundle: Path, bundle_folder: Pa
     assert stepfold("verify", bundle).code == 0
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_a_budget_that_cannot_be_met_leaves_the_bundle(stepfold, bundle: Path, tiny_checkpoint: Path) -> None:
     before = contents(bundle)
     result = stepfold("refit", bundle, "--reference", tiny_checkpoint, "--min-psnr", "110", "--json")
@@ -123,6 +143,7 @@ def test_a_budget_that_cannot_be_met_leaves_the_bundle(stepfold, bundle: Path, t
     assert sorted(path.name for path in bundle.parent.iterdir()) == ["bundle"]
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_writing_that_stops_leaves_the_bundle(stepfold, bundle: Path, tiny_checkpoint: Path, monkeypatch) -> None:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt

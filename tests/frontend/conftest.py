@@ -9,7 +9,6 @@ import pytest
 from zoo import DIT, ZooModel
 
 from stepfold.frontend.capture import capture
-from stepfold.frontend.load import load_checkpoint
 from stepfold.ir.program import Program
 
 
@@ -24,12 +23,6 @@ def captured() -> Callable[[ZooModel], Program]:
         return programs[model.name]
 
     return get
-
-
-@pytest.fixture(scope="session")
-def reference_program() -> Program:
-    """The program of the reference checkpoint."""
-    return load_checkpoint(Path(__file__).parents[2] / "examples" / "mnist_dit").capture()
 
 
 @pytest.fixture

@@ -78,6 +78,7 @@ def test_defaults_are_recorded_too(seen: list, program: Program, tmp_path: Path)
     }
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_options_of_the_command_line(seen: list, tiny_checkpoint: Path, tmp_path: Path) -> None:
     settings = [("tunable", "level", 4)]
     recipe = {"target": {"backend": "tunable"}, "passes": ["hoist"]}

@@ -7,7 +7,6 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,13 +39,6 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     return folder
-
-
-@pytest.fixture
-def already_captured(tiny_program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny checkpoint without loading and capturing it again."""
-    loaded = SimpleNamespace(capture=lambda: tiny_program, capture_ends=lambda: None)
-    monkeypatch.setattr("stepfold.frontend.load.load_checkpoint", lambda path, **more: loaded)
 
 
 def build(checkpoint: Path, out: Path, recipe: Any = None, **more: Any) -> dict[str, Any]:
@@ -142,7 +134,7 @@ def test_the_same_seed_gives_the_same_bytes(
     assert names == ["once", "once_timestep", "step", "step"]
 
 
-@pytest.mark.usefixtures("already_captured")
+@pytest.mark.usefixtures("captured_once")
 def test_options_progress_and_cache(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEPFOLD_CACHE", str(tmp_path / "cache"))
     told: list[tuple[str, int, int]] = []
@@ -166,7 +158,7 @@ def test_options_progress_and_cache(tiny_checkpoint: Path, tmp_path: Path, monke
 # -- what goes wrong leaves nothing
 
 
-@pytest.mark.usefixtures("already_captured")
+@pytest.mark.usefixtures("captured_once")
 def test_a_budget_that_cannot_be_met_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path, temporary: Path) -> None:
     recipe = {"passes": [{"quantize": {}}, {"schedule": QUICK}]}
     with pytest.raises(GateError, match=r"no schedule reaches 120 dB; the best was [\d.]+ dB") as caught:
@@ -175,7 +167,7 @@ def test_a_budget_that_cannot_be_met_leaves_nothing(tiny_checkpoint: Path, tmp_p
     assert not (tmp_path / "bundle").exists() and list(temporary.iterdir()) == []
 
 
-@pytest.mark.usefixtures("already_captured")
+@pytest.mark.usefixtures("captured_once")
 def test_a_budget_without_a_schedule_is_checked_too(tiny_checkpoint: Path, tmp_path: Path, temporary: Path) -> None:
     recipe = {"passes": ["quantize"]}
     with pytest.raises(GateError, match=r"quality: expected 120 dB; the best that was reached is [\d.]+ dB"):
@@ -229,7 +221,7 @@ def test_trouble_while_replacing_leaves_the_old_bundle(
     stepfold.load(out)
 
 
-@pytest.mark.usefixtures("already_captured")
+@pytest.mark.usefixtures("captured_once")
 def test_trouble_in_the_report_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path, temporary: Path) -> None:
     """The bundle is finished before it takes its place."""
     seen: list[Path] = []

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import QUICK
+from checkpoints import QUICK, load_captured
 
 import stepfold
 from stepfold.backends.registry import Backend, get
@@ -72,11 +72,15 @@ def built(request: pytest.FixtureRequest, tiny_program: Program, tmp_path_factor
 
 
 @pytest.fixture(scope="module")
-def optimized(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def optimized(
+    tiny_checkpoint: Path, tiny_program: Program, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
     """A bundle of the command, with a fitted schedule, and what it said."""
     out = tmp_path_factory.mktemp("optimized") / "bundle"
     passes = [*recipe("onnxruntime", part=[0.5, 1.0])["passes"], {"schedule": {"evaluations": 4, **QUICK}}]
-    return out, optimize(Job(tiny_checkpoint, out, recipe={"passes": passes}), silent)
+    with pytest.MonkeyPatch.context() as patch:
+        load_captured(patch, tiny_checkpoint, tiny_program)
+        return out, optimize(Job(tiny_checkpoint, out, recipe={"passes": passes}), silent)
 
 
 def sizes(bundle: Path) -> dict[str, int]:

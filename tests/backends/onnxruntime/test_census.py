@@ -24,7 +24,6 @@ from stepfold.backends.onnxruntime.census import (
     quantized_layers,
     require_integer_products,
 )
-from stepfold.frontend.load import load_checkpoint
 from stepfold.ir.program import Program, Stage
 from stepfold.loop.errors import StepfoldError
 from stepfold.passes.manager import run_passes
@@ -238,10 +237,9 @@ def test_weights_beside_the_file_and_nothing_left_behind(
 
 
 @pytest.mark.slow
-def test_the_reference_in_int8(tmp_path: Path) -> None:
+def test_the_reference_in_int8(reference_program: Program, tmp_path: Path) -> None:
     """Every quantized layer of the digits model is one integer product; q, k and v share one quantization."""
-    program = load_checkpoint(ROOT / "examples" / "mnist_dit").capture()
-    step = quantized(program, tmp_path, "hoist", {"quantize": {}}, "fuse").step
+    step = quantized(reference_program, tmp_path, "hoist", {"quantize": {}}, "fuse").step
     layers = quantized_layers(step)
     found = require_integer_products(step, lowering.lower(step, tmp_path))
     assert found is not None and len(layers) >= 36

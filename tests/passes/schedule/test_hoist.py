@@ -19,7 +19,6 @@ from programs import (
     operators,
 )
 
-from stepfold.frontend.load import load_checkpoint
 from stepfold.frontend.rates import node_rates, parameters_by_rate
 from stepfold.ir.cost import program_flops
 from stepfold.ir.program import Program, Stage
@@ -30,8 +29,6 @@ from stepfold.passes.manager import Step, run_passes
 from stepfold.passes.quantize.options import QuantizeOptions
 from stepfold.passes.quantize.quantize import Quantize
 from stepfold.passes.schedule.hoist import Hoist, HoistOptions
-
-EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "mnist_dit"
 
 
 @pytest.fixture(scope="module")
@@ -175,9 +172,9 @@ def test_the_timestep_is_no_input_of_the_tiny_dit_any_more(tiny_hoisted: PassRes
     assert names["once"] == {"class_labels"}
 
 
-def test_the_reference_checkpoint() -> None:
+def test_the_reference_checkpoint(reference_program: Program) -> None:
     """Width D = 192, 8 blocks, 10 classes and the unconditional row, patches 4 x 4 of one channel, 8 x 8 tokens."""
-    program = load_checkpoint(EXAMPLE).capture()
+    program = reference_program
     before, result = parameters_by_rate(program), hoist(program)
     assert before == {
         Rate.CONST: 0,
