@@ -19,11 +19,20 @@ STATIC = (
     {"quantize": {"scheme": "int8", "activations": "symmetric", "smooth": 0.7}},
     {"fuse": {}, "optional": True},
 )
+STATIC_HERE = (
+    {"hoist": {}},
+    {"quantize": {"scheme": "int8", "activations": "static", "smooth": 0.7}},
+    {"fuse": {}, "optional": True},
+)
 WEIGHTS = ({"hoist": {}}, {"quantize": {"scheme": "int4", "rounding": "gptq"}}, {"fuse": {}, "optional": True})
 ROWS = {
     "onnxruntime fp32": Row("onnxruntime-fp32", FLOAT),
     "onnxruntime int8": Row("onnxruntime-int8-smooth", DYNAMIC),
     "onnxruntime int8, not fused": Row("onnxruntime-int8-not-fused", UNFUSED),
+    "onnxruntime int8, whole batches": Row(
+        "onnxruntime-int8-whole", DYNAMIC, settings=(("onnxruntime", "rows", None),)
+    ),
+    "onnxruntime int8, static scales": Row("onnxruntime-int8-static", STATIC_HERE),
     "onnxruntime int8, symmetric scales": Row("onnxruntime-int8-symmetric", STATIC),
     "openvino fp32": Row("openvino-fp32", FLOAT, "openvino"),
     "openvino bf16": Row("openvino-bf16", FLOAT, "openvino", (("openvino", "precision", "bf16"),)),
