@@ -120,7 +120,7 @@ class LoopRun:
         scaled = self.latent * np.float32(self._plan.input_scale[k])
         values = {name: value[:rows] for name, value in self._conditions.items()}
         values |= {name: value[select] for name, value in self._fixed.items()}
-        values |= {name: value[k][select] for name, value in self._by_call.items()}
+        values |= {name: value[k].take(select, axis=0) for name, value in self._by_call.items()}
         values |= {name: repeat_row(table[k], rows) for name, table in self._tables.items()}
         values[self._loop.state] = scaled if rows == self.batch else np.concatenate([scaled, scaled])
         values[self._loop.timestep] = np.full(rows, self._times[k])

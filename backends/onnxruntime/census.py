@@ -24,7 +24,7 @@ from ...ir.names import module_path
 from ...ir.program import Stage, attribute
 from ...loop.errors import StepfoldError
 from ..ports import first_line
-from .session import PROVIDERS, session_options
+from .session import PROVIDERS, on, session_options
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def optimized_model(path: Path) -> onnx.ModelProto:
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS_FILE)
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
         try:
-            onnxruntime.InferenceSession(str(path), options, providers=list(PROVIDERS["cpu"]))
+            onnxruntime.InferenceSession(str(path), options, **on(PROVIDERS["cpu"]))
         except Exception as error:  # ONNX Runtime has a dozen error classes without a common base
             raise StepfoldError(
                 f"{path.name}: ONNX Runtime {onnxruntime.__version__} cannot load the emitted file: {first_line(error)}"

@@ -21,6 +21,9 @@ CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "Tensorrt
 PROVIDERS: dict[Provider, tuple[str, ...]] = {"cpu": (CPU,), "cuda": (CUDA,), "tensorrt": (TENSORRT, CUDA)}
 """What runs a stage, in the order of preference; the first has to start. ONNX Runtime adds the CPU at the end."""
 DEVICES = ("cpu", "cuda")
+SLOWER = ("SkipLayerNormFusion",)
+"""Optimizers that are left off on the CPU. The kernel of a norm of a sum takes three times as long there and more as the two
+operators it stands for, whose kernels are vectorized (ONNX Runtime 1.31; docs/backends/onnxruntime.md)."""
 GPU = 0  # the first that the process may use
 DEFAULTS = OnnxruntimeOptions()
 ELEMENT_TYPES = {
@@ -89,7 +92,7 @@ def _checked(
     import onnxruntime
 
     try:
-        session = onnxruntime.InferenceSession(str(file), session_options(threads), providers=list(names))
+        session = onnxruntime.InferenceSession(str(file), session_options(threads), **on(names))
     except Exception as error:  # ONNX Runtime has a dozen error classes without a common base
         raise BundleError(
             f"{file}: ONNX Runtime {onnxruntime.__version__} cannot load it: {first_line(error)}"
@@ -125,6 +128,11 @@ def providers(device: str, options: OnnxruntimeOptions, available: Sequence[str]
             "Replace it: pip uninstall onnxruntime && pip install onnxruntime-gpu"
         )
     return tuple(name for name in names if name in available)
+
+
+def on(names: Sequence[str]) -> dict[str, Any]:
+    """What a session takes beside its options to run on these execution providers."""
+    return {"providers": list(names), "disabled_optimizers": list(SLOWER) if names[0] == CPU else []}
 
 
 def session_options(threads: int | None) -> Any:

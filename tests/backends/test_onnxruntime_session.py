@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -63,7 +64,33 @@ def test_options_of_a_session(file: Path, monkeypatch: pytest.MonkeyPatch) -> No
     options, keywords = seen[0]
     assert (options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level) == (2, 1, 3)
     assert options.graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    assert keywords["providers"] == ["CPUExecutionProvider"]
+    assert keywords == {"providers": ["CPUExecutionProvider"], "disabled_optimizers": ["SkipLayerNormFusion"]}
+
+
+def test_a_norm_of_a_sum_stays_two_operators(tmp_path: Path) -> None:
+    """ONNX Runtime would put them into one whose kernel is slower; if it renames that optimizer, this fails."""
+    value = helper.make_tensor_value_info
+    weights = [helper.make_tensor(name, TensorProto.FLOAT, [4], [1.0] * 4) for name in ("scale", "bias")]
+    graph = helper.make_graph(
+        [
+            helper.make_node("Add", ["x", "y"], ["sum"]),
+            helper.make_node("LayerNormalization", ["sum", "scale", "bias"], ["normed"]),
+        ],
+        "stage",
+        [value(name, TensorProto.FLOAT, ["B", 3, 4]) for name in ("x", "y")],
+        [value("normed", TensorProto.FLOAT, ["B", 3, 4])],
+        weights,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+    def operators(**keywords: Any) -> set[str]:
+        options = session.session_options(1)
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        onnxruntime.InferenceSession(model.SerializeToString(), options, **keywords)
+        return {node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node}
+
+    assert operators(**session.on(["CPUExecutionProvider"])) == {"Add", "LayerNormalization"}
+    assert operators(providers=["CPUExecutionProvider"]) == {"SkipLayerNormalization"}
 
 
 @pytest.mark.parametrize(
@@ -111,7 +138,7 @@ def test_cuda_that_does_not_start_is_no_silent_cpu(file: Path, monkeypatch: pyte
     real = onnxruntime.InferenceSession
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(
-        onnxruntime, "InferenceSession", lambda path, options, providers: real(path, providers=["CPUExecutionProvider"])
+        onnxruntime, "InferenceSession", lambda path, options, **_: real(path, providers=["CPUExecutionProvider"])
     )
     with pytest.raises(UsageError, match=r"CUDAExecutionProvider: expected to start; .* or use the device 'cpu'"):
         session.open_session(file, INPUTS, OUTPUTS, device="cuda")

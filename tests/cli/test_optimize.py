@@ -109,7 +109,7 @@ def test_unfit_settings(text: str, message: str) -> None:
 WRONG = {
     "backend option": (
         ("--set", "onnxruntime.threads=1"),
-        "backend onnxruntime: unknown option 'threads'; valid: provider.",
+        "backend onnxruntime: unknown option 'threads'; valid: provider, rows.",
     ),
     "pass": (("--set", "shedule.evaluations=3"), "recipe 'default' has no pass 'shedule'; did you mean 'schedule'?"),
     "option": (("--set", "schedule.evaluation=3"), "--set schedule.evaluation: pass schedule: unknown option"),

@@ -268,7 +268,7 @@ def test_wrong_threads_and_backend(read_only_bundle: Path, bundle_folder: Path) 
 
 def test_a_bundle_with_an_option_that_its_backend_lacks(bundle_folder: Path) -> None:
     backend = {"name": "onnxruntime", "version": "1", "device": "cpu", "options": {"later": 1}}
-    with pytest.raises(BundleError, match=r"unknown option 'later'; valid: provider\."):
+    with pytest.raises(BundleError, match=r"unknown option 'later'; valid: provider, rows\."):
         load(rewritten(bundle_folder, backend=backend))
 
 

@@ -84,7 +84,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     real = onnxruntime.InferenceSession
 
     class Pretended:
-        def __init__(self, path: str, settings: Any, providers: list[str]):
+        def __init__(self, path: str, settings: Any, providers: list[str], **_: Any):
             asked.append(providers)
             self._real = real(path, settings, providers=[CPU])
 
