@@ -43,6 +43,7 @@ def test_cogvideox_bakes_the_text_length(captured: Captured) -> None:
     assert "diffusers/models/embeddings.py:" in found["hidden_states", 3]
 
 
+@pytest.mark.slow
 def test_flux_fixes_the_sum_of_image_and_text_tokens(captured: Captured) -> None:
     found = sources(captured(zoo.FLUX))
     assert found["hidden_states", 1] == found["encoder_hidden_states", 1] != BY_EXAMPLE

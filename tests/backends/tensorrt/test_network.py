@@ -101,6 +101,7 @@ def test_the_build_log_lies_beside_the_plan(tmp_path: Path) -> None:
     assert "[INFO] " in log and "[VERBOSE] " not in log
 
 
+@pytest.mark.slow
 def test_the_graph_of_a_plan_is_kept_for_polygraphy(tmp_path: Path) -> None:
     """The half of the documented comparison that needs no GPU: inputs and outputs of ONNX Runtime, as JSON."""
     pytest.importorskip("polygraphy", reason="polygraphy is not installed: pip install 'stepfold[tensorrt]'")

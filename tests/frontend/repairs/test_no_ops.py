@@ -89,6 +89,7 @@ def test_squeeze_of_a_unit_dimension_is_kept() -> None:
     assert isinstance(answer, Refused) and answer.reason == "it removes a dimension of size 1"
 
 
+@pytest.mark.slow
 def test_pixart_has_squeezes_that_do_nothing() -> None:
     """The real class that needs it: its modulation is squeezed along the width."""
     model = zoo.PIXART.build()

@@ -81,7 +81,9 @@ def test_prompts_become_the_conditions_of_the_pipeline(name: str, loaded: Any) -
         np.testing.assert_allclose(received[key], value.numpy(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "FluxPipeline" else name for name in MAKERS]
+)
 def test_latents_become_the_images_of_the_pipeline(name: str, loaded: Any) -> None:
     checkpoint, ends = loaded(name)
     pipeline, shape = checkpoint.around.surroundings.pipeline, checkpoint.loop.latent.shape
@@ -98,6 +100,7 @@ def test_latents_become_the_images_of_the_pipeline(name: str, loaded: Any) -> No
     np.testing.assert_allclose(received, wanted.numpy(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_the_pipeline_sets_itself_is_kept(loaded: Any) -> None:
     """FLUX is told a guidance scale."""
     assert loaded("FluxPipeline")[1].given == {"guidance": 3.5}
