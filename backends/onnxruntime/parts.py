@@ -8,8 +8,9 @@ them through the whole stage: a core that is late delays nobody, and what it wor
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
 
 import numpy as np
@@ -63,7 +64,9 @@ class InParts:
         self._cores = threads or physical_cores()
         self._whole = open_with(threads)
         self._single = self._whole if threads == 1 else None
-        self._pool = ThreadPoolExecutor(self._cores, thread_name_prefix="stepfold-rows")  # its threads start when used
+        self._pool = ThreadPoolExecutor(
+            max(1, self._cores - 1), thread_name_prefix="stepfold-rows"
+        )  # its threads start when used
         self._opening = threading.Lock()
 
     def __call__(self, values: Mapping[str, Array]) -> Sequence[Array]:
@@ -75,10 +78,34 @@ class InParts:
             return self._whole(values)
         bounds = [batch * part // number for part in range(number + 1)]
         parts = [self._part(values, *bound) for bound in pairwise(bounds)]
-        found = list(self._pool.map(self._with_one_thread(), parts))
+        found = self._side_by_side(parts)
         return [
             np.concatenate(pieces, axis) for pieces, axis in zip(zip(*found, strict=True), self._joined, strict=True)
         ]
+
+    def _side_by_side(self, parts: Sequence[Mapping[str, Array]]) -> list[Sequence[Array]]:
+        """The outputs of every part. The calling thread takes parts too: it need not be woken."""
+        call, waiting = self._with_one_thread(), deque(enumerate(parts))
+        found: list[Sequence[Array]] = [()] * len(parts)
+
+        def take() -> None:
+            while waiting:
+                try:
+                    index, part = waiting.popleft()
+                except IndexError:  # another thread has taken the last one
+                    return
+                found[index] = call(part)
+
+        helpers = [self._pool.submit(take) for _ in range(self._cores - 1)]
+        try:
+            take()
+        finally:
+            waiting.clear()  # nothing to do for helpers where a part has failed
+            begun = [helper for helper in helpers if not helper.cancel()]
+            wait(begun)
+        for helper in begun:
+            helper.result()
+        return found
 
     def _part(self, values: Mapping[str, Array], start: int, end: int) -> dict[str, Array]:
         """Rows of the inputs that have a batch; the others as they are."""
