@@ -142,9 +142,12 @@ OPERATORS_OF = {"int8 searched", "int4", "svdquant", "fp8", "nvfp4", "codebook"}
     "name", [pytest.param(name, marks=() if name in OPERATORS_OF else pytest.mark.slow) for name in VARIANTS]
 )
 def test_the_engine_equals_the_reference(results: dict[str, PassResult], name: str) -> None:
-    """In ONNX Runtime, over the whole loop; values near a rounding step may fall on its other side."""
+    """In ONNX Runtime, over the whole loop; values near a rounding step may fall on its other side.
+
+    Batches are whole, because the reference has one scale for a batch where the scales are dynamic.
+    """
     program = results[name].program
-    with workshop("onnxruntime") as shop:
+    with workshop("onnxruntime", {"rows": None}) as shop:
         assert drift(samples_of(program, shop.open(program)), samples_of(program)) < 1e-2
 
 
