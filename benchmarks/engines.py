@@ -14,6 +14,7 @@ from stepfold.backends.registry import get
 FLOAT = ({"hoist": {}}, {"fuse": {}, "optional": True})
 DYNAMIC = ({"hoist": {}}, {"quantize": {"scheme": "int8", "smooth": 0.7}}, {"fuse": {}, "optional": True})
 UNFUSED = DYNAMIC[:2]
+AS_CAPTURED = DYNAMIC[1:2]
 STATIC = (
     {"hoist": {}},
     {"quantize": {"scheme": "int8", "activations": "symmetric", "smooth": 0.7}},
@@ -29,6 +30,7 @@ ROWS = {
     "onnxruntime fp32": Row("onnxruntime-fp32", FLOAT),
     "onnxruntime int8": Row("onnxruntime-int8-smooth", DYNAMIC),
     "onnxruntime int8, not fused": Row("onnxruntime-int8-not-fused", UNFUSED),
+    "onnxruntime int8, neither hoisted nor fused": Row("onnxruntime-int8-as-captured", AS_CAPTURED),
     "onnxruntime int8, whole batches": Row(
         "onnxruntime-int8-whole", DYNAMIC, settings=(("onnxruntime", "rows", None),)
     ),
