@@ -40,6 +40,9 @@ ROWS = {
     "openvino bf16": Row("openvino-bf16", FLOAT, "openvino", (("openvino", "precision", "bf16"),)),
     "openvino int8": Row("openvino-int8", DYNAMIC, "openvino"),
     "openvino int8, symmetric scales": Row("openvino-int8-symmetric", STATIC, "openvino"),
+    "openvino int8, symmetric scales, static shapes": Row(
+        "openvino-int8-static-shapes", STATIC, "openvino", (("openvino", "shapes", "static"),)
+    ),
     "openvino int4": Row("openvino-int4", WEIGHTS, "openvino"),
     "inductor fp32": Row("inductor-fp32", FLOAT, "inductor"),
     "inductor bf16": Row("inductor-bf16", FLOAT, "inductor", (("inductor", "precision", "bf16"),)),

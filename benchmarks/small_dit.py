@@ -34,6 +34,12 @@ ROWS = {
     "openvino int8, symmetric scales, bf16": Row(
         "openvino-int8-bf16", STATIC, "openvino", (("openvino", "precision", "bf16"),)
     ),
+    "openvino int8, symmetric scales, bf16, static shapes": Row(
+        "openvino-int8-bf16-static",
+        STATIC,
+        "openvino",
+        (("openvino", "precision", "bf16"), ("openvino", "shapes", "static")),
+    ),
 }
 
 

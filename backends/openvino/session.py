@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from .options import OpenvinoOptions
 
 Array = np.ndarray
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+BATCH_SIZES = 4  # kept compiled: those of both branches of guidance and of one, for a full batch and for a rest
 FRAMES = ("Exception from ", "Check '", "FrontEnd API failed", "Summary:")  # lines of an error that lead to its reason
 
 
@@ -52,14 +53,24 @@ def open_session(
         raise UsageError(f"device: expected cpu, the one this backend runs on; received {device!r}.")
     core = openvino.Core()
     settings = settings_of(core, threads, options)
-    try:
-        compiled = core.compile_model(core.read_model(file, weights_of(file)), "CPU", settings)
-    except Exception as error:  # RuntimeError, and what the bindings raise for a file they cannot parse
-        version = openvino.get_version().partition("-")[0]
-        raise BundleError(f"{file}: OpenVINO {version} cannot load it: {reason(error)}") from error
-    check_ports(file, "input", _ports(compiled.inputs, inputs), inputs)
-    check_ports(file, "output", _ports(compiled.outputs, outputs), outputs)
-    return _Session(compiled, file.name, inputs, outputs)
+
+    def compiled(batch: int | None) -> Any:
+        """The model for all batch sizes, or for one."""
+        try:
+            model = core.read_model(file, weights_of(file))
+            if batch is not None:
+                model.reshape({port.name: [batch, *port.shape[1:]] for port in inputs if _batched(port)})
+            return core.compile_model(model, "CPU", settings)
+        except Exception as error:  # RuntimeError, and what the bindings raise for a file they cannot parse
+            version = openvino.get_version().partition("-")[0]
+            raise BundleError(f"{file}: OpenVINO {version} cannot load it: {reason(error)}") from error
+
+    dynamic = compiled(None)
+    check_ports(file, "input", _ports(dynamic.inputs, inputs), inputs)
+    check_ports(file, "output", _ports(dynamic.outputs, outputs), outputs)
+    if options.shapes == "static" and any(map(_batched, inputs)):
+        return _ByBatch(lambda batch: _Session(compiled(batch), file.name, inputs, outputs), file.name, inputs)
+    return _Session(dynamic, file.name, inputs, outputs)
 
 
 def weights_of(file: Path) -> Path:
@@ -103,7 +114,7 @@ class _Session:
         self._compiled = compiled
         self._name = name
         self._inputs = inputs
-        self._batched = [i for i, port in enumerate(outputs) if port.shape[:1] == (None,)]
+        self._batched = [i for i, port in enumerate(outputs) if _batched(port)]
         positions = _positions(compiled.outputs)
         self._positions = [positions[port.name] for port in outputs]
         self._lock = threading.Lock()
@@ -111,7 +122,7 @@ class _Session:
 
     def __call__(self, values: Mapping[str, Array]) -> list[Array]:
         feed = {port.name: np.asarray(values[port.name], order="C") for port in self._inputs}
-        batch = self._checked_batch(feed)
+        batch = checked_batch(self._name, self._inputs, feed)
         with self._lock:
             try:
                 self._request.infer(feed, share_inputs=True)
@@ -122,18 +133,6 @@ class _Session:
         self._check_results(batch, results)
         return results
 
-    def _checked_batch(self, feed: Mapping[str, Array]) -> int | None:
-        """The batch of a request, None where no input has one.
-
-        The engine converts other types in silence, and fused layers take inputs of different batches without an error.
-        """
-        batches = {len(feed[port.name]) for port in self._inputs if port.shape[:1] == (None,)}
-        typed = all(feed[port.name].dtype == port.dtype for port in self._inputs)
-        if len(batches) > 1 or not typed:
-            wanted = ", ".join(str(port) for port in self._inputs)
-            raise StepfoldError(f"{self._name}: expected {wanted}; received {shapes(feed)}.")
-        return next(iter(batches), None)
-
     def _check_results(self, batch: int | None, results: Sequence[Array]) -> None:
         """With `ONEDNN_VERBOSE` set, OpenVINO 2026.4 gives empty outputs instead of an error."""
         received = {len(results[i]) for i in self._batched}
@@ -142,6 +141,49 @@ class _Session:
                 f"{self._name}: expected outputs of batch {batch}; OpenVINO gave {sorted(received)} and no error. "
                 "Unset ONEDNN_VERBOSE, if it is set."
             )
+
+
+class _ByBatch:
+    """A session for each batch size; the last few stay open."""
+
+    def __init__(self, open_for: Callable[[int], _Session], name: str, inputs: tuple[Port, ...]):
+        self._open_for = open_for
+        self._name = name
+        self._inputs = inputs
+        self._lock = threading.Lock()
+        self._sessions: dict[int, _Session] = {}
+
+    def __call__(self, values: Mapping[str, Array]) -> list[Array]:
+        batch = checked_batch(
+            self._name, self._inputs, {port.name: np.asarray(values[port.name]) for port in self._inputs}
+        )
+        assert batch is not None  # one of the inputs has a batch
+        with self._lock:
+            session = self._sessions.pop(batch, None) or self._open_for(batch)
+            self._sessions[batch] = session  # the one that was used last is the last to be closed
+            if len(self._sessions) > BATCH_SIZES:
+                del self._sessions[next(iter(self._sessions))]
+        return session(values)
+
+
+def checked_batch(name: str, inputs: Sequence[Port], feed: Mapping[str, Array]) -> int | None:
+    """The batch of a request, None where no input has one.
+
+    The engine converts other types in silence, and fused layers take inputs of different batches without an error.
+
+    Raises:
+        StepfoldError: the inputs have different batches, or one has another type.
+    """
+    batches = {len(feed[port.name]) for port in inputs if _batched(port)}
+    typed = all(feed[port.name].dtype == port.dtype for port in inputs)
+    if len(batches) > 1 or not typed:
+        wanted = ", ".join(str(port) for port in inputs)
+        raise StepfoldError(f"{name}: expected {wanted}; received {shapes(feed)}.")
+    return next(iter(batches), None)
+
+
+def _batched(port: Port) -> bool:
+    return port.shape[:1] == (None,)
 
 
 def _ports(found: Sequence[Any], expected: Sequence[Port]) -> dict[str, tuple[str, int]]:

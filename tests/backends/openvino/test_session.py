@@ -22,6 +22,7 @@ from stepfold.loop.ports import Port
 INPUTS = (Port("x", (None, 2), "float32"), Port("nested.index", (None,), "int64"))
 OUTPUTS = (Port("later", (None, 2), "float32"), Port("first", (None, 2), "float32"))
 OPTIONS = OpenvinoOptions()
+STATIC = OpenvinoOptions(shapes="static")
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +74,44 @@ def test_inputs_may_be_strided_or_read_only(file: Path) -> None:
         np.testing.assert_array_equal(opened(file)({"x": value, "nested.index": np.zeros(2, np.int64)})[1], 2 * x)
 
 
-def test_the_batch_may_change_from_call_to_call(file: Path) -> None:
-    call = opened(file)
+@pytest.mark.parametrize("options", [OPTIONS, STATIC], ids=["dynamic", "static"])
+def test_the_batch_may_change_from_call_to_call(file: Path, options: OpenvinoOptions) -> None:
+    call = opened(file, options=options)
     for batch in (3, 1, 5, 3):
-        assert [len(output) for output in call(request(batch))] == [batch, batch]
+        later, first = call(request(batch))
+        np.testing.assert_array_equal(first, 2 * request(batch)["x"])
+        np.testing.assert_array_equal(later, request(batch)["x"] + 5)
 
 
-def test_threads_that_share_a_session_take_turns(file: Path) -> None:
-    call, wrong = opened(file), []
+def test_static_shapes_are_those_of_the_batch_and_the_last_few_batches_are_kept(file: Path) -> None:
+    call = opened(file, options=STATIC)
+    for batch in (1, 2, 3, 4, 1, 5):
+        call(request(batch))
+    assert list(call._sessions) == [3, 4, 1, 5]
+    for batch, kept in call._sessions.items():
+        assert {tuple(port.shape) for port in kept._compiled.inputs} == {(batch, 2), (batch,)}
+    kept = call._sessions[4]
+    call(request(4))
+    assert call._sessions[4] is kept
+
+
+def test_a_stage_without_a_batch_has_no_other_shapes(tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed: pip install 'stepfold[openvino]'")
+    import openvino.opset13 as operations
+
+    x = operations.parameter([2], np.float32)
+    y = operations.multiply(x, np.array([2], np.float32))
+    x.output(0).set_names({"x"})
+    y.output(0).set_names({"y"})
+    openvino.save_model(openvino.Model([y], [x], "m"), tmp_path / "m.xml", compress_to_fp16=False)
+    ports = (Port("x", (2,), "float32"),), (Port("y", (2,), "float32"),)
+    call = opened(tmp_path / "m.xml", *ports, options=STATIC)
+    assert call({"x": np.ones(2, np.float32)})[0].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("options", [OPTIONS, STATIC], ids=["dynamic", "static"])
+def test_threads_that_share_a_session_take_turns(file: Path, options: OpenvinoOptions) -> None:
+    call, wrong = opened(file, options=options), []
 
     def work(value: int) -> None:
         for _ in range(50):
@@ -147,9 +178,10 @@ def test_weights_that_are_not_there(file: Path, tmp_path: Path, weights: bytes |
         opened(tmp_path / "stage.xml")
 
 
-def test_a_run_that_fails_says_what_it_was_given_and_does_no_harm(file: Path) -> None:
+@pytest.mark.parametrize("options", [OPTIONS, STATIC], ids=["dynamic", "static"])
+def test_a_run_that_fails_says_what_it_was_given_and_does_no_harm(file: Path, options: OpenvinoOptions) -> None:
     """A request of OpenVINO that failed goes on failing; the next call of a session has a new one."""
-    call = opened(file)
+    call = opened(file, options=options)
     for _ in range(2):
         with pytest.raises(
             StepfoldError, match=r"stage\.xml: OpenVINO failed on x \[1, 3\] float32, nested\.index \[1\]"
@@ -163,9 +195,12 @@ def test_a_run_that_fails_says_what_it_was_given_and_does_no_harm(file: Path) ->
     [(np.zeros((1, 2)), 1), (np.zeros((3, 2), np.float32), 2), (np.zeros((2, 2), np.float32), 3)],
     ids=["float64", "fewer", "more"],
 )
-def test_other_types_and_batches_are_not_taken_in_silence(file: Path, x: np.ndarray, rows: int) -> None:
+@pytest.mark.parametrize("options", [OPTIONS, STATIC], ids=["dynamic", "static"])
+def test_other_types_and_batches_are_not_taken_in_silence(
+    file: Path, x: np.ndarray, rows: int, options: OpenvinoOptions
+) -> None:
     with pytest.raises(StepfoldError, match=r"stage\.xml: expected x \[B, 2\] float32, .* received x \[\d, 2\] float"):
-        opened(file)({"x": x, "nested.index": np.zeros(rows, np.int64)})
+        opened(file, options=options)({"x": x, "nested.index": np.zeros(rows, np.int64)})
 
 
 def test_outputs_of_another_batch_are_an_error(file: Path) -> None:
