@@ -14,7 +14,7 @@ from ..loop.errors import UsageError
 from .console import console, print_json, table, working
 from .options import Json, MinPsnr, check_min_psnr
 
-REASONS = 3  # refused sites that are named for each pass
+REASONS = 3  # that are told of each pass
 STAGES = ("stage", "rate", "engine file", "bytes", "FLOPs")
 
 
@@ -131,14 +131,19 @@ def _drift(value: float | None) -> str:
 
 
 def refusals(passes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line a pass about the sites it left alone, and why."""
+    """What each pass refused: a line for each of the first reasons, with the first site and the number of others."""
     lines = []
     for entry in passes:
-        refused = entry["refused"]
-        if refused:
-            named = "; ".join(f"{site['site']}: {site['reason']}" for site in refused[:REASONS])
-            more = f"; and {len(refused) - REASONS} more" if len(refused) > REASONS else ""
-            lines.append(f"{entry['name']} left {len(refused)} alone: {named}{more}")
+        sites: dict[str, list[str]] = {}
+        for refusal in entry["refused"]:
+            sites.setdefault(refusal["reason"], []).append(refusal["site"])
+        shown = list(sites.items())[:REASONS]
+        for reason, (first, *others) in shown:
+            more = f" and {len(others)} more" if others else ""
+            lines.append(f"{entry['name']} refused {first}{more}: {reason}")
+        hidden = len(entry["refused"]) - sum(len(named) for _, named in shown)
+        if hidden:
+            lines.append(f"{entry['name']} refused {hidden} more for other reasons; --json has them all")
     return lines
 
 

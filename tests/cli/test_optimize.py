@@ -63,11 +63,21 @@ def test_overwrite(stepfold, tiny_checkpoint: Path, bundle_folder: Path) -> None
     assert json.loads((bundle_folder / "manifest.json").read_text())["model"]["class"] == "DiTTransformer2DModel"
 
 
-def test_refused_sites_are_counted_and_the_first_are_named() -> None:
-    sites = [{"site": f"layer_{i}", "reason": "too small"} for i in range(5)]
+def test_refusals_are_told_by_reason() -> None:
+    sites = [{"site": f"layer_{i}", "reason": "too small" if i else "the last layer"} for i in range(5)]
     entries = [{"name": "hoist", "refused": []}, {"name": "quantize", "refused": sites}]
-    named = "layer_0: too small; layer_1: too small; layer_2: too small; and 2 more"
-    assert refusals(entries) == [f"quantize left 5 alone: {named}"]
+    assert refusals(entries) == [
+        "quantize refused layer_0: the last layer",
+        "quantize refused layer_1 and 3 more: too small",
+    ]
+
+
+def test_further_reasons_are_counted() -> None:
+    sites = [{"site": f"layer_{i}", "reason": f"reason {min(i, 5)}"} for i in range(8)]
+    assert refusals([{"name": "quantize", "refused": sites}]) == [
+        *(f"quantize refused layer_{i}: reason {i}" for i in range(3)),
+        "quantize refused 5 more for other reasons; --json has them all",
+    ]
 
 
 def test_schedule_in_words() -> None:
