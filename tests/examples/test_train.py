@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 from stepfold.loop.errors import StepfoldError
 from stepfold.loop.spec import LoopSpec, read_loop
 
+pytestmark = pytest.mark.slow
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "mnist_dit"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 STATE = Path("training") / "state.safetensors"

@@ -159,6 +159,7 @@ def test_made_up_example_inputs_of_a_component_are_said(tmp_path: Path, caplog: 
     assert load_checkpoint(folder).kwargs["input_ids"].shape == (2, 5) and not caplog.records
 
 
+@pytest.mark.slow
 def test_every_row_of_the_inputs_is_an_example(tmp_path: Path) -> None:
     """The values that are made up have as many rows; what the program is probed with has no more than it needs."""
     folder = zoo.SD3.save(tmp_path / "sd3")

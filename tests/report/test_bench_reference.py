@@ -86,6 +86,7 @@ def test_quality_is_measured_over_the_samples_of_the_seed(
     assert report.protocol.reference["class"] == "DiTTransformer2DModel"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_read_is_wrong_use(
     compiled_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

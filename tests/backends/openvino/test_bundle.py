@@ -37,7 +37,10 @@ def test_samples_are_those_of_the_reference(tmp_path: Path, passes: list[str]) -
     files = {path.name for path in (folder / "stages").iterdir()}
     assert files == {f"{stage.name}{suffix}" for stage in program.stages for suffix in (".xml", ".bin")}
     engine = stepfold.load(folder, threads=1)
-    assert engine.manifest.backend.options == {"precision": "fp32"} and engine.manifest.batch_invariant
+    assert (
+        engine.manifest.backend.options == {"precision": "fp32", "shapes": "dynamic"}
+        and engine.manifest.batch_invariant
+    )
     latents, labels = noise(3, (5, 3, 5)), np.arange(5) % 3
     assert drift(engine.sample(latents, c=np.resize(program.example["c"].numpy(), 5)), samples_of(program)) < 1e-4
     np.testing.assert_array_equal(engine.sample(latents, c=labels)[:1], engine.sample(latents[:1], c=labels[:1]))
@@ -50,7 +53,7 @@ def test_a_bundle_in_bfloat16(tmp_path: Path) -> None:
     program = denoiser(Modulated(), *modulated_example())
     folder = stepfold.lower(program, "openvino", out=tmp_path / "bundle", options={"precision": "bf16"})
     engine = stepfold.load(folder, threads=1)
-    assert engine.manifest.backend.options == {"precision": "bf16"}
+    assert engine.manifest.backend.options == {"precision": "bf16", "shapes": "dynamic"}
     probe = engine.bundle.probe()
     assert isinstance(probe, Probe) and probe.tolerance == TOLERANCE["bfloat16"]
     inputs = {name: value.numpy() for name, value in program.example.items()}

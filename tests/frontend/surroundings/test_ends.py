@@ -54,14 +54,8 @@ def test_every_family_is_tried() -> None:
     assert all(kind.source.startswith("diffusers") for kind in SURROUNDINGS.values())
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "StableDiffusion3Pipeline",
-        pytest.param("FluxPipeline", marks=pytest.mark.slow),
-        pytest.param("StableDiffusionPipeline", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline", "StableDiffusionPipeline"])
 def test_prompts_become_the_conditions_of_the_pipeline(name: str, loaded: Any) -> None:
     """Another number of prompts than it was captured with: none, and one that is cut, among them."""
     checkpoint, ends = loaded(name)
@@ -115,6 +109,7 @@ def test_both_branches_of_the_recording_are_kept(loaded: Any) -> None:
     assert loaded("DiTPipeline")[0].unconditional == {}, "its unconditional class is written down in the loop"
 
 
+@pytest.mark.slow
 def test_without_t5_there_are_zeros(tmp_path: Path) -> None:
     ends = load_checkpoint(pipelines.sd3(tmp_path / "sd3", with_t5=False)).capture_ends()
     assert ends is not None and ends.text is not None and list(ends.tokenizers) == ["input_ids", "input_ids_2"]

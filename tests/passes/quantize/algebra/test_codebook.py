@@ -30,6 +30,7 @@ def small(seed: int = 0, N: int = 16, M: int = 32) -> tuple[torch.Tensor, torch.
     return torch.randn(N, M, generator=generator, dtype=torch.float64), mean_gram(x)
 
 
+@pytest.mark.slow
 def test_2_bits(layer: tuple[torch.Tensor, ...]) -> None:
     """Codebook against uniform 2 bits with clipped ranges; candidates by output error against distance."""
     weight, gram, test = layer

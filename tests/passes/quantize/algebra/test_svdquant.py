@@ -64,6 +64,7 @@ def held_out(layer: Layer, found: LowRankSplit, activation: Grid | None = INT4) 
 # -- what it gains
 
 
+@pytest.mark.slow
 def test_each_part_gains_in_4_bits(layer: Layer) -> None:
     outputs = layer.test @ layer.weight.T
     nearest = drift(INT4.nearest(layer.test) @ INT4.nearest(layer.weight).T, outputs)
