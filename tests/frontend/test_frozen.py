@@ -20,6 +20,7 @@ def sources(program: Program) -> dict[tuple[str, int], str]:
     return {(item.input, item.dimension): item.source for item in program.frozen}
 
 
+@pytest.mark.slow
 def test_pixart_bakes_the_latent_size(captured: Captured) -> None:
     """Its position embedding is made for one size; the text length is free."""
     found = sources(captured(zoo.PIXART))
@@ -30,6 +31,7 @@ def test_pixart_bakes_the_latent_size(captured: Captured) -> None:
     assert found["encoder_hidden_states", 2] == "caption_projection.linear_1 (Linear)"
 
 
+@pytest.mark.slow
 def test_qwenimage_bakes_the_image_shapes(captured: Captured) -> None:
     program = captured(zoo.QWENIMAGE)
     baked = [(i.input, i.dimension, i.value) for i in program.frozen if i.source == BY_CONSTANT]
@@ -37,6 +39,7 @@ def test_qwenimage_bakes_the_image_shapes(captured: Captured) -> None:
     assert sources(program)["hidden_states", 1] != BY_EXAMPLE  # its tokens are counted by the image shapes
 
 
+@pytest.mark.slow
 def test_cogvideox_bakes_the_text_length(captured: Captured) -> None:
     found = sources(captured(zoo.COGVIDEOX))
     assert found["encoder_hidden_states", 1].startswith("patch_embed (CogVideoXPatchEmbed)")
@@ -49,6 +52,7 @@ def test_flux_fixes_the_sum_of_image_and_text_tokens(captured: Captured) -> None
     assert found["hidden_states", 1] == found["encoder_hidden_states", 1] != BY_EXAMPLE
 
 
+@pytest.mark.slow
 def test_sana_takes_other_latent_sizes(captured: Captured) -> None:
     found = sources(captured(zoo.SANA))
     assert found["hidden_states", 2] == found["hidden_states", 3] == BY_EXAMPLE

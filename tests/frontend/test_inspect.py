@@ -50,6 +50,7 @@ def test_flops_are_for_one_sample(captured: Captured) -> None:
     assert rates["once×timestep"]["flops"] > 0
 
 
+@pytest.mark.slow
 def test_near_misses_are_listed(captured: Captured) -> None:
     misses = inspect_program(captured(zoo.FLUX))["near_misses"]
     assert {"kind", "site", "missing"} == set(misses[0])

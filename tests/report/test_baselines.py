@@ -178,6 +178,7 @@ def test_openvino_computes_what_eager_computes(baselines: Bench, reference: Arra
     assert (baselines.folder / "openvino" / "model.xml").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="needs openvino and nncf")
 def test_openvino_int8_is_quantized(baselines: Bench, reference: Array) -> None:
     assert 20 < psnr(baselines.sample("openvino-int8"), reference).mean() < 90

@@ -99,6 +99,7 @@ def test_what_the_pass_makes(opened: Session, tmp_path: Path, name: str) -> None
         assert drift(got, prepared(values)[0]) < LEVEL < drift(got, exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEMES)
 def test_float_activations_stay_float_and_weights_stay_small(tmp_path: Path, opened: Session, name: str) -> None:
     stage = quantized(block(), tmp_path, **SCHEMES[name], activations="float")
@@ -216,6 +217,7 @@ class Tokens(torch.nn.Module):
         return self.out(torch.tanh(x + self.down(torch.relu(self.up(x + shift[:, None])))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["int4", "svdquant"])
 def test_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """As the recipes w4-gptq and w4-svdquant build it, with float activations."""

@@ -46,7 +46,9 @@ def test_float32_stays_float32(tmp_path: Path) -> None:
     assert types(plan, *PRODUCTS)["float32"] == 6  # four linear layers and the two products of attention
 
 
-@pytest.mark.parametrize(("precision", "half"), [("fp16", "float16"), ("bf16", "bfloat16")])
+@pytest.mark.parametrize(
+    ("precision", "half"), [("fp16", "float16"), pytest.param("bf16", "bfloat16", marks=pytest.mark.slow)]
+)
 def test_half_precision_products_and_exact_norms(tmp_path: Path, precision: str, half: str) -> None:
     plan = built(block(), tmp_path / "plan", TensorrtOptions(capability="SM89", precision=precision))  # type: ignore[arg-type]
     assert types(plan, *PRODUCTS) == {half: 6}
@@ -79,7 +81,7 @@ class RootMeanSquare(torch.nn.Module):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight * self.gain
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_norm_that_is_written_out_stays_in_float32(tmp_path: Path, precision: str) -> None:
     """The exporter makes one operator of it, with an input in half precision and a scale in float32."""
     options = TensorrtOptions(capability="SM89", precision=precision)  # type: ignore[arg-type]

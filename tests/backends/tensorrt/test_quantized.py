@@ -66,6 +66,7 @@ def test_scales_of_run_time_are_refused(tmp_path: Path) -> None:
         plan_of(tmp_path, scheme="int8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_fp4_on_blackwell(tmp_path: Path, precision: str) -> None:
     """Codes of weights are stored in 4 bits, those of activations taken at run time, both twice dequantized."""
@@ -80,6 +81,7 @@ def test_fp4_on_older_gpus_is_refused(tmp_path: Path) -> None:
         plan_of(tmp_path, scheme="nvfp4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "product"), [("fp32", "float32"), ("fp16", "float16")])
 @pytest.mark.parametrize(
     ("scheme", "element"),

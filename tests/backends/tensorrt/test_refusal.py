@@ -95,6 +95,7 @@ def shown_again(part: Path) -> str:
 
 
 @needs_rtx
+@pytest.mark.slow
 def test_a_network_that_cannot_be_built_is_reduced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Attention in float32 parses, and the builder has no kernel for it."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 import zoo
 from graphs import traced
@@ -40,6 +41,7 @@ def test_reasons() -> None:
     assert reasons == [Refused("its mask has a row for each query"), Refused("it has no mask")]
 
 
+@pytest.mark.slow
 def test_pixart_masks_have_a_row_for_each_query(captured: Callable[[ZooModel], Program]) -> None:
     """The real class that needs it: its prompt mask stands for every image token."""
     nodes = captured(zoo.PIXART).step.graph.graph.find_nodes(op="call_function", target=SDPA)

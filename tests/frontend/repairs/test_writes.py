@@ -87,6 +87,7 @@ def test_a_casting_copy_is_kept() -> None:
     assert isinstance(answer, Refused) and answer.reason == "it changes the dtype"
 
 
+@pytest.mark.slow
 def test_wan_scatters_nothing(captured: Callable[[ZooModel], Program]) -> None:
     """The real class that needs it."""
     targets = {str(node.target) for node in captured(zoo.WAN).step.graph.graph.nodes}

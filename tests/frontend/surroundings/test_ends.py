@@ -75,6 +75,7 @@ def test_prompts_become_the_conditions_of_the_pipeline(name: str, loaded: Any) -
         np.testing.assert_allclose(received[key], value.numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name == "FluxPipeline" else name for name in MAKERS]
 )

@@ -44,6 +44,7 @@ def halved(layer: FeedForward) -> Pair:
 # -- compensation of removed units
 
 
+@pytest.mark.slow
 def test_half_of_the_units(layer: FeedForward, synthetic: tuple[torch.Tensor, torch.Tensor]) -> None:
     pair = halved(layer)
     none = held_out(layer, pair)
@@ -91,6 +92,7 @@ def test_rounding(layer: FeedForward, synthetic: tuple[torch.Tensor, torch.Tenso
     assert held_out(layer, repaired.pair) < gain * held_out(layer, rounded)
 
 
+@pytest.mark.slow
 def test_rounding_is_compensated_better_than_repaired(
     layer: FeedForward, synthetic: tuple[torch.Tensor, torch.Tensor]
 ) -> None:

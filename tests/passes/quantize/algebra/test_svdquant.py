@@ -98,6 +98,7 @@ def test_another_grid(layer: Layer) -> None:
     assert found.residual.grid == NVFP4 and held_out(layer, found, NVFP4) <= 0.5 * nearest
 
 
+@pytest.mark.slow
 def test_an_fp8_residual_beats_plain_fp8(layer: Layer) -> None:
     """The branch takes the outliers of the weight, smoothing those of the activations: 0.0365 becomes 0.0054."""
     plain = drift(FP8_TENSOR.nearest(layer.test) @ FP8_CHANNEL.nearest(layer.weight).T, layer.test @ layer.weight.T)
