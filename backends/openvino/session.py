@@ -65,11 +65,12 @@ def open_session(
             version = openvino.get_version().partition("-")[0]
             raise BundleError(f"{file}: OpenVINO {version} cannot load it: {reason(error)}") from error
 
-    dynamic = compiled(None)
+    dynamic = compiled(None)  # whatever the shapes will be: a damaged file is found at once
     check_ports(file, "input", _ports(dynamic.inputs, inputs), inputs)
     check_ports(file, "output", _ports(dynamic.outputs, outputs), outputs)
-    if options.shapes == "static" and any(map(_batched, inputs)):
-        return _ByBatch(lambda batch: _Session(compiled(batch), file.name, inputs, outputs), file.name, inputs)
+    batched = next((port.name for port in inputs if _batched(port)), None)
+    if options.shapes == "static" and batched is not None:
+        return _ByBatch(lambda batch: _Session(compiled(batch), file.name, inputs, outputs), batched)
     return _Session(dynamic, file.name, inputs, outputs)
 
 
@@ -122,7 +123,7 @@ class _Session:
 
     def __call__(self, values: Mapping[str, Array]) -> list[Array]:
         feed = {port.name: np.asarray(values[port.name], order="C") for port in self._inputs}
-        batch = checked_batch(self._name, self._inputs, feed)
+        batch = self._checked_batch(feed)
         with self._lock:
             try:
                 self._request.infer(feed, share_inputs=True)
@@ -132,6 +133,18 @@ class _Session:
             results = [np.array(self._request.get_output_tensor(position).data) for position in self._positions]
         self._check_results(batch, results)
         return results
+
+    def _checked_batch(self, feed: Mapping[str, Array]) -> int | None:
+        """The batch of a request, None where no input has one.
+
+        The engine converts other types in silence, and fused layers take inputs of different batches without an error.
+        """
+        batches = {len(feed[port.name]) for port in self._inputs if _batched(port)}
+        typed = all(feed[port.name].dtype == port.dtype for port in self._inputs)
+        if len(batches) > 1 or not typed:
+            wanted = ", ".join(str(port) for port in self._inputs)
+            raise StepfoldError(f"{self._name}: expected {wanted}; received {shapes(feed)}.")
+        return next(iter(batches), None)
 
     def _check_results(self, batch: int | None, results: Sequence[Array]) -> None:
         """With `ONEDNN_VERBOSE` set, OpenVINO 2026.4 gives empty outputs instead of an error."""
@@ -146,40 +159,20 @@ class _Session:
 class _ByBatch:
     """A session for each batch size; the last few stay open."""
 
-    def __init__(self, open_for: Callable[[int], _Session], name: str, inputs: tuple[Port, ...]):
+    def __init__(self, open_for: Callable[[int], _Session], batched: str):
         self._open_for = open_for
-        self._name = name
-        self._inputs = inputs
+        self._batched = batched  # an input that has a batch; a session checks that the others have the same
         self._lock = threading.Lock()
         self._sessions: dict[int, _Session] = {}
 
     def __call__(self, values: Mapping[str, Array]) -> list[Array]:
-        batch = checked_batch(
-            self._name, self._inputs, {port.name: np.asarray(values[port.name]) for port in self._inputs}
-        )
-        assert batch is not None  # one of the inputs has a batch
+        batch = len(values[self._batched])
         with self._lock:
             session = self._sessions.pop(batch, None) or self._open_for(batch)
             self._sessions[batch] = session  # the one that was used last is the last to be closed
             if len(self._sessions) > BATCH_SIZES:
                 del self._sessions[next(iter(self._sessions))]
         return session(values)
-
-
-def checked_batch(name: str, inputs: Sequence[Port], feed: Mapping[str, Array]) -> int | None:
-    """The batch of a request, None where no input has one.
-
-    The engine converts other types in silence, and fused layers take inputs of different batches without an error.
-
-    Raises:
-        StepfoldError: the inputs have different batches, or one has another type.
-    """
-    batches = {len(feed[port.name]) for port in inputs if _batched(port)}
-    typed = all(feed[port.name].dtype == port.dtype for port in inputs)
-    if len(batches) > 1 or not typed:
-        wanted = ", ".join(str(port) for port in inputs)
-        raise StepfoldError(f"{name}: expected {wanted}; received {shapes(feed)}.")
-    return next(iter(batches), None)
 
 
 def _batched(port: Port) -> bool:

@@ -76,9 +76,7 @@ def test_prompts_become_the_conditions_of_the_pipeline(name: str, loaded: Any) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "FluxPipeline" else name for name in MAKERS]
-)
+@pytest.mark.parametrize("name", MAKERS)
 def test_latents_become_the_images_of_the_pipeline(name: str, loaded: Any) -> None:
     checkpoint, ends = loaded(name)
     pipeline, shape = checkpoint.around.surroundings.pipeline, checkpoint.loop.latent.shape
