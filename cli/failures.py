@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import typer
 
 from ..loop.errors import StepfoldError
@@ -11,6 +14,10 @@ FAILED, USAGE = 1, 2
 # The error that Typer raises for unknown options, missing arguments and unfit values; its class is not public in
 # every release, but `BadParameter` derives from it in all of them.
 WrongWords = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc")
+"""What PyTorch and the engines say in a `RuntimeError` when the system gives them no memory."""
 
 EXTRAS = {
     "compile": ("torch", "diffusers", "transformers", "accelerate", "onnx", "onnx_ir", "onnxscript", "scipy"),
@@ -34,8 +41,26 @@ def failure(error: BaseException) -> tuple[list[str], int]:
     missing = missing_extra(error)
     if missing is not None:
         return [f"error: this command {missing}"], USAGE
+    machine = _of_the_machine(error)
+    if machine is not None:
+        return [f"error: {machine}"], FAILED
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     return [f"error: {type(error).__name__}: {text}", "Run again with --debug to see where."], FAILED
+
+
+def _of_the_machine(error: BaseException) -> str | None:
+    """What the system refused: memory, room on the disk, or a file; None for an error of another kind."""
+    if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+        what = f" ({error})" if isinstance(error, MemoryError) and str(error) else ""
+        return (
+            f"memory: expected enough of it for this request; there is none left{what}. Ask for fewer samples at once."
+        )
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    place = "this command" if error.filename is None else os.fsdecode(error.filename)
+    if error.errno in FULL_DISK:
+        return f"{place}: expected room to write; the disk is full. Free some space and run the same command again."
+    return f"{place}: expected a file or folder that can be used; received: {error.strerror}. Check its place and its mode."
 
 
 def missing_extra(error: BaseException) -> str | None:

@@ -99,6 +99,8 @@ def _named(operation: Pass[Any], what: str = "") -> Iterator[None]:
         if not what:
             raise
         raise StepfoldError(f"pass {operation.name}: {what}{error}") from error
+    except (MemoryError, OSError):
+        raise  # the machine's, not the pass's: no memory, a full disk, a file that may not be read
     except Exception as error:
         first = (str(error).strip().splitlines() or ["no message"])[0]
         raise StepfoldError(

@@ -107,6 +107,24 @@ def test_wrong_words(stepfold, words: tuple[str, ...], message: str) -> None:
         (KeyboardInterrupt(), 1, "interrupted; nothing was written."),
         (ValueError("first\nsecond"), 1, "ValueError: first"),
         (AssertionError(), 1, "AssertionError: no message"),
+        (
+            MemoryError("3 TiB"),
+            1,
+            (
+                "memory: expected enough of it for this request; there is none left (3 TiB). Ask for "
+                "fewer samples at once."
+            ),
+        ),
+        (
+            OSError(28, "No space left on device", "out/x"),
+            1,
+            "out/x: expected room to write; the disk is full. Free some space and run the same command again.",
+        ),
+        (
+            PermissionError(13, "Permission denied", "x"),
+            1,
+            "x: expected a file or folder that can be used; received: Permission denied. Check its place and its mode.",
+        ),
     ],
 )
 def test_errors_become_one_line(stepfold, monkeypatch, error: BaseException, code: int, message: str) -> None:

@@ -217,6 +217,16 @@ def test_a_program_that_does_not_run_is_caught(program: Program) -> None:
     program.step.graph.get_submodule("body").weight = before["body.weight"]  # copies share modules
 
 
+@pytest.mark.parametrize("error", [MemoryError("no room"), OSError(28, "No space left on device", "step.onnx")])
+def test_an_error_of_the_machine_is_no_defect_of_the_pass(program: Program, error: Exception) -> None:
+    def crash(p: Program, context: Context) -> PassResult:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        run(program, FakePass(crash))
+    assert caught.value is error
+
+
 def test_an_error_inside_a_pass_names_the_pass(program: Program) -> None:
     def crash(p: Program, context: Context) -> PassResult:
         raise KeyError("first\nsecond")
