@@ -29,9 +29,9 @@ ReferenceCheckpoint = Annotated[
 
 
 def check_min_psnr(value: float | None) -> None:
-    """Raise UsageError unless a budget is a positive number of decibels."""
-    if value is not None and not (math.isfinite(value) and value > 0):
-        raise UsageError(f"--min-psnr: expected a number of decibels above 0; received {value:g}.")
+    """Raise UsageError unless a budget is a number of decibels."""
+    if value is not None and not (math.isfinite(value) and value >= 0):
+        raise UsageError(f"--min-psnr: expected a number of decibels, 0 or more; received {value:g}.")
 
 
 def is_bundle(path: Path) -> bool:

@@ -27,7 +27,7 @@ class ScheduleOptions(Options):
     """
 
     evaluations: int | Literal["auto"] = "auto"
-    min_psnr: float | None = Field(default=40.0, gt=0)
+    min_psnr: float | None = Field(default=40.0, ge=0, allow_inf_nan=False)
     samples: int = Field(default=40, ge=4)
     search_samples: int = Field(default=16, ge=2)
     validation: int = Field(default=MINIMUM_VALIDATION, ge=MINIMUM_VALIDATION)

@@ -12,7 +12,7 @@ from ..base import Context
 from .fit import Plan
 from .options import ScheduleOptions
 from .positions import WARPS, Positions, moved, warped, without_one
-from .trials import POLISHED, Candidate, Trials
+from .trials import POLISHED, Candidate, Trials, choice
 
 KEPT_WARPS = 4
 """How many warps the first comparison of all of them leaves for other numbers of evaluations."""
@@ -53,7 +53,8 @@ class ScheduleSearch:
         self.trials = Trials(options, program, bound, context, scale)
         self._options, self._context, self._scale = options, context, scale
         self._calls = program.recurrence.calls
-        self._budget = None if options.evaluations != "auto" else context.min_psnr or options.min_psnr
+        of_recipe = options.min_psnr if options.evaluations == "auto" else None
+        self._budget = of_recipe if context.min_psnr is None else context.min_psnr
         self._refined: dict[int, Positions] = {}
         self._warps = WARPS
         context.progress("searching schedules", 0, 1)
@@ -66,12 +67,15 @@ class ScheduleSearch:
             UsageError: there is neither a budget nor a number of evaluations.
         """
         if self._options.evaluations != "auto":
-            return self._best(self._options.evaluations)
-        if self._budget is None:
+            best = self._best(self._options.evaluations)
+        elif self._budget is None:
             raise UsageError("schedule: evaluations `auto` needs a budget: set min_psnr or a number of evaluations.")
-        best = self._fewest(self._budget)
-        thinned = self._thinned(best, self._budget)
-        return self._best(best.table.evaluations) if thinned is None else thinned
+        else:
+            fewest = self._fewest(self._budget)
+            best = self._thinned(fewest, self._budget) or self._best(fewest.table.evaluations)
+        if self._budget is not None and not best.low >= self._budget:
+            raise self._missed(self._budget)
+        return best
 
     def refit(self, table: FoldedTable) -> tuple[Candidate, bool]:
         """Fit the updates of a table again where it evaluates; search only when the budget is missed then.
@@ -88,7 +92,7 @@ class ScheduleSearch:
         self.trials.unfitted(plan.positions)
         self.trials.measure(table, "as it was")
         as_cheap = [one for one in self.trials.tried if np.array_equal(one.table.guided, table.guided)]
-        best = max(as_cheap, key=lambda candidate: candidate.mean)
+        best = choice(as_cheap, self._budget)
         if self._budget is None or best.low >= self._budget:
             return best, False
         return self.run(), True
@@ -111,25 +115,32 @@ class ScheduleSearch:
             if best.low < budget:
                 raise self._missed(budget)
         while best.table.evaluations > 1:
-            candidate = self._best(best.table.evaluations - 1, budget)
+            candidate = self._best(best.table.evaluations - 1, sparing=True)
             if candidate.low < budget:
                 break
             best = candidate
-        return self._best(best.table.evaluations, budget)
+        return self._best(best.table.evaluations, sparing=True)
 
     def _missed(self, budget: float) -> GateError:
-        reached = max(self.trials.tried, key=lambda candidate: candidate.low)
+        reached = choice(self.trials.tried, budget)
+        wanted = self._options.evaluations
+        which = "no schedule" if wanted == "auto" else f"no schedule of {wanted} evaluations"
         return GateError(
-            f"schedule: no schedule reaches {budget:g} dB; the best was {reached.low:.2f} dB (lower 95 % bound of "
+            f"schedule: {which} reaches {budget:g} dB; the best was {reached.low:.2f} dB (lower 95 % bound of "
             f"the mean over {self._options.validation} validation samples) with {reached.table.evaluations} of "
-            f"{self._calls} evaluations. Lower min_psnr, or use a recipe of higher precision."
+            f"{self._calls} evaluations. Lower min_psnr, {'' if wanted == 'auto' else 'allow more evaluations, '}or use "
+            "a recipe of higher precision."
         )
 
-    def _best(self, evaluations: int, budget: float | None = None) -> Candidate:
-        """The best table with so many evaluations on the validation samples.
+    def _best(self, evaluations: int, sparing: bool = False) -> Candidate:
+        """The table to take of those with so many evaluations and both branches in each.
 
         Refined positions are fitted and polished; what was tried with so many before, and the unfitted folds, stand
-        beside them. With a budget, the polish is left out where it is met without or is too far away.
+        beside them.
+
+        Args:
+            evaluations: number of evaluations.
+            sparing: leave the polish out where the budget is met without it or is too far away.
         """
         coarse = self._best_warp(evaluations)
         even = warped(self._calls, evaluations, 1.0, 1.0)
@@ -139,13 +150,14 @@ class ScheduleSearch:
         plans = [Plan(positions) for positions in dict.fromkeys((self._refined[evaluations], coarse))]
         fits = {plan: self.trials.fitted(plan) for plan in plans}
         best = max(fits.values(), key=lambda candidate: candidate.mean)
-        if budget is None or 0 < budget - best.low < POLISH_REACH:
+        missing = np.inf if self._budget is None else self._budget - choice(fits.values(), self._budget).low
+        if not sparing or 0 < missing < POLISH_REACH:
             for plan, fit in fits.items():
                 if fit.mean > best.mean - RIVAL_DB:
                     self.trials.polished(plan)
         self.trials.unfitted(even)
-        same = [candidate for candidate in self.trials.tried if candidate.table.evaluations == evaluations]
-        return max(same, key=lambda candidate: candidate.mean)
+        same = [one for one in self.trials.tried if one.table.evaluations == evaluations and not one.thinned]
+        return choice(same, self._budget)
 
     def _thinned(self, best: Candidate, budget: float) -> Candidate | None:
         """The table without the unconditional branch at as many evaluations as the budget allows, if at any.
@@ -160,8 +172,7 @@ class ScheduleSearch:
         for plan in reversed(self._sparser(positions, self._score(positions) - spare)):
             fit = self.trials.fitted(plan)
             if fit.low >= budget:
-                polished = self.trials.polished(plan)
-                return polished if polished.low >= budget else fit
+                return choice([fit, self.trials.polished(plan)], budget)
         return None
 
     def _sparser(self, positions: Positions, least: float) -> list[Plan]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,11 @@ class Candidate:
     low: float
     calibration: float
 
+    @property
+    def thinned(self) -> bool:
+        """Whether some evaluations run both guidance branches and others one."""
+        return bool(self.table.guided.any() and not self.table.guided.all())
+
     def row(self) -> dict[str, Any]:
         """For the record."""
         return {
@@ -48,6 +54,16 @@ class Candidate:
             "validation_low_db": round(self.low, 3),
             "calibration_psnr_db": round(self.calibration, 3),
         }
+
+
+def choice(candidates: Iterable[Candidate], budget: float | None) -> Candidate:
+    """The best mean of those that meet the budget; where none meets it, the one that comes nearest.
+
+    A budget is met by the lower bound of the mean, so the candidate with the best mean may be one that misses it.
+    """
+    listed = list(candidates)
+    met = [one for one in listed if budget is None or one.low >= budget]
+    return max(met, key=lambda one: one.mean) if met else max(listed, key=lambda one: one.low)
 
 
 class Trials:
@@ -75,7 +91,7 @@ class Trials:
         self._full = Fitter(bound, program.loop, self.recurrence, scale, self._data)
         self._terms = Terms(options.outputs, options.directions if scale else 0)
         self._fits: dict[Plan, tuple[Fit, Candidate]] = {}
-        self._polished: set[Plan] = set()
+        self._polished: dict[Plan, Candidate] = {}
         self._model: Trace | None = None
 
     def score(self, plan: Plan) -> float:
@@ -102,18 +118,17 @@ class Trials:
         return self._fits[plan][1]
 
     def polished(self, plan: Plan) -> Candidate:
-        """The better of a fit and its polish."""
-        candidate = self.fitted(plan)
-        if len(plan.positions) <= POLISHED and plan not in self._polished:
-            self._polished.add(plan)
+        """The polish of a fit; the fit itself where it is too long for one, or where no step improves it."""
+        if plan not in self._polished:
+            candidate = self.fitted(plan)
             fit, _ = self._fits[plan]
-            task = f"polishing {len(plan.positions)} evaluations"
-            better = polish(self._full, fit, self._terms, lambda done, total: self._context.progress(task, done, total))
-            if better is not fit:
-                polished = self.measure(better.table, "polished", self._calibration(better))
-                candidate = max(candidate, polished, key=lambda one: one.mean)
-                self._fits[plan] = fit, candidate
-        return candidate
+            if len(plan.positions) <= POLISHED:
+                task = f"polishing {len(plan.positions)} evaluations"
+                better = polish(self._full, fit, self._terms, lambda done, n: self._context.progress(task, done, n))
+                if better is not fit:
+                    candidate = self.measure(better.table, "polished", self._calibration(better))
+            self._polished[plan] = candidate
+        return self._polished[plan]
 
     def unfitted(self, positions: Positions) -> None:
         """Measure the sampler's own updates between these positions."""

@@ -16,10 +16,12 @@ from searching import QUICK, STEPS, program_of, quality, refit, search, tables
 
 from stepfold.loop.errors import GateError, UsageError
 from stepfold.loop.metrics import lower_bound
-from stepfold.loop.table import fold
+from stepfold.loop.table import FoldedTable, fold
+from stepfold.passes.base import PassResult
 from stepfold.passes.schedule.fit import Fitter
 from stepfold.passes.schedule.options import ScheduleOptions
 from stepfold.passes.schedule.schedule import SearchSchedule
+from stepfold.passes.schedule.trials import Candidate, Trials
 
 # -- a budget
 
@@ -80,6 +82,38 @@ def test_a_budget_of_the_user_wins_over_the_recipes(cache: Path) -> None:
     assert table.evaluations == next(iter(tables(search(cache, min_psnr=25.0)).values())).evaluations
 
 
+def spread_polish(monkeypatch: pytest.MonkeyPatch, budget: float) -> None:
+    """Polished tables have the better mean, and a lower bound that misses the budget."""
+    measure = Trials.measure
+
+    def spread(self: Trials, table: FoldedTable, origin: str, calibration: float = float("nan")) -> Candidate:
+        found = measure(self, table, origin, calibration)
+        return found if origin != "polished" else widened(self, found)
+
+    def widened(trials: Trials, found: Candidate) -> Candidate:
+        wide = replace(found, mean=found.mean + 5, low=budget - 0.1)
+        trials.tried[trials.tried.index(found)] = wide
+        return wide
+
+    monkeypatch.setattr(Trials, "measure", spread)
+
+
+def test_a_better_mean_that_misses_the_budget_is_not_taken(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (before,) = tables(search(cache, min_psnr=46.0)).values()
+    spread_polish(monkeypatch, 46.0)
+    chosen = search(cache, scale=None, min_psnr=46.0).details["None"]["chosen"]
+    assert chosen["validation_low_db"] >= 46.0 and chosen["origin"] != "polished"
+    again, searched = refit(cache, before, Counter(), min_psnr=46.0)
+    assert again.low >= 46.0 and again.origin != "polished" and not searched
+
+
+def test_a_budget_of_zero_is_a_budget(cache: Path) -> None:
+    program = program_of()
+    context = analytic_context(program, cache, min_psnr=0.0)
+    result = SearchSchedule(ScheduleOptions.model_validate({**QUICK, "min_psnr": 60.0})).run(program, context)
+    assert next(iter(tables(result).values())).evaluations == 1
+
+
 def test_auto_needs_a_budget(cache: Path) -> None:
     with pytest.raises(UsageError, match="evaluations `auto` needs a budget: set min_psnr or a number of evaluations"):
         search(cache, min_psnr=None)
@@ -96,6 +130,19 @@ def test_a_fixed_number_of_evaluations(cache: Path, evaluations: int) -> None:
     assert table.evaluations == evaluations
     assert result.details["2.0"]["chosen"]["evaluations"] == evaluations
     assert result.changed == 1
+
+
+def test_a_budget_of_the_user_holds_for_a_number_too(cache: Path) -> None:
+    """The recipe's budget is reported then; the user's is met, or the command fails."""
+    program = program_of()
+
+    def of(budget: float) -> PassResult:
+        options = ScheduleOptions.model_validate({**QUICK, "evaluations": 5})
+        return SearchSchedule(options).run(program, analytic_context(program, cache, min_psnr=budget))
+
+    assert of(25.0).details["2.0"]["chosen"]["validation_low_db"] >= 25.0
+    with pytest.raises(GateError, match=r"no schedule of 5 evaluations reaches 90 dB; .* allow more evaluations"):
+        of(90.0)
 
 
 @pytest.mark.parametrize("evaluations", [0, 13, -1])
