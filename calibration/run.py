@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..ir.program import Program
+from ..loop.errors import StepfoldError
 from .collect import OnEvaluation, collect_shard
 from .document import StoreDocument, is_finished, read_document
 from .key import key_of, run_parts
@@ -137,8 +142,13 @@ def collected(
     """
     settings = Settings(samples=samples, seed=seed) if gram else Settings(samples=samples, seed=seed, gram_width=0)
     prepared = prepare(program, settings)
-    folder = cache / f"calibration-{prepared.document.key[:24]}"
-    outcome = calibrate(prepared, folder, progress, wait=True)
+    with ExitStack() as stack:
+        folder = _usable(cache / f"calibration-{prepared.document.key[:24]}", prepared.document)
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stepfold-")))
+        outcome = calibrate(prepared, folder, progress, wait=True)
+        calibration = open_finished(folder)
+        weakref.finalize(calibration, stack.pop_all().close)  # it reads its tensors when they are asked for
     reused = outcome.resumed == len(outcome.document.shards)
     logger.info(
         "no calibration store was given: %s over %d samples, %s",
@@ -146,4 +156,23 @@ def collected(
         prepared.plan.samples,
         folder,
     )
-    return open_finished(folder)
+    return calibration
+
+
+def _usable(folder: Path, document: StoreDocument) -> Path | None:
+    """The folder of a store in the cache; None, with a warning, where no store can be written there.
+
+    What lies there and is no store of this run is removed first: nothing in the cache is a user's own.
+    """
+    for last in (False, True):
+        try:
+            with writing_store(folder, document, wait=True):
+                return folder
+        except (StepfoldError, OSError) as error:
+            if last:
+                logger.warning("%s: the statistics cannot be kept and are not read from there: %s", folder, str(error))
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.is_file() or folder.is_symlink():
+            with suppress(OSError):
+                folder.unlink()
+    return None

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..backends import registry
+from ..bundle.cache import Cache
 from ..bundle.manifest import Manifest
 from ..bundle.writer import check_out, writing
 from ..loop.errors import UsageError
-from .artifacts import ArtifactCache
 from .quality import check_budget, measure, quality_of_pass
 from .workshop import Workshop, workshop
 
@@ -46,9 +46,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("STEPFOLD_CACHE") or default)
 
 
-def compiled_stages() -> ArtifactCache:
+def compiled_stages() -> Cache:
     """The stages that earlier builds compiled."""
-    return ArtifactCache(cache_folder() / "stages")
+    return Cache(cache_folder() / "stages", "compiled stage")
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import JsonValue
 
 from ..backends.registry import Backend, get
+from ..bundle.cache import Cache, key_of
 from ..loop.errors import UsageError
 from ..loop.ports import BoundProgram, StageCallable
-from .artifacts import ArtifactCache, key_of
 
 if TYPE_CHECKING:
     from ..ir.program import Program, Stage
@@ -41,7 +41,7 @@ class Workshop:
     backend: Backend
     folder: Path
     runs: bool = True
-    cache: ArtifactCache | None = None
+    cache: Cache | None = None
     _built: dict[int, _Built] = field(default_factory=dict)
     _keys: set[str] = field(default_factory=set)  # of stages that were compiled here
 
@@ -102,9 +102,7 @@ class Workshop:
 
 
 @contextmanager
-def workshop(
-    backend: str, options: Mapping[str, Any] | None = None, cache: ArtifactCache | None = None
-) -> Iterator[Workshop]:
+def workshop(backend: str, options: Mapping[str, Any] | None = None, cache: Cache | None = None) -> Iterator[Workshop]:
     """A workshop in a temporary folder.
 
     Args:

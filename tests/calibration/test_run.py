@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from calibrated import CALLS, Network, calibrated, content, network_program, silent, standard
 
@@ -95,6 +97,42 @@ def test_the_cache_tells_runs_apart(tmp_path: Path) -> None:
         collected(other, 0, tmp_path, silent, samples=1).path,
     }
     assert len(folders) == 5
+
+
+def _in_a_file(cache: Path, store: Path) -> None:
+    shutil.rmtree(cache)
+    cache.write_text("no folder")
+
+
+def _a_file(cache: Path, store: Path) -> None:
+    shutil.rmtree(store)
+    store.write_text("no store")
+
+
+def _another_folder(cache: Path, store: Path) -> None:
+    (store / "store.json").rename(store / "notes.json")
+
+
+def _damaged(cache: Path, store: Path) -> None:
+    (store / "store.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    "spoil, kept", [(_in_a_file, False), (_a_file, True), (_another_folder, True), (_damaged, True)]
+)
+def test_a_cache_that_cannot_be_used_ends_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, spoil: Any, kept: bool
+) -> None:
+    cache = tmp_path / "cache"
+    expected = collected(standard(), 0, cache, silent, samples=1)
+    grams = expected.site("second").gram(0)
+    spoil(cache, expected.path)
+    again = collected(standard(), 0, cache, silent, samples=1)
+    np.testing.assert_array_equal(again.site("second").gram(0), grams)
+    folder = again.path
+    del again  # nobody reads its tensors any more
+    assert (folder == expected.path) == folder.exists() == kept
+    assert kept == ("the statistics cannot be kept" not in caplog.text)
 
 
 def test_without_gram_matrices(tmp_path: Path) -> None:

@@ -24,10 +24,10 @@ import stepfold
 from stepfold.backends import identity
 from stepfold.backends.capability import Capability
 from stepfold.backends.registry import Backend
+from stepfold.bundle.cache import Cache
 from stepfold.bundle.verify import verify
 from stepfold.ir.program import Program, Stage, attribute
 from stepfold.loop.options import Options
-from stepfold.runtime.artifacts import ArtifactCache
 from stepfold.runtime.compiler import Job, compiled_stages, optimize
 from stepfold.runtime.engine import open_stage
 from stepfold.runtime.workshop import Workshop
@@ -82,9 +82,9 @@ def program() -> Program:
 @pytest.fixture
 def build(tmp_path: Path) -> Callable[..., dict[str, bool]]:
     """Build the stages of a program in a new workshop; which of them were reused."""
-    cache = ArtifactCache(tmp_path / "stages")
+    cache = Cache(tmp_path / "stages", "compiled stage")
 
-    def run(program: Program, backend: Backend = FAKE, cache: ArtifactCache | None = cache) -> dict[str, bool]:
+    def run(program: Program, backend: Backend = FAKE, cache: Cache | None = cache) -> dict[str, bool]:
         folder = tmp_path / f"shop_{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         shop = Workshop(backend, folder, False, cache)
@@ -205,7 +205,7 @@ def test_two_equal_stages_of_one_build_are_no_reuse(tmp_path: Path, program: Pro
     """The second is taken from the cache, where this build put it."""
     FAKE.built.clear()
     (tmp_path / "shop").mkdir()
-    shop = Workshop(FAKE, tmp_path / "shop", False, ArtifactCache(tmp_path / "stages"))
+    shop = Workshop(FAKE, tmp_path / "shop", False, Cache(tmp_path / "stages", "compiled stage"))
     twin = replace(program.step, graph=deepcopy(program.step.graph))
     for stage in (program.step, twin):
         shop.build(stage)
@@ -287,7 +287,7 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
     for process in processes:
         _, errors = process.communicate()
         assert process.returncode == 0, errors
-        assert "compiled again" not in errors
+        assert "made again" not in errors
     for out in outs:
         assert verify(out, open_stage) == ([], [])
     files = [json.loads((out / "manifest.json").read_text())["files"] for out in outs]
