@@ -18,6 +18,7 @@ from ..loop.spec import ComponentFile, LoopSpec, read_loop
 from .calling import flatten
 from .capture import capture
 from .examples import TEXT_ENCODERS, example_kwargs, read_tensors, unknown_inputs
+from .foreign import require_method, require_own_code, require_plain
 from .identity import weights_hash
 from .surroundings import Surroundings
 from .surroundings.ends import CapturedEnds, capture_ends
@@ -108,12 +109,13 @@ def load_checkpoint(path: Path, *, loop: Path | None = None, inputs: Path | None
     class_name, library = class_of(path, config)
     description = _description(path, loop)
     cls = model_class(class_name, library)
+    component = description if isinstance(description, ComponentFile) else None
+    method = component.component.method if component else "forward"
+    require_method(cls, library, method)
     tensors = read_tensors(inputs or path / INPUTS_FILE) if inputs or (path / INPUTS_FILE).is_file() else {}
     if description is None:
         _require_component(path, cls, library, tensors)
     model = read_model(path, class_name, library, find_weights(path))
-    component = description if isinstance(description, ComponentFile) else None
-    method = _method(model, component)
     return Checkpoint(
         path=path,
         class_name=class_name,
@@ -130,7 +132,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The content of `config.json`.
 
     Raises:
-        UsageError: it is missing, is not a JSON object, or asks for quantized weights.
+        UsageError: it is missing, is not a JSON object, or asks for quantized weights or code from elsewhere.
     """
     path = folder / CONFIG_FILE
     try:
@@ -146,6 +148,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: expected a JSON object; received {type(config).__name__}.")
     if config.get("quantization_config"):
         raise UsageError(f"{path}: the weights are quantized; expected fp32, fp16 or bf16 weights.")
+    require_own_code(path, config)
     return config
 
 
@@ -191,7 +194,9 @@ def loop_lines(cls: Any) -> str:
 
 def _description(path: Path, loop: Path | None) -> LoopSpec | ComponentFile | None:
     file = loop or path / LOOP_FILE
-    return read_loop(file) if loop is not None or file.is_file() else None
+    description = read_loop(file) if loop is not None or file.is_file() else None
+    require_plain(description)
+    return description
 
 
 def _require_component(path: Path, cls: type, library: str, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -207,12 +212,3 @@ def _require_component(path: Path, cls: type, library: str, tensors: Mapping[str
         "FILE.safetensors, with a row for each example.",
         path,
     )
-
-
-def _method(model: torch.nn.Module, component: ComponentFile | None) -> str:
-    method = component.component.method if component else "forward"
-    if not callable(getattr(model, method, None)) or method.startswith("_"):
-        raise UsageError(
-            f"component.method: {type(model).__name__} has no method {method!r}; expected forward or decode."
-        )
-    return method

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ..loop.errors import UsageError, nearest
 from .examples import BATCH, read_tensors
 from .identity import weights_hash
 from .load import (
+    CONFIG_FILE,
     INPUTS_FILE,
     LOOP_FILE,
     PIPELINE_FILE,
@@ -35,6 +37,8 @@ logger = logging.getLogger(__name__)
 DENOISERS = ("transformer", "unet")
 LIBRARIES = ("diffusers", "transformers")
 PROMPTS = ["a photo of a cat", "a drawing of a tree"]
+CHOOSES_CODE = re.compile("Auto[A-Z]")
+"""Classes of transformers and diffusers that take the class to load, and its code, from the folder (`AutoTokenizer`)."""
 KNOWN_ARGUMENTS: Mapping[str, Any] = {"prompt": PROMPTS, "class_labels": [0, 1]}
 
 
@@ -64,6 +68,9 @@ def load_pipeline(path: Path, *, loop: Path | None = None, inputs: Path | None =
     if loop is not None or file.is_file():
         return load_checkpoint(path / role, loop=file, inputs=inputs)
     _refuse_pickles(path, components)
+    for name, class_name in components.items():
+        if class_name and (path / name / CONFIG_FILE).is_file():
+            read_config(path / name)  # refuses what asks for code
     config = read_config(path / role)
     class_name, library = class_of(path / role, config)
     denoiser = read_model(path / role, class_name, library, find_weights(path / role))
@@ -110,7 +117,8 @@ def _components(path: Path) -> dict[str, Any]:
         if name.startswith("_") or not (isinstance(value, list) and len(value) == 2):
             continue
         library, class_name = value
-        if class_name is not None and library not in LIBRARIES and not _is_pipeline_module(library):
+        foreign = library not in LIBRARIES and not _is_pipeline_module(library)
+        if class_name is not None and (foreign or CHOOSES_CODE.match(str(class_name))):
             raise UsageError(
                 f"{file}: component {name!r} is {library}.{class_name}; only classes of diffusers and transformers are "
                 "loaded, no code from a checkpoint is run."

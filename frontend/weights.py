@@ -148,6 +148,8 @@ def read_model(folder: Path, class_name: str, library: str, files: WeightFiles) 
         options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
     try:
         with _without_progress_bars(library):
+            if library == "transformers":
+                options["config"] = _plain_config(cls, folder)
             model, report = cls.from_pretrained(str(folder), **options)
     except LOADING_ERRORS as error:
         _compare(folder, cls, library, files)
@@ -158,6 +160,16 @@ def read_model(folder: Path, class_name: str, library: str, files: WeightFiles) 
     mismatched = [item[0] for item in report["mismatched_keys"]]
     _require_fit(folder, class_name, report["missing_keys"], report["unexpected_keys"], mismatched)
     return model.eval().requires_grad_(False)
+
+
+def _plain_config(cls: Any, folder: Path) -> Any:
+    """The configuration of a transformers model, with attention as its class prefers it and not as a file says.
+
+    A file may name kernels there, which transformers would download and run.
+    """
+    config = cls.config_class.from_pretrained(str(folder), local_files_only=True)
+    config._attn_implementation = None
+    return config
 
 
 @contextmanager

@@ -111,7 +111,33 @@ BAD: dict[str, tuple[Edit, str]] = {
     ),
     "component_method": (
         lambda f: (f / "loop.yaml").write_text("component: {method: decode}"),
-        "DiTTransformer2DModel has no method 'decode'",
+        "component.method: expected one of forward of DiTTransformer2DModel; received 'decode'",
+    ),
+    "kernels_from_elsewhere": (
+        lambda f: edit_config(f, attn_implementation="someone/kernel"),
+        "config.json: attn_implementation: expected eager or sdpa; received 'someone/kernel', which names code",
+    ),
+    "kernels_of_a_part": (
+        lambda f: edit_config(f, vision_config={"_attn_implementation": {"": "someone/kernel"}}),
+        "config.json: _attn_implementation: expected eager or sdpa; received",
+    ),
+    "constant_that_runs_code": (
+        lambda f: edit_loop(f, constants={"trust_remote_code": True}),
+        "constants.trust_remote_code: expected an argument .*; received one that names code or a file",
+    ),
+    "constant_with_a_path": (
+        lambda f: edit_loop(f, constants={"more": {"kind": ["word", "../evil"]}}),
+        "constants.more.kind: expected a number, a switch or a word; received '../evil'",
+    ),
+    "constant_with_a_file": (
+        lambda f: edit_loop(f, constants={"kind": "evil.py"}),
+        "constants.kind: expected a number, a switch or a word; received 'evil.py'",
+    ),
+    "input_that_names_code": (
+        lambda f: edit_loop(
+            f, inputs={"hidden_states": "state", "timestep": "timestep", "x.custom_code": "constant"}, guidance=None
+        ),
+        "constants.x.custom_code: expected an argument that is a number",
     ),
     "foreign_input": (
         lambda f: save_file({"classlabels": torch.zeros(2)}, f / "inputs.safetensors"),

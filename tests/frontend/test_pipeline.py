@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 import zoo
+from folders import edit_config
 from safetensors.torch import save_file
 from zoo import ZooModel
 
@@ -227,6 +228,14 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "custom_code": (
         lambda f: edit_index(f, transformer=["my_model", "MyModel"]),
         "component 'transformer' is my_model.MyModel; .* no code from a checkpoint is run",
+    ),
+    "a_class_that_chooses_code": (
+        lambda f: edit_index(f, vae=["diffusers", "AutoModel"]),
+        "component 'vae' is diffusers.AutoModel; .* no code from a checkpoint is run",
+    ),
+    "kernels_from_elsewhere": (
+        lambda f: edit_config(f / "vae", attn_implementation="someone/kernel"),
+        "vae/config.json: attn_implementation: expected eager or sdpa",
     ),
     "no_denoiser": (
         lambda f: edit_index(f, transformer=[None, None]),
