@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
 
+from ..loop.array_files import read_arrays
 from ..loop.errors import BundleError, UsageError
+from ..loop.reading import Expected, read_json
 from ..loop.spec import describe
 from .files import AGAIN, MANIFEST, inside, problem
 from .manifest import FORMAT_VERSION, Manifest, stepfold_version
@@ -20,6 +22,8 @@ from .tables import TABLES, Tables
 
 Array = np.ndarray
 LARGEST_MANIFEST_BYTES = 64 << 20
+ARRAYS = Expected("a safetensors file", BundleError, AGAIN)
+MANIFEST_FILE = Expected("the JSON of a manifest", BundleError, AGAIN)
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,7 @@ class Bundle:
 
     def arrays(self, name: str) -> dict[str, Array]:
         """The arrays of a safetensors file of the bundle."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        try:
-            return load_file(self.file(name))
-        except (SafetensorError, OSError, KeyError, TypeError) as error:
-            raise BundleError(f"{self.path / name}: expected a safetensors file; {error}. {AGAIN}") from error
+        return read_arrays(self.file(name), ARRAYS)
 
     def tables(self) -> Tables:
         """Recurrence, fitted tables, timestep values and constants; empty for a component without any."""
@@ -125,18 +123,9 @@ def _around(manifest: Manifest) -> list[str]:
 
 
 def _json(path: Path) -> Any:
-    try:
-        if path.stat().st_size > LARGEST_MANIFEST_BYTES:
-            raise BundleError(f"{path}: expected at most {LARGEST_MANIFEST_BYTES} bytes. {AGAIN}")
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except FileNotFoundError:
-        raise BundleError(f"{path.parent}: expected a bundle; it has no {path.name}. {AGAIN}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{path}: expected JSON; {error}. {AGAIN}") from None
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"received the number {text}")
+    if not os.path.lexists(path):
+        raise BundleError(f"{path.parent}: expected a bundle; it has no {path.name}. {AGAIN}")
+    return read_json(path, MANIFEST_FILE, LARGEST_MANIFEST_BYTES)
 
 
 def _check_version(path: Path, data: Any) -> None:

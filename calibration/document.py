@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,6 +10,7 @@ from pydantic import Field, JsonValue, ValidationError
 from ..bundle.files import sha256_of
 from ..bundle.manifest import Count, FileEntry
 from ..loop.errors import StepfoldError, UsageError
+from ..loop.reading import Expected, read_json
 from ..loop.spec import Strict, describe
 
 FORMAT_VERSION = 1
@@ -19,10 +19,11 @@ STATISTICS = "statistics.safetensors"
 SHARDS = "shards"
 CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"
 LARGEST_DOCUMENT_BYTES = 64 << 20
+REPAIR_DOCUMENT = "Delete it and run `stepfold calibrate` again, which keeps the finished shards."
+DOCUMENT = Expected("the JSON of a calibration store", StepfoldError, f"It is damaged. {REPAIR_DOCUMENT}")
 STEADY = 1.5
 """Largest range over the median range up to which one static scale serves all timesteps."""
 REPAIR = "Delete it or run `stepfold calibrate` again, which makes it anew."
-REPAIR_DOCUMENT = "Delete it and run `stepfold calibrate` again, which keeps the finished shards."
 
 
 class Layer(Strict):
@@ -187,13 +188,7 @@ def damage(folder: Path, name: str, entry: FileEntry, *, content: bool = True) -
 
 
 def _json(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
-    if size > LARGEST_DOCUMENT_BYTES:
-        _damaged(path, f"expected at most {LARGEST_DOCUMENT_BYTES} bytes; received {size}")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        _damaged(path, f"expected JSON; {error}")
+    data = read_json(path, DOCUMENT, LARGEST_DOCUMENT_BYTES)
     if not isinstance(data, dict):
         _damaged(path, f"expected a JSON object; received {type(data).__name__}")
     return data

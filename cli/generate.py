@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
+from ..loop.array_files import read_npy
 from ..loop.classes import class_conditions
 from ..loop.errors import UsageError
 from ..loop.noise import noise as seeded_noise
+from ..loop.reading import Expected
 from ..loop.spec import LoopSpec
 from ..runtime.prompts import draw
 from .console import console, working
@@ -103,12 +105,7 @@ def read_noise(file: Path) -> Array:
     Raises:
         UsageError: there is no such file, or it holds no array of numbers.
     """
-    try:
-        return np.asarray(np.lib.format.open_memmap(file, mode="r"))  # refuses Python objects
-    except FileNotFoundError:
-        raise UsageError(f"--noise {file}: no such file.") from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--noise {file}: expected an array saved with numpy.save; {error}.") from None
+    return read_npy(file, Expected("an array saved with numpy.save, for --noise"))
 
 
 def _check_targets(out: Path | None, npy: Path | None) -> None:

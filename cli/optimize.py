@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.markup import escape
 
 from ..loop.errors import UsageError
+from ..loop.reading import Expected
+from ..loop.yaml_files import parse_yaml
 from .console import console, print_json, table, working
 from .options import Json, MinPsnr, check_min_psnr
 
+SETTING = Expected("a YAML value, as in 10 or [a, b]")
 REASONS = 3  # that are told of each pass
 STAGES = ("stage", "rate", "engine file", "bytes", "FLOPs")
 
@@ -79,10 +81,7 @@ def parse_setting(text: str) -> tuple[str, str, Any]:
     name, dot, option = address.partition(".")
     if not (equals and dot and name and option):
         raise UsageError(f"--set: expected NAME.OPTION=VALUE, as in schedule.evaluations=10; received {text!r}.")
-    try:
-        return name, option, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UsageError(f"--set {address}: expected a YAML value, as in 10 or [a, b]; received {value!r}.") from None
+    return name, option, parse_yaml(value, f"--set {address}", SETTING)[0]
 
 
 def print_summary(document: Mapping[str, Any]) -> None:

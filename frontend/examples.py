@@ -9,9 +9,13 @@ from typing import Any
 
 import torch
 
+from ..loop.array_files import tensor_entries
 from ..loop.errors import UsageError, nearest
+from ..loop.reading import Expected
 from ..loop.spec import ComponentFile, InputSpec, LoopSpec
 
+EXAMPLES = Expected("a safetensors file of example inputs")
+DTYPES = ("F32", "F16", "BF16", "F64", "I64", "I32", "I16", "I8", "U8", "BOOL")
 BATCH = 2
 TIMESTEP = 500.0  # in scheduler units, the middle of the usual 1000
 
@@ -75,15 +79,14 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         UsageError: the file is missing or is no safetensors file.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file of example inputs.") from None
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path}: not a safetensors file of example inputs: {error}") from None
+    for name, entry in tensor_entries(path, EXAMPLES).items():
+        if entry.dtype not in DTYPES:
+            raise UsageError(
+                f"{path}: example input {name!r}: expected one of {', '.join(DTYPES)}; received {entry.dtype}."
+            )
+    return load_file(path)
 
 
 def put(values: dict[str, Any], name: str, value: Any) -> None:

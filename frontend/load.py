@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ import torch
 
 from ..ir.program import ModelIdentity, Program
 from ..loop.errors import UsageError
+from ..loop.reading import Expected, read_json
 from ..loop.spec import ComponentFile, LoopSpec, read_loop
 from .calling import flatten
 from .capture import capture
@@ -30,6 +30,11 @@ CONFIG_FILE = "config.json"
 LOOP_FILE = "loop.yaml"
 INPUTS_FILE = "inputs.safetensors"
 PIPELINE_FILE = "model_index.json"
+LARGEST_CONFIG_BYTES = 16 << 20
+CONFIG = Expected(
+    "the JSON of a model",
+    hint=f"A checkpoint is a diffusers or transformers folder with {CONFIG_FILE}, or a pipeline with {PIPELINE_FILE}.",
+)
 
 
 @dataclass(frozen=True)
@@ -135,15 +140,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         UsageError: it is missing, is not a JSON object, or asks for quantized weights or code from elsewhere.
     """
     path = folder / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UsageError(
-            f"{folder}: no {CONFIG_FILE}; expected a diffusers or transformers folder, or a pipeline with "
-            f"{PIPELINE_FILE}."
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not a JSON file: {error}") from None
+    config = read_json(path, CONFIG, LARGEST_CONFIG_BYTES, strict=False)
     if not isinstance(config, dict):
         raise UsageError(f"{path}: expected a JSON object; received {type(config).__name__}.")
     if config.get("quantization_config"):

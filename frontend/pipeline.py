@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -13,11 +12,13 @@ from typing import Any
 import torch
 
 from ..loop.errors import UsageError, nearest
+from ..loop.reading import Expected, read_json
 from .examples import BATCH, read_tensors
 from .identity import weights_hash
 from .load import (
     CONFIG_FILE,
     INPUTS_FILE,
+    LARGEST_CONFIG_BYTES,
     LOOP_FILE,
     PIPELINE_FILE,
     Around,
@@ -57,7 +58,7 @@ def load_pipeline(path: Path, *, loop: Path | None = None, inputs: Path | None =
     Raises:
         UsageError: the folder is no pipeline with one denoiser, it cannot be run, or its loop does not fold.
     """
-    components = _components(path)
+    name, components = _index(path)
     role = next((name for name in DENOISERS if components.get(name)), None)
     if role is None or not components.get("scheduler"):
         raise UsageError(
@@ -74,7 +75,7 @@ def load_pipeline(path: Path, *, loop: Path | None = None, inputs: Path | None =
     config = read_config(path / role)
     class_name, library = class_of(path / role, config)
     denoiser = read_model(path / role, class_name, library, find_weights(path / role))
-    pipeline = _pipeline(path, components, role, denoiser)
+    pipeline = _pipeline(path, name, components, role, denoiser)
     given = read_tensors(inputs or path / INPUTS_FILE) if inputs or (path / INPUTS_FILE).is_file() else {}
     arguments = _arguments(path, pipeline, given)
     recorded = _record(path, pipeline, denoiser, arguments)
@@ -103,13 +104,10 @@ def _around(pipeline: Any, arguments: Mapping[str, Any]) -> Around | None:
     return Around(SURROUNDINGS[name](pipeline), arguments.get("prompt"))
 
 
-def _components(path: Path) -> dict[str, Any]:
-    """The components of `model_index.json` by name; a component that is left out is None."""
+def _index(path: Path) -> tuple[str, dict[str, str | None]]:
+    """The pipeline class of `model_index.json` and its components by name; one that is left out is None."""
     file = path / PIPELINE_FILE
-    try:
-        index = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: not a JSON file: {error}") from None
+    index = read_json(file, Expected("the JSON of a diffusers pipeline"), LARGEST_CONFIG_BYTES, strict=False)
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise UsageError(f"{file}: expected a JSON object with `_class_name`, a pipeline of diffusers.")
     found = {}
@@ -117,6 +115,8 @@ def _components(path: Path) -> dict[str, Any]:
         if name.startswith("_") or not (isinstance(value, list) and len(value) == 2):
             continue
         library, class_name = value
+        if not all(entry is None or isinstance(entry, str) for entry in value):
+            raise UsageError(f"{file}: component {name!r}: expected a library and a class; received {value!r:.80}.")
         foreign = library not in LIBRARIES and not _is_pipeline_module(library)
         if class_name is not None and (foreign or CHOOSES_CODE.match(str(class_name))):
             raise UsageError(
@@ -124,7 +124,7 @@ def _components(path: Path) -> dict[str, Any]:
                 "loaded, no code from a checkpoint is run."
             )
         found[name] = class_name
-    return found
+    return index["_class_name"], found
 
 
 def _is_pipeline_module(library: str) -> bool:
@@ -141,11 +141,10 @@ def _refuse_pickles(path: Path, components: Mapping[str, Any]) -> None:
             find_weights(folder)
 
 
-def _pipeline(path: Path, components: Mapping[str, Any], role: str, denoiser: torch.nn.Module) -> Any:
+def _pipeline(path: Path, name: str, components: Mapping[str, Any], role: str, denoiser: torch.nn.Module) -> Any:
     """The pipeline around an already loaded denoiser; components the folder leaves out are None."""
     import diffusers
 
-    name = json.loads((path / PIPELINE_FILE).read_text())["_class_name"]
     cls = getattr(diffusers, name, None) if name.isidentifier() else None
     if not (isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)):
         known = [entry for entry in dir(diffusers) if entry.endswith("Pipeline")]

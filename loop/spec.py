@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import UsageError
+from .reading import Expected
+from .yaml_files import read_yaml
 
+LOOP_FILE = Expected("a loop file, YAML")
 Role = Literal["state", "timestep", "condition", "constant"]
 
 
@@ -138,14 +140,7 @@ def read_loop(path: Path) -> LoopSpec | ComponentFile:
     Raises:
         UsageError: the file is missing, is not YAML, or does not describe a loop or a component.
     """
-    try:
-        data = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such loop file.") from None
-    except OSError as error:
-        raise UsageError(f"{path}: the loop file cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not a YAML file: {error}") from None
+    data, _ = read_yaml(path, LOOP_FILE)
     if not isinstance(data, dict):
         raise UsageError(f"{path}: expected a mapping with inputs, sampler and latent; received {type(data).__name__}.")
     if isinstance(data.get("component"), dict) and isinstance(data.get("inputs"), dict):

@@ -13,11 +13,14 @@ from pydantic import ValidationError
 
 from ..loop.errors import UsageError, nearest
 from ..loop.options import option_problem
+from ..loop.reading import Expected
+from ..loop.yaml_files import parse_yaml, read_yaml
 from .manager import Step
 from .registry import pass_named
 
 KEYS = ("name", "summary", "extends", "target", "passes")
 TARGET_KEYS = ("backend",)
+RECIPE = Expected("a recipe, YAML")
 
 
 @dataclass(frozen=True)
@@ -89,23 +92,15 @@ def _load(source: object, folder: Path, extending: tuple[str, ...]) -> Recipe:
         raise UsageError(f"recipe: expected a name or a file; received {source!r}.")
     name, path = str(source), folder / source
     if path.suffix in (".yaml", ".yml") or path.is_file():
-        text, place = _read(path), str(path)
+        place, content = str(path), read_yaml(path, RECIPE)
     elif name in shipped_recipes():
-        text, place = (_folder() / f"{name}.yaml").read_text(), f"{name}.yaml"
+        place = f"{name}.yaml"
+        content = parse_yaml((_folder() / place).read_text(), place, RECIPE)
     else:
         raise UsageError(f"recipe {name!r}: no such recipe or file; {nearest(name, shipped_recipes())}")
     if place in extending:
         raise UsageError(f"{place}: extends itself through {' and '.join(extending)}.")
-    return _build(_parse(text, place), path.parent, (*extending, place))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UsageError(f"recipe {path}: no such file.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"recipe {path}: expected a YAML file; {error}.") from None
+    return _build(_written(place, *content), path.parent, (*extending, place))
 
 
 def override(recipe: Recipe, settings: Sequence[tuple[str, str, Any]]) -> Recipe:
@@ -146,12 +141,8 @@ class _Written:
         return self.file if line is None else f"{self.file}, line {line}"
 
 
-def _parse(text: str, place: str) -> _Written:
-    try:
-        data, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{place}: not a YAML file: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
+def _written(place: str, data: Any, node: yaml.Node | None) -> _Written:
+    if not isinstance(data, dict) or node is None:
         raise UsageError(f"{place}: expected a mapping with `passes`; received {type(data).__name__}.")
     keys = {str(key.value): key.start_mark.line + 1 for key, _ in node.value}
     lists = [value.value for key, value in node.value if key.value == "passes" and isinstance(value, yaml.SequenceNode)]

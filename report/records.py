@@ -6,15 +6,17 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from ..loop.errors import UsageError
+from ..loop.reading import Expected, read_json
 from ..loop.spec import describe
 
 REPORT = "report.json"
 LARGEST_REPORT_BYTES = 64 << 20
+BENCH_REPORT = Expected("the JSON of `stepfold bench`", hint="Make it with `stepfold bench BUNDLE --out DIR`.")
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 Bytes = Annotated[int, Field(ge=0)]
 
@@ -123,14 +125,7 @@ def read_report(path: Path) -> Report:
         UsageError: there is none, or it is damaged, or it is another kind of file.
     """
     file = path / REPORT if path.is_dir() else path
-    try:
-        if file.stat().st_size > LARGEST_REPORT_BYTES:
-            raise UsageError(f"{file}: expected a report of at most {LARGEST_REPORT_BYTES} bytes.")
-        data = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except FileNotFoundError:
-        raise UsageError(f"{file}: no such report. Make one with `stepfold bench BUNDLE --out DIR`.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{file}: expected the JSON of `stepfold bench`; {error}.") from None
+    data = read_json(file, BENCH_REPORT, LARGEST_REPORT_BYTES)
     if not isinstance(data, dict) or "rows" not in data or "protocol" not in data:
         keys = sorted(data)[:6] if isinstance(data, dict) else type(data).__name__
         raise UsageError(
@@ -159,7 +154,3 @@ def write_report(report: Report, folder: Path) -> Path:
     path = folder / REPORT
     write_text(path, json.dumps(report.document(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return path
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"received the number {text}")

@@ -122,7 +122,7 @@ def test_a_manifest_that_is_no_manifest(bundle_folder: Path, text: str) -> None:
 
 def test_a_manifest_that_is_no_text(bundle_folder: Path) -> None:
     (bundle_folder / "manifest.json").write_bytes(b"\xff\xfe\x00")
-    assert "manifest.json: expected JSON" in refusal(bundle_folder)
+    assert "manifest.json: expected the JSON of a manifest" in refusal(bundle_folder)
 
 
 CHANGES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [

@@ -227,8 +227,8 @@ def test_a_damaged_shard_of_an_unfinished_store(store: Path, harm: Callable, mes
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "damaged: expected JSON"),
-        ('{"format_version"', "damaged: expected JSON"),
+        ("", "expected the JSON of a calibration store; received no usable JSON"),
+        ('{"format_version"', "expected the JSON of a calibration store; received no usable JSON"),
         ("[1]", "damaged: expected a JSON object; received list"),
         ('{"format_version": 1}', "damaged: key: Field required"),
     ],
@@ -244,7 +244,7 @@ def test_a_damaged_document(store: Path, whole: Path, text: str, message: str) -
 
 def test_a_huge_document(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stepfold.calibration.document.LARGEST_DOCUMENT_BYTES", 10)
-    with pytest.raises(StepfoldError, match="expected at most 10 bytes"):
+    with pytest.raises(StepfoldError, match="larger than the 10 bytes"):
         read_document(store)
 
 

@@ -42,11 +42,17 @@ PROJECTION = "proj_out_2.weight"
 BAD: dict[str, tuple[Edit, str]] = {
     "no_config": (
         lambda f: (f / "config.json").unlink(),
-        "no config.json; expected a diffusers or transformers folder",
+        "config.json: expected the JSON of a model; there is no such file. A checkpoint is a diffusers or transformers folder",
     ),
-    "config_not_json": (lambda f: (f / "config.json").write_text("{a"), "config.json: not a JSON file"),
+    "config_not_json": (
+        lambda f: (f / "config.json").write_text("{a"),
+        "config.json: expected the JSON of a model; received no usable JSON",
+    ),
     "config_a_list": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object; received list"),
-    "config_binary": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "not a JSON file"),
+    "config_binary": (
+        lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"),
+        "expected the JSON of a model; received bytes that are no UTF-8 text",
+    ),
     "no_class": (lambda f: edit_config(f, _class_name=None), "names no model class"),
     "class_misspelled": (
         lambda f: edit_config(f, _class_name="DiTTransformer2DModle"),
@@ -153,7 +159,7 @@ BAD: dict[str, tuple[Edit, str]] = {
     ),
     "inputs_damaged": (
         lambda f: (f / "inputs.safetensors").write_bytes(b"{}"),
-        "not a safetensors file of example inputs",
+        "expected a safetensors file of example inputs; it is damaged",
     ),
 }
 
@@ -172,5 +178,5 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 
 def test_missing_inputs_file(folder: Path) -> None:
-    with pytest.raises(UsageError, match="no such file of example inputs"):
+    with pytest.raises(UsageError, match="expected a safetensors file of example inputs; there is no such file"):
         load_checkpoint(folder, inputs=folder / "absent.safetensors")

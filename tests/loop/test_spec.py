@@ -94,22 +94,18 @@ def test_specs_are_frozen(tmp_path: Path) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"absent\.yaml: no such loop file\."):
+    with pytest.raises(UsageError, match=r"absent\.yaml: expected a loop file, YAML; there is no such file\."):
         read_loop(tmp_path / "absent.yaml")
 
 
 def test_folder_instead_of_a_file(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"the loop file cannot be read: Is a directory\."):
+    with pytest.raises(UsageError, match=r"expected a loop file, YAML; received a folder\."):
         read_loop(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"inputs: {a: [", b"\xff\xfe\x00a: b", b"a: !!python/object:os.system {}"])
-def test_not_yaml(tmp_path: Path, content: bytes) -> None:
-    """Tags that would build Python objects are not YAML here either."""
-    path = tmp_path / "loop.yaml"
-    path.write_bytes(content)
-    with pytest.raises(UsageError, match=r"loop\.yaml: not a YAML file: "):
-        read_loop(path)
+def test_not_yaml(tmp_path: Path) -> None:
+    """What YAML files may hold is tested with their reader."""
+    assert refusal(tmp_path, "inputs: {a: [").startswith(": expected a loop file, YAML; not a YAML text: ")
 
 
 @pytest.mark.parametrize(("text", "kind"), [("", "NoneType"), ("- 1", "list"), ("just words", "str")])

@@ -200,7 +200,7 @@ MISTAKES = {
     "nothing": ("name: a\n", ": a recipe needs at least one pass; received none."),
     "no mapping": ("- hoist\n", ": expected a mapping with `passes`; received list."),
     "no text": ("", ": expected a mapping with `passes`; received NoneType."),
-    "no YAML": ("passes: [hoist\n", ": not a YAML file: while parsing a flow sequence"),
+    "no YAML": ("passes: [hoist\n", ": expected a recipe, YAML; not a YAML text: while parsing a flow sequence"),
     "target": ("target: onnxruntime\npasses: [hoist]\n", ", line 1: expected `target` as a mapping such as {backend: onnxruntime}"),
     "target key": ("passes: [hoist]\ntarget:\n  bakend: x\n", ", line 2: unknown key 'bakend' of `target`; did you mean 'backend'?"),
     "target value": ("target: {backend: 3}\npasses: [hoist]\n", ", line 1: expected the name of a backend; received 3."),
@@ -222,14 +222,16 @@ def test_a_recipe_of_no_name_has_a_neighbour() -> None:
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    assert message(tmp_path / "none.yaml") == f"recipe {tmp_path / 'none.yaml'}: no such file."
+    assert (
+        message(tmp_path / "none.yaml") == f"{tmp_path / 'none.yaml'}: expected a recipe, YAML; there is no such file."
+    )
 
 
 def test_a_folder_and_bytes_are_no_recipe(tmp_path: Path) -> None:
     (tmp_path / "folder.yaml").mkdir()
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
     for name in ("folder.yaml", "bytes.yaml"):
-        assert message(tmp_path / name).startswith(f"recipe {tmp_path / name}: expected a YAML file; ")
+        assert message(tmp_path / name).startswith(f"{tmp_path / name}: expected a recipe, YAML; received ")
 
 
 def test_an_unknown_base_has_a_neighbour(write) -> None:

@@ -52,7 +52,7 @@ def test_keys_of_a_newer_stepfold_do_not_disturb(tmp_path: Path) -> None:
         ("{", "expected the JSON of `stepfold bench`"),
         ("[1, 2]", "with protocol, machine and rows; received list"),
         ('{"passes": [], "bundle": "b"}', "The report.json inside a bundle is that of `stepfold optimize`"),
-        (json.dumps(report(row("a", float("nan")))), "received the number NaN"),
+        (json.dumps(report(row("a", float("nan")))), "no usable JSON: the number NaN"),
         (json.dumps(report(row("a", 0.0))), "rows.0.latency_ms.median: Input should be greater than 0"),
         (json.dumps(report({"name": "a", "kind": "bundle"})), "rows.0.latency_ms: Field required"),
         (json.dumps(report(row("a", 1.0, kind="other"))), "rows.0.kind"),
@@ -69,7 +69,7 @@ def test_binary_and_missing_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "noise.npy").write_bytes(b"\x93NUMPY\xff\xfe")
     with pytest.raises(UsageError, match="expected the JSON"):
         read_report(tmp_path / "noise.npy")
-    with pytest.raises(UsageError, match=r"no such report\. Make one with `stepfold bench BUNDLE --out DIR`"):
+    with pytest.raises(UsageError, match=r"there is no such file\. Make it with `stepfold bench BUNDLE --out DIR`"):
         read_report(tmp_path / "nothing.json")
-    with pytest.raises(UsageError, match="no such report"):
+    with pytest.raises(UsageError, match="there is no such file"):
         read_report(tmp_path)
