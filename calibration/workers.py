@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,7 +63,6 @@ class Workers:
         if not missing:
             return
         require_ray()
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray  # pyright: ignore[reportMissingImports] (an extra)
 
         count = min(self.count, len(missing))

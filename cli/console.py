@@ -25,6 +25,7 @@ from rich.progress import (
 from rich.table import Table
 
 WIDTH = 160  # columns where the output is no terminal
+OFFLINE = {"HF_HUB_OFFLINE": "1"}  # no command downloads anything
 QUIET = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
@@ -110,16 +111,17 @@ def quiet_libraries(debug: bool) -> Iterator[None]:
     """Show stepfold's own warnings, and the messages of PyTorch, diffusers and others only to who debugs."""
     logger, root = logging.getLogger("stepfold"), logging.getLogger()
     lines, nothing = _Lines(), logging.NullHandler()
-    level, added = logger.level, {} if debug else {k: v for k, v in QUIET.items() if k not in os.environ}
+    wanted = OFFLINE if debug else OFFLINE | QUIET
+    level, added = logger.level, {name: value for name, value in wanted.items() if name not in os.environ}
     logger.addHandler(lines)
     try:
         with warnings.catch_warnings():
+            os.environ.update(added)
             if debug:
                 logger.setLevel(logging.INFO)
             else:
                 warnings.simplefilter("ignore")
                 root.addHandler(nothing)  # without any handler, Python prints the warnings of libraries
-                os.environ.update(added)
             yield
     finally:
         logger.removeHandler(lines)

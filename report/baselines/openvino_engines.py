@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,17 @@ CALIBRATION_SEED = [0, 50]  # a seed sequence, which no integer seed of a bench 
 OnProgress = Callable[[int, int], None]
 
 
+def without_telemetry() -> None:
+    """Let OpenVINO's converter and NNCF find no `openvino_telemetry`, which has no switch of its own.
+
+    Without it they report to nobody. Baselines are built in processes of their own, so no other code misses it.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
+
 def convert(source: Path, folder: Path) -> None:
     """Convert the exported ONNX model, weights kept in float32."""
+    without_telemetry()
     import openvino
 
     openvino.save_model(openvino.convert_model(source / ONNX_MODEL), folder / MODEL, compress_to_fp16=False)
@@ -45,6 +55,7 @@ def quantize(
         threads: of the engine that runs the calibration.
         on: called with (states recorded, states wanted).
     """
+    without_telemetry()
     import nncf
     import openvino
 

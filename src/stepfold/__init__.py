@@ -1,10 +1,12 @@
 """stepfold: a compiler for diffusion models and the denoising loop that calls them.
 
-Names load what they need when they are first used: `import stepfold` loads neither PyTorch nor an engine.
+Names load what they need when they are first used: `import stepfold` loads neither PyTorch nor an engine. It asks the
+libraries that it will load to report to nobody, unless the user's own environment says otherwise.
 """
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,13 @@ if TYPE_CHECKING:
     from .runtime.engine import load
 
     __version__: str
+
+for _name, _value in {
+    "ORT_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}.items():
+    os.environ.setdefault(_name, _value)  # read when a library is imported, here and in the processes that are started
 
 _MODULES = {
     "capture": ".frontend.capture",
