@@ -13,7 +13,7 @@ import torch
 
 from ..ir.program import ModelIdentity, Program
 from ..loop.errors import UsageError
-from ..loop.reading import Expected, read_json
+from ..loop.reading import read_json
 from ..loop.spec import ComponentFile, LoopSpec, read_loop
 from .calling import flatten
 from .capture import capture
@@ -22,7 +22,7 @@ from .foreign import require_method, require_own_code, require_plain
 from .identity import weights_hash
 from .surroundings import Surroundings
 from .surroundings.ends import CapturedEnds, capture_ends
-from .weights import find_weights, model_class, read_model
+from .weights import CONFIG, LARGEST_CONFIG_BYTES, find_weights, model_class, read_model
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +30,6 @@ CONFIG_FILE = "config.json"
 LOOP_FILE = "loop.yaml"
 INPUTS_FILE = "inputs.safetensors"
 PIPELINE_FILE = "model_index.json"
-LARGEST_CONFIG_BYTES = 16 << 20
-CONFIG = Expected(
-    "the JSON of a model",
-    hint=f"A checkpoint is a diffusers or transformers folder with {CONFIG_FILE}, or a pipeline with {PIPELINE_FILE}.",
-)
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ..loop.errors import UsageError, nearest
+from ..loop.errors import StepfoldError, UsageError, nearest
 from ..loop.reading import Expected, read_json
 from .examples import BATCH, read_tensors
 from .identity import weights_hash
 from .load import (
-    CONFIG_FILE,
     INPUTS_FILE,
     LARGEST_CONFIG_BYTES,
     LOOP_FILE,
@@ -31,12 +32,14 @@ from .load import (
 from .recorder import Recording, recording
 from .roles import infer
 from .surroundings import SURROUNDINGS
-from .weights import LOADING_ERRORS, PICKLES, find_weights, read_model
+from .weights import find_weights, first_line, read_model
 
 logger = logging.getLogger(__name__)
 
 DENOISERS = ("transformer", "unet")
 LIBRARIES = ("diffusers", "transformers")
+UNCOMPILED = ("safety_checker", "feature_extractor", "image_encoder")
+"""Components that neither the loop nor its ends read, so they need not load."""
 PROMPTS = ["a photo of a cat", "a drawing of a tree"]
 CHOOSES_CODE = re.compile("Auto[A-Z]")
 """Classes of transformers and diffusers that take the class to load, and its code, from the folder (`AutoTokenizer`)."""
@@ -68,18 +71,15 @@ def load_pipeline(path: Path, *, loop: Path | None = None, inputs: Path | None =
     file = loop or path / LOOP_FILE
     if loop is not None or file.is_file():
         return load_checkpoint(path / role, loop=file, inputs=inputs)
-    _refuse_pickles(path, components)
-    for name, class_name in components.items():
-        if class_name and (path / name / CONFIG_FILE).is_file():
-            read_config(path / name)  # refuses what asks for code
     config = read_config(path / role)
-    class_name, library = class_of(path / role, config)
-    denoiser = read_model(path / role, class_name, library, find_weights(path / role))
-    pipeline = _pipeline(path, name, components, role, denoiser)
+    class_name, _ = class_of(path / role, config)
+    parts = _parts(path, components)
+    denoiser = parts[role]
+    pipeline = _pipeline(path, name, parts, denoiser)
     given = read_tensors(inputs or path / INPUTS_FILE) if inputs or (path / INPUTS_FILE).is_file() else {}
     arguments = _arguments(path, pipeline, given)
     recorded = _record(path, pipeline, denoiser, arguments)
-    steps = _default(pipeline, "num_inference_steps", 50)
+    steps = int(arguments.get("num_inference_steps") or _default(pipeline, "num_inference_steps", 50))
     inferred = infer(recorded, pipeline.scheduler, BATCH, steps)
     return Checkpoint(
         path=path,
@@ -104,13 +104,20 @@ def _around(pipeline: Any, arguments: Mapping[str, Any]) -> Around | None:
     return Around(SURROUNDINGS[name](pipeline), arguments.get("prompt"))
 
 
-def _index(path: Path) -> tuple[str, dict[str, str | None]]:
+class _Component(NamedTuple):
+    """An entry of `model_index.json`."""
+
+    library: str
+    class_name: str
+
+
+def _index(path: Path) -> tuple[str, dict[str, _Component | None]]:
     """The pipeline class of `model_index.json` and its components by name; one that is left out is None."""
     file = path / PIPELINE_FILE
     index = read_json(file, Expected("the JSON of a diffusers pipeline"), LARGEST_CONFIG_BYTES, strict=False)
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise UsageError(f"{file}: expected a JSON object with `_class_name`, a pipeline of diffusers.")
-    found = {}
+    found: dict[str, _Component | None] = {}
     for name, value in index.items():
         if name.startswith("_") or not (isinstance(value, list) and len(value) == 2):
             continue
@@ -123,7 +130,7 @@ def _index(path: Path) -> tuple[str, dict[str, str | None]]:
                 f"{file}: component {name!r} is {library}.{class_name}; only classes of diffusers and transformers are "
                 "loaded, no code from a checkpoint is run."
             )
-        found[name] = class_name
+        found[name] = _Component(library, class_name) if class_name else None
     return index["_class_name"], found
 
 
@@ -134,15 +141,36 @@ def _is_pipeline_module(library: str) -> bool:
     return isinstance(library, str) and library.isidentifier() and hasattr(diffusers.pipelines, library)
 
 
-def _refuse_pickles(path: Path, components: Mapping[str, Any]) -> None:
-    for name, value in components.items():
-        folder = path / name
-        if value and folder.is_dir() and any(file.suffix in PICKLES for file in folder.iterdir()):
-            find_weights(folder)
+def _parts(path: Path, components: Mapping[str, _Component | None]) -> dict[str, Any]:
+    """The networks of a pipeline, each read as a checkpoint of its own; None for what is left out or never compiled.
+
+    Tokenizers and schedulers are not among them: diffusers reads them, as they have no weights.
+    """
+    parts: dict[str, Any] = {}
+    for name, component in components.items():
+        if component is None or name in UNCOMPILED:
+            parts[name] = None
+        elif _has_weights(component):
+            folder = path / name
+            if not folder.is_dir():
+                raise UsageError(
+                    f"{folder}: expected the folder of component {name!r}, as {PIPELINE_FILE} lists it; there is none."
+                )
+            read_config(folder)  # refuses what asks for code
+            parts[name] = read_model(folder, component.class_name, component.library, find_weights(folder))
+    return parts
 
 
-def _pipeline(path: Path, name: str, components: Mapping[str, Any], role: str, denoiser: torch.nn.Module) -> Any:
-    """The pipeline around an already loaded denoiser; components the folder leaves out are None."""
+def _has_weights(component: _Component) -> bool:
+    """Whether a component is a network of diffusers or transformers."""
+    if component.library not in LIBRARIES or not component.class_name.isidentifier():
+        return False
+    found = getattr(import_module(component.library), component.class_name, None)
+    return isinstance(found, type) and issubclass(found, torch.nn.Module)
+
+
+def _pipeline(path: Path, name: str, parts: Mapping[str, Any], denoiser: torch.nn.Module) -> Any:
+    """The pipeline around its loaded networks."""
     import diffusers
 
     cls = getattr(diffusers, name, None) if name.isidentifier() else None
@@ -150,12 +178,9 @@ def _pipeline(path: Path, name: str, components: Mapping[str, Any], role: str, d
         known = [entry for entry in dir(diffusers) if entry.endswith("Pipeline")]
         raise UsageError(f"{path / PIPELINE_FILE}: diffusers has no pipeline {name!r}; {nearest(name, known)}")
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "torch_dtype": torch.float32}
-    expected = {entry for entry in inspect.signature(cls.__init__).parameters if entry not in ("self", "kwargs")}
-    parts = {entry: None for entry in expected if entry in components and not components[entry]} | {role: denoiser}
-    try:
-        pipeline = cls.from_pretrained(str(path), **parts, **options)
-    except (*LOADING_ERRORS, ImportError) as error:
-        raise _cannot_run(path, name, denoiser, error) from error
+    expected = inspect.signature(cls.__init__).parameters
+    with _runs(path, name, denoiser):
+        pipeline = cls.from_pretrained(str(path), **{k: v for k, v in parts.items() if k in expected}, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -177,7 +202,7 @@ def _arguments(path: Path, pipeline: Any, given: Mapping[str, torch.Tensor]) -> 
     arguments = {name: value for name, value in KNOWN_ARGUMENTS.items() if name in parameters}
     if "prompt_embeds" in given:
         arguments |= {name: None for name in ("prompt", "negative_prompt") if name in parameters}
-    arguments |= given
+    arguments |= {name: value.item() if value.ndim == 0 else value for name, value in given.items()}
     missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in arguments]
     if missing and parameters[missing[0]].kind is not inspect.Parameter.VAR_KEYWORD:
         raise UsageError(
@@ -192,21 +217,25 @@ def _arguments(path: Path, pipeline: Any, given: Mapping[str, torch.Tensor]) -> 
 
 
 def _record(path: Path, pipeline: Any, denoiser: torch.nn.Module, arguments: dict[str, Any]) -> Recording:
-    try:
-        with recording(denoiser, pipeline.scheduler) as recorded, torch.no_grad():
-            pipeline(**arguments)
-    except (*LOADING_ERRORS, ImportError) as error:
-        raise _cannot_run(path, type(pipeline).__name__, denoiser, error) from error
+    name = type(pipeline).__name__
+    with _runs(path, name, denoiser), recording(denoiser, pipeline.scheduler) as recorded, torch.no_grad():
+        pipeline(**arguments)
     return recorded
 
 
-def _cannot_run(path: Path, name: str, denoiser: torch.nn.Module, error: Exception) -> UsageError:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return UsageError(
-        f"{path}: {name} cannot be run for two steps: {type(error).__name__}: {lines[0] if lines else 'no message'} "
-        f"Give what is missing with --inputs FILE.safetensors (arguments of its call, such as prompt_embeds), or a "
-        f"{LOOP_FILE} for the {type(denoiser).__name__}. {loop_lines(type(denoiser))}"
-    )
+@contextmanager
+def _runs(path: Path, name: str, denoiser: torch.nn.Module) -> Iterator[None]:
+    """Turn what a pipeline raises, which may be anything, into an error that says what to give instead."""
+    try:
+        yield
+    except (StepfoldError, MemoryError):
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"{path}: {name} cannot be run for two steps: {first_line(error)} Give what is missing with --inputs "
+            f"FILE.safetensors (arguments of its call, such as prompt_embeds), or a {LOOP_FILE} for the "
+            f"{type(denoiser).__name__}. {loop_lines(type(denoiser))}"
+        ) from error
 
 
 def _default(pipeline: Any, name: str, otherwise: int) -> int:

@@ -4,33 +4,48 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path, PurePosixPath
+from math import prod
+from pathlib import Path
+from shlex import quote
+from shutil import copyfile
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from ..loop.errors import UsageError, nearest
+from ..loop.array_files import TensorEntry, tensor_entries
+from ..loop.errors import StepfoldError, UsageError, nearest
+from ..loop.reading import Expected, read_json
 
 logger = logging.getLogger(__name__)
 
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-NAMED = 4  # how many weights a message names
-# What a third-party constructor or loader raises about a configuration or weights it does not like.
-LOADING_ERRORS = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
+PICKLED_STEMS = ("pytorch_model", *STEMS)
+LARGEST_INDEX_BYTES = 64 << 20
+LARGEST_CONFIG_BYTES = 16 << 20
+SHARD = re.compile(r"[^/\\\0]{1,240}\.safetensors")
+COUNTS = re.compile(r"layers|blocks|depth")
+"""Keys of configurations whose numbers say how many modules are built."""
+SIZES = re.compile(r"dim|size|width|channels|heads|groups|embeds|embeddings|positions|d_model|d_ff")
+"""Those whose numbers say how many values a weight has along one dimension."""
+FEW_MODULES = 1000  # that cost nothing to build
+MOST_GROWTH, FEW_ELEMENTS = 4, 1 << 24
+"""A model with more values than this many times those in its files, and this many, is not built to be compared."""
+CONFIG = Expected(
+    "the JSON of a model",
+    hint="A checkpoint is a diffusers or transformers folder with config.json, or a pipeline with model_index.json.",
 )
+WEIGHTS = Expected("a whole safetensors file of weights", hint="Download it again.")
+INDEX = Expected("a safetensors index")
+NAMED = 4  # how many weights a message names
+FLOATS = ("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2")
 
 
 @dataclass(frozen=True)
@@ -40,96 +55,106 @@ class WeightFiles:
     Attributes:
         files: one, or the shards.
         variant: the middle of the file name, such as `fp16`, or None.
+        entries: the tensors of all files, by name.
+        places: the file of each tensor.
     """
 
     files: tuple[Path, ...]
     variant: str | None
+    entries: Mapping[str, TensorEntry]
+    places: Mapping[str, Path]
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The name and shape of every tensor, from the headers."""
-        from safetensors import safe_open
-
-        found = {}
-        for file in self.files:
-            with safe_open(file, framework="pt") as tensors:
-                found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        return found
+    @property
+    def elements(self) -> int:
+        """The number of values in all tensors."""
+        return sum(prod(entry.shape) for entry in self.entries.values())
 
 
 def find_weights(folder: Path) -> WeightFiles:
     """Find the weights of a folder and check that every file is complete.
 
+    Files without a variant win over those with one, as in diffusers, and an index over a single file, unless one of
+    its shards is missing. A variant that is read is warned of.
+
     Raises:
         UsageError: there are none, only pickled ones, a shard is missing, or a file is damaged.
     """
-    found = _index(folder) or _single(folder)
-    if found is None:
-        raise UsageError(_no_weights(folder))
-    for file in found.files:
-        _check(file)
-    return found
+    found, incomplete = _candidates(folder)
+    if not found:
+        raise incomplete[0] if incomplete else UsageError(_no_weights(folder))
+    variant, files = min(found, key=lambda item: item[0] or "")
+    if variant is not None:
+        logger.warning("%s: there are no weights of full precision; those of the variant %s are read.", folder, variant)
+    entries: dict[str, TensorEntry] = {}
+    places: dict[str, Path] = {}
+    for file in files:
+        header = tensor_entries(file, WEIGHTS)
+        entries |= header
+        places |= dict.fromkeys(header, file)
+    return WeightFiles(files, variant, entries, places)
 
 
-def _single(folder: Path) -> WeightFiles | None:
-    names = sorted(path for stem in STEMS for path in folder.glob(f"{stem}*.safetensors") if "-of-" not in path.name)
-    if not names:
-        return None
-    plain = [path for path in names if path.stem in STEMS]
-    chosen = (plain or names)[0]
-    return WeightFiles((chosen,), _variant(chosen.name, ".safetensors"))
+def _candidates(folder: Path) -> tuple[list[tuple[str | None, tuple[Path, ...]]], list[UsageError]]:
+    """The complete sets of files with their variant, those of an index first; and what is wrong with the others."""
+    found: list[tuple[str | None, tuple[Path, ...]]] = []
+    incomplete: list[UsageError] = []
+    names = sorted(os.listdir(folder))
+    for stem in STEMS:
+        for name in names:
+            if name.startswith(f"{stem}.safetensors.index") and name.endswith(".json"):
+                variant = name.removesuffix(".json").removeprefix(f"{stem}.safetensors.index").lstrip(".")
+                shards = _shards(folder / name)
+                missing = [shard for shard in shards if not (folder / shard).is_file()]
+                if missing:
+                    incomplete.append(
+                        UsageError(f"{folder / missing[0]}: this shard is missing; {name} lists it. Download it again.")
+                    )
+                else:
+                    found.append((variant or None, tuple(folder / shard for shard in shards)))
+    for stem in STEMS:
+        singles = [n for n in names if n.startswith(f"{stem}.") and n.endswith(".safetensors") and "-of-" not in n]
+        for name in singles:
+            variant = name.removesuffix("safetensors").removeprefix(stem).strip(".")
+            found.append((variant or None, (folder / name,)))
+    return found, incomplete
 
 
-def _index(folder: Path) -> WeightFiles | None:
-    names = sorted(path for stem in STEMS for path in folder.glob(f"{stem}*.safetensors.index*.json"))
-    if not names:
-        return None
-    index = names[0]
-    try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{index}: not a safetensors index: {type(error).__name__}: {error}") from None
-    for name in shards:
-        if not isinstance(name, str) or PurePosixPath(name).name != name or not name.endswith(".safetensors"):
-            raise UsageError(f"{index}: expected names of safetensors files beside it; received {name!r}.")
-        if not (folder / name).is_file():
-            raise UsageError(f"{folder / name}: this shard is missing; {index.name} lists it. Download it again.")
-    variant = index.name.removesuffix(".json").split(".safetensors.index")[-1].lstrip(".")
-    return WeightFiles(tuple(folder / name for name in shards), variant or None)
-
-
-def _variant(name: str, suffix: str) -> str | None:
-    _, _, variant = name.removesuffix(suffix).partition(".")
-    return variant or None
+def _shards(index: Path) -> list[str]:
+    """The shards that an index names."""
+    data = read_json(index, INDEX, LARGEST_INDEX_BYTES, strict=False)
+    places = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise UsageError(f"{index}: expected a safetensors index with a `weight_map`; received {places!r:.80}.")
+    for name in places.values():
+        if not isinstance(name, str) or not SHARD.fullmatch(name):
+            raise UsageError(f"{index}: expected names of safetensors files beside it; received {name!r:.80}.")
+    return sorted(set(places.values()))
 
 
 def _no_weights(folder: Path) -> str:
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
     if not pickles:
         return f"{folder}: no weights; expected {STEMS[0]}.safetensors or {STEMS[1]}.safetensors."
-    return (
-        f"{folder}: the weights are pickled ({', '.join(pickles[:NAMED])}), and loading them can run any code; expected "
-        'safetensors. If you trust the file, convert it once: python -c "import torch; from safetensors.torch import '
-        f"save_file; save_file({{k: v.contiguous() for k, v in torch.load('{folder / pickles[0]}', weights_only=True)"
-        f".items()}}, '{folder / STEMS[0]}.safetensors')\""
+    named = [path for path in pickles if path.name.startswith(PICKLED_STEMS)] or pickles
+    plain = [path for path in named if path.name.count(".") == 1] or named
+    stem = STEMS[0] if plain[0].name.startswith(STEMS[0]) else STEMS[1]
+    script = (
+        "import torch; from safetensors.torch import save_file; save_file({k: v.clone().contiguous() for f in "
+        f"{[str(path) for path in plain]} for k, v in torch.load(f, weights_only=True, map_location='cpu').items()}}, "
+        f"{str(folder / stem) + '.safetensors'!r}, {{'format': 'pt'}})"
     )
-
-
-def _check(file: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            tensors.keys()
-    except (SafetensorError, OSError) as error:
-        raise UsageError(
-            f"{file}: damaged or truncated safetensors file of {file.stat().st_size} bytes: {error}. Download it again."
-        ) from None
+    return (
+        f"{folder}: the weights are pickled ({', '.join(path.name for path in pickles[:NAMED])}), and loading them can "
+        f"run any code; expected safetensors. If you trust the file, convert it once: python -c {quote(script)}"
+    )
 
 
 def read_model(folder: Path, class_name: str, library: str, files: WeightFiles) -> torch.nn.Module:
     """Build the model of a folder in float32, each weight read from its file straight into its place.
 
-    Buffers that are not in the state (position tables) are computed by the constructor.
+    The library is given a folder of its own with the configuration and links to the weights, so it reads the files
+    that were found and nothing else that lies beside them. Buffers that are not in the state (position tables) are
+    computed by the constructor.
 
     Args:
         folder: holds `config.json` and the weights.
@@ -141,25 +166,87 @@ def read_model(folder: Path, class_name: str, library: str, files: WeightFiles) 
         UsageError: the class is unknown, the configuration does not build it, or the weights do not fit.
     """
     cls = model_class(class_name, library)
-    options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True, "variant": files.variant}
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     if library == "diffusers":
         options |= {"torch_dtype": torch.float32, "low_cpu_mem_usage": True}
     else:
         options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
-    try:
-        with _without_progress_bars(library):
-            if library == "transformers":
-                options["config"] = _plain_config(cls, folder)
-            model, report = cls.from_pretrained(str(folder), **options)
-    except LOADING_ERRORS as error:
-        _compare(folder, cls, library, files)
-        raise UsageError(
-            f"{folder / 'config.json'}: {class_name} cannot be built from it: {type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-        ) from error
+    _require_sizes(folder / "config.json", files)
+    with _staged(folder, library, files) as stage, _without_progress_bars(library), _built(folder, stage, class_name):
+        _compare(folder, stage, cls, library, files)
+        if library == "transformers":
+            options["config"] = _plain_config(cls, stage)
+        model, report = cls.from_pretrained(str(stage), **options)
     mismatched = [item[0] for item in report["mismatched_keys"]]
     _require_fit(folder, class_name, report["missing_keys"], report["unexpected_keys"], mismatched)
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _staged(folder: Path, library: str, files: WeightFiles) -> Iterator[Path]:
+    """A folder as the library wants it: the configuration, and links to the weights under their plain names."""
+    stem = STEMS[0] if library == "diffusers" else STEMS[1]
+    with TemporaryDirectory(prefix="stepfold-weights-") as made:
+        stage = Path(made)
+        (stage / "config.json").write_bytes((folder / "config.json").read_bytes())
+        if len(files.files) == 1:
+            _link(files.files[0], stage / f"{stem}.safetensors")
+        else:
+            names = {file: f"{stem}-{i:05}.safetensors" for i, file in enumerate(files.files)}
+            for file, name in names.items():
+                _link(file, stage / name)
+            index = {"metadata": {}, "weight_map": {name: names[file] for name, file in files.places.items()}}
+            (stage / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+        yield stage
+
+
+def _link(file: Path, name: Path) -> None:
+    """A link, or a copy where the system has no links for this user."""
+    try:
+        name.symlink_to(file.resolve())
+    except OSError:
+        copyfile(file, name)
+
+
+@contextmanager
+def _built(folder: Path, stage: Path, class_name: str) -> Iterator[None]:
+    """Turn what a library raises about a configuration, which may be anything, into an error about that file."""
+    try:
+        yield
+    except (StepfoldError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the system
+        reason = first_line(error).replace(str(stage), str(folder))
+        raise UsageError(f"{folder / 'config.json'}: {class_name} cannot be built from it: {reason}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The class of an error and the first line of its text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def _require_sizes(config: Path, files: WeightFiles) -> None:
+    """Refuse a configuration that asks for many more layers or values than the files hold, before they are made.
+
+    Raises:
+        UsageError: a number in it is too large, or a list too long.
+    """
+    modules = max(FEW_MODULES, len(files.entries))
+    content = read_json(config, CONFIG, LARGEST_CONFIG_BYTES, strict=False)
+    for name, value in content.items() if isinstance(content, dict) else ():
+        most = modules if COUNTS.search(name) else files.elements + FEW_ELEMENTS if SIZES.search(name) else None
+        numbers = [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int)]
+        received = max(numbers, default=0)
+        if isinstance(value, list) and len(value) > modules:
+            most, received = modules, len(value)
+        if most is not None and received > most:
+            raise UsageError(
+                f"{config}: {name}: expected at most {most}, as the files hold {len(files.entries)} weights of "
+                f"{files.elements:,} values; received {received}. Take config.json and weights from the same release."
+            )
 
 
 def _plain_config(cls: Any, folder: Path) -> Any:
@@ -199,24 +286,37 @@ def model_class(name: str, library: str) -> Any:
     return found
 
 
-def _compare(folder: Path, cls: Any, library: str, files: WeightFiles) -> None:
-    """Compare names and shapes in the files with a model without weights, for the message of a failed load."""
+def _compare(folder: Path, stage: Path, cls: Any, library: str, files: WeightFiles) -> None:
+    """Refuse a model whose weights have other shapes than those in the files, or many more, before it takes memory."""
     try:
         with torch.device("meta"):
-            config = (
-                cls.load_config(str(folder)) if library == "diffusers" else cls.config_class.from_pretrained(folder)
-            )
-            model = cls.from_config(config) if library == "diffusers" else cls(config)
-    except LOADING_ERRORS:
-        return  # the constructor fails by itself; the caller reports that
+            if library == "diffusers":
+                model = cls.from_config(cls.load_config(str(stage)))
+            else:
+                model = cls(_plain_config(cls, stage))
+    except MemoryError as error:  # of a table that is computed, not of weights
+        raise UsageError(f"{folder / 'config.json'}: {cls.__name__} is too large to be built: {error}") from None
+    except Exception:  # noqa: BLE001 (the constructor fails again below, or it only fails without values)
+        return
+    _require_floats(folder, [name for name, _ in model.named_parameters()], files)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    have = files.shapes()
-    mismatched = [
-        f"{name} (file {list(have[name])}, config {list(wanted[name])})"
-        for name in wanted
-        if name in have and have[name] != wanted[name]
-    ]
+    have = {name: entry.shape for name, entry in files.entries.items()}
+    other = [n for n in wanted if n in have and have[n] != wanted[n] and prod(have[n]) != prod(wanted[n])]
+    if not other and sum(map(prod, wanted.values())) <= MOST_GROWTH * files.elements + FEW_ELEMENTS:
+        return
+    mismatched = [f"{n} (file {list(have[n])}, config {list(wanted[n])})" for n in other]
     _require_fit(folder, cls.__name__, wanted.keys() - have.keys(), have.keys() - wanted.keys(), mismatched)
+
+
+def _require_floats(folder: Path, names: Sequence[str], files: WeightFiles) -> None:
+    """Refuse weights that are stored as integers: quantized ones, whose scales would be lost, or damaged ones."""
+    for name in names:
+        entry = files.entries.get(name)
+        if entry is not None and entry.dtype not in FLOATS:
+            raise UsageError(
+                f"{files.places[name]}: {name}: expected one of {', '.join(FLOATS)}; received {entry.dtype}. Take the "
+                f"release of {folder.name} whose weights are not quantized."
+            )
 
 
 def _require_fit(folder: Path, class_name: str, missing: Any, unexpected: Any, mismatched: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,9 +68,9 @@ BAD: dict[str, tuple[Edit, str]] = {
         lambda f: (f / WEIGHTS).rename(f / "diffusion_pytorch_model.bin"),
         r"pickled \(diffusion_pytorch_model.bin\), and loading them can run any code; .* convert it once: python -c",
     ),
-    "truncated_header": (lambda f: truncate(f, 100), "damaged or truncated safetensors file of 100 bytes"),
-    "truncated_data": (lambda f: truncate(f, 50_000), "damaged or truncated safetensors file of 50000 bytes"),
-    "empty_weights": (lambda f: truncate(f, 0), "damaged or truncated safetensors file of 0 bytes"),
+    "truncated_header": (lambda f: truncate(f, 100), "damaged or truncated: 100 bytes with a header of"),
+    "truncated_data": (lambda f: truncate(f, 50_000), "damaged or truncated: its tensors have .* bytes; received"),
+    "empty_weights": (lambda f: truncate(f, 0), "damaged or truncated: 0 bytes"),
     "missing_weight": (
         lambda f: edit_weights(f, lambda w: w.pop(PROJECTION)),
         f"do not fit DiTTransformer2DModel as config.json describes it: 1 missing from the files: {PROJECTION}",
@@ -83,11 +84,42 @@ BAD: dict[str, tuple[Edit, str]] = {
         r"1 of another shape: proj_out_2.weight \(file \[3, 3\], config \[32, 32\]\)",
     ),
     "config_of_another_model": (lambda f: edit_config(f, num_layers=3), "missing from the files: transformer_blocks.2"),
-    "missing_shard": (lambda f: shard(f, {"a": "b.safetensors"}), "b.safetensors: this shard is missing"),
+    "weights_in_a_pipe": (
+        lambda f: ((f / WEIGHTS).unlink(), os.mkfifo(f / WEIGHTS)),
+        "expected a whole safetensors file of weights; received a pipe",
+    ),
+    "many_layers": (
+        lambda f: edit_config(f, num_layers=10**7),
+        "num_layers: expected at most 1000, as the files hold .* weights of .* values; received 10000000",
+    ),
+    "many_classes": (
+        lambda f: edit_config(f, num_embeds_ada_norm=10**7),
+        r"do not fit DiTTransformer2DModel .* of another shape: .*embedding_table.weight \(file \[\d+, ",
+    ),
+    "wide_heads": (
+        lambda f: edit_config(f, attention_head_dim=10**9),
+        "attention_head_dim: expected at most .* values; received 1000000000",
+    ),
+    "many_blocks": (
+        lambda f: edit_config(f, block_out_channels=[8] * 100_000),
+        "block_out_channels: expected at most 1000, .* received 100000",
+    ),
+    "an_activation": (
+        lambda f: edit_config(f, activation_fn="nope"),
+        "DiTTransformer2DModel cannot be built from it: UnboundLocalError",
+    ),
+    "weights_as_integers": (
+        lambda f: edit_weights(f, lambda w: w.update({PROJECTION: w[PROJECTION].int()})),
+        f"{PROJECTION}: expected one of F32, .*; received I32",
+    ),
+    "missing_shard": (
+        lambda f: ((f / WEIGHTS).unlink(), shard(f, {"a": "b.safetensors"})),
+        "b.safetensors: this shard is missing",
+    ),
     "shard_outside": (lambda f: shard(f, {"a": "../b.safetensors"}), "expected names of safetensors files beside it"),
     "index_damaged": (
         lambda f: (f / f"{WEIGHTS}.index.json").write_text("{}"),
-        "not a safetensors index: KeyError: 'weight_map'",
+        "index.json: expected a safetensors index with a `weight_map`; received None",
     ),
     "no_loop": (lambda f: (f / "loop.yaml").unlink(), "inputs: {hidden_states: state, timestep: timestep"),
     "condition_without_shape": (

@@ -14,7 +14,7 @@ import torch
 import yaml
 import zoo
 from folders import edit_config
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from zoo import ZooModel
 
 from stepfold.frontend.load import load_checkpoint
@@ -156,8 +156,6 @@ def test_sd3(folders: Callable[[str], Path]) -> None:
 
 
 def test_the_conditional_branch_is_the_example(folders: Callable[[str], Path]) -> None:
-    from safetensors.torch import load_file
-
     kwargs = load_checkpoint(folders("sd3")).kwargs
     given = load_file(folders("sd3") / "inputs.safetensors")
     torch.testing.assert_close(kwargs["pooled_projections"], given["pooled_prompt_embeds"])
@@ -219,7 +217,10 @@ def edit_index(folder: Path, **changes: Any) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
-    "index_not_json": (lambda f: (f / "model_index.json").write_text("{"), "model_index.json: not a JSON file"),
+    "index_not_json": (
+        lambda f: (f / "model_index.json").write_text("{"),
+        "model_index.json: expected the JSON of a diffusers pipeline; received no usable JSON",
+    ),
     "index_a_list": (lambda f: (f / "model_index.json").write_text("[]"), "expected a JSON object with `_class_name`"),
     "unknown_pipeline": (
         lambda f: edit_index(f, _class_name="DiTPipelin"),
@@ -251,7 +252,19 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "truncated_denoiser": (
         lambda f: (f / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"1234"),
-        "damaged or truncated safetensors file",
+        "transformer/.*damaged or truncated",
+    ),
+    "a_component_that_is_no_name": (
+        lambda f: edit_index(f, vae=["diffusers", 5]),
+        "component 'vae': expected a library and a class; received",
+    ),
+    "a_folder_that_is_missing": (
+        lambda f: (f / "vae").rename(f / "vea"),
+        "vae: expected the folder of component 'vae', as model_index.json lists it",
+    ),
+    "a_component_of_other_weights": (
+        lambda f: edit_config(f / "vae", latent_channels=3),
+        "vae: the weights do not fit AutoencoderKL|vae/config.json: AutoencoderKL cannot be built",
     ),
     "unknown_argument": (
         lambda f: save_file({"class_label": torch.zeros(2)}, f / "inputs.safetensors"),
@@ -267,6 +280,25 @@ def test_bad_pipeline(name: str, tmp_path: Path) -> None:
     edit(folder)
     with pytest.raises(UsageError, match=message):
         load_checkpoint(folder)
+
+
+def test_weights_of_a_variant_and_components_that_are_not_compiled(tmp_path: Path) -> None:
+    """Every component has half precision weights only, and the safety checker cannot be loaded at all."""
+    folder = stable_diffusion(tmp_path / "sd")
+    edit_index(
+        folder,
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        feature_extractor=["transformers", "CLIPImageProcessor"],
+    )
+    for file in folder.rglob("*.safetensors"):
+        weights = {name: v.half() if v.is_floating_point() else v for name, v in load_file(file).items()}
+        save_file(weights, file.with_suffix(".fp16.safetensors"), {"format": "pt"})
+        file.unlink()
+    steps = torch.tensor(7)  # an argument of the call that is a number
+    save_file({"num_inference_steps": steps}, tmp_path / "steps.safetensors")
+    checkpoint = load_checkpoint(folder, inputs=tmp_path / "steps.safetensors")
+    assert checkpoint.loop is not None and checkpoint.loop.sampler.steps == 7
+    assert checkpoint.around is not None and checkpoint.around.surroundings.has("vae", "text_encoder")
 
 
 def test_image_to_image_is_refused_with_the_reason(tmp_path: Path) -> None:
@@ -295,8 +327,6 @@ def test_a_scheduler_that_clips(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_our_loop_makes_what_the_pipeline_makes(folders: Callable[[str], Path]) -> None:
     """SD3 with guidance, all 28 steps: roles, branches, scale, grid and update agree."""
-    from safetensors.torch import load_file
-
     checkpoint = load_checkpoint(folders("sd3"))
     loop, given = checkpoint.loop, load_file(folders("sd3") / "inputs.safetensors")
     assert loop is not None and loop.guidance is not None
