@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +18,10 @@ from torch import fx
 
 from ..ir.program import FrozenDimension, ModelIdentity, Program, Stage
 from ..ir.shapes import port, propagate
+from ..loop.classes import check_unconditional
 from ..loop.errors import StepfoldError, UsageError, nearest
 from ..loop.ports import InputPort, Port, Rate
+from ..loop.recurrence import Recurrence
 from ..loop.spec import LoopSpec, Role
 from .calling import Calling, flatten, in_signature_order
 from .frozen import baked_constants, frozen_dimensions
@@ -58,6 +60,7 @@ def capture(
         StepfoldError: `torch.export` refuses the module, or the graph cannot serve another batch size; the message
             says where.
     """
+    recurrence = probe(loop.sampler) if loop is not None else None  # refuses a sampler before the model is captured
     kwargs = in_signature_order(getattr(model, method), kwargs)
     tensors, constants = flatten(kwargs)
     roles = _roles(list(tensors), loop)
@@ -69,8 +72,22 @@ def capture(
         frozen = frozen_dimensions(calling, example, stage.inputs) + baked_constants(constants)
     identity = identity or ModelIdentity(type(model).__name__, weights_hash(model))
     inputs = tuple(InputPort(p, roles[p.name], _cardinality(graph, i)) for i, p in enumerate(stage.inputs))
+    _check_indices(example, inputs)
+    if loop is not None:
+        check_unconditional(inputs, loop)
     baked = constants | {name: tensor for name, tensor in tensors.items() if name not in example}
-    return _program(stage, inputs, example, identity, loop, frozen, baked)
+    return _program(stage, inputs, example, identity, loop, recurrence, frozen, baked)
+
+
+def _check_indices(example: Mapping[str, torch.Tensor], inputs: Sequence[InputPort]) -> None:
+    """Refuse example indices outside the table that they read, which no capture notices."""
+    for item in inputs:
+        value = example[item.name]
+        if item.cardinality is not None and not bool(((value >= 0) & (value < item.cardinality)).all()):
+            raise UsageError(
+                f"input {item.name!r}: expected indices from 0 to {item.cardinality - 1} in the example; received "
+                f"{value.min().item()} to {value.max().item()}."
+            )
 
 
 def _roles(names: list[str], loop: LoopSpec | None) -> dict[str, Role]:
@@ -130,6 +147,7 @@ def export(calling: Calling, example: Mapping[str, torch.Tensor], name: str) -> 
         name: of the model, for the message.
 
     Raises:
+        UsageError: the module itself does not run with this call.
         StepfoldError: `torch.export` refuses the module.
     """
     size = _batch_size(example)
@@ -140,10 +158,25 @@ def export(calling: Calling, example: Mapping[str, torch.Tensor], name: str) -> 
         with torch.no_grad(), _quiet():
             exported = torch.export.export(calling, tuple(example.values()), dynamic_shapes=(dynamic,), strict=False)
             return exported.run_decompositions(decomp_table={})
+    except MemoryError:
+        raise
     except Exception as error:
-        raise StepfoldError(
-            f"{name}: torch.export could not capture this model: {_first_line(error)} "
-            "Check that the example inputs are those its forward gets."
+        _require_runs(calling, example, name)
+        raise StepfoldError(f"{name}: torch.export could not capture this model: {_first_line(error)}") from error
+
+
+def _require_runs(calling: Calling, example: Mapping[str, torch.Tensor], name: str) -> None:
+    """Tell a call that the model itself refuses, which its caller can mend, from a model that export refuses."""
+    try:
+        with torch.no_grad():
+            calling(*example.values())
+    except MemoryError:
+        raise
+    except Exception as error:
+        given = ", ".join(f"{n} {list(v.shape)} {str(v.dtype).removeprefix('torch.')}" for n, v in example.items())
+        raise UsageError(
+            f"{name}: expected inputs and a configuration that the model runs with; it was called with {given}, and "
+            f"fails: {_first_line(error)} Correct loop.yaml, --inputs or config.json."
         ) from error
 
 
@@ -232,6 +265,7 @@ def _program(
     example: Mapping[str, torch.Tensor],
     identity: ModelIdentity,
     loop: LoopSpec | None,
+    recurrence: Recurrence | None,
     frozen: tuple[FrozenDimension, ...],
     constants: Mapping[str, Any],
 ) -> Program:
@@ -242,7 +276,7 @@ def _program(
         example=dict(example),
         model=identity,
         loop=loop,
-        recurrence=probe(loop.sampler) if loop else None,
+        recurrence=recurrence,
         frozen=frozen,
         constants=dict(constants),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from ..loop.array_files import tensor_entries
 from ..loop.errors import UsageError, nearest
 from ..loop.reading import Expected
 from ..loop.spec import ComponentFile, InputSpec, LoopSpec
+from ..loop.values import array_of
 
 EXAMPLES = Expected("a safetensors file of example inputs")
 DTYPES = ("F32", "F16", "BF16", "F64", "I64", "I32", "I16", "I8", "U8", "BOOL")
+DEEPEST_NAME = 8  # parts of a nested name
 BATCH = 2
 TIMESTEP = 500.0  # in scheduler units, the middle of the usual 1000
 
@@ -55,6 +57,7 @@ def example_kwargs(
         inputs, constants = _transformer_inputs(model, config, tensors), {}
     else:
         inputs, constants = dict(description.inputs), dict(description.constants)
+    _refuse_foreign(model, method, [*inputs, *constants])
     _refuse_unknown(tensors, inputs)
     batch = _rows(tensors, inputs)
     values: dict[str, Any] = {}
@@ -152,6 +155,24 @@ def _given_inputs(model: torch.nn.Module, names: list[str]) -> dict[str, InputSp
     return {name: InputSpec(role="condition") for name in names}
 
 
+def _refuse_foreign(model: torch.nn.Module, method: str, names: Sequence[str]) -> None:
+    """Refuse names of loop.yaml that are no arguments of the method, and names that contradict each other."""
+    parameters = inspect.signature(getattr(model, method)).parameters.values()
+    known = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for name in names:
+        argument, *parts = name.split(".")
+        if argument not in known and (not anything or not argument.isidentifier() or argument == "self"):
+            raise UsageError(
+                f"loop.yaml: {name!r} is no argument of {type(model).__name__}.{method}; {nearest(argument, known)}"
+            )
+        if len(parts) > DEEPEST_NAME or not all(parts) or any(other.startswith(f"{name}.") for other in names):
+            raise UsageError(
+                f"loop.yaml: expected an argument, or one nested in it, as in a.b; received {name!r:.60} beside others "
+                "that it does not go with."
+            )
+
+
 def _refuse_unknown(tensors: Mapping[str, torch.Tensor], inputs: Mapping[str, InputSpec]) -> None:
     for name in tensors:
         if not any(name == known or name.startswith(f"{known}.") for known in inputs):
@@ -195,7 +216,11 @@ def _constant(name: str, spec: InputSpec, constants: Mapping[str, Any]) -> torch
             f"input {name!r} is constant, but has no value. Give it with --inputs FILE.safetensors (or inputs.safetensors "
             f"beside loop.yaml), or add it to loop.yaml:\n  constants: {{{name}: [[0, 0, 0], [0, 0, 1]]}}"
         )
-    return torch.tensor(constants[name], dtype=_dtype(name, spec.dtype or "float32"))
+    try:
+        value = array_of(constants[name])
+    except ValueError as error:
+        raise UsageError(f"constants.{name}: {error}.") from None
+    return torch.as_tensor(value).to(_dtype(spec.dtype))
 
 
 def _made_up(
@@ -211,7 +236,7 @@ def _made_up(
         return torch.randn([batch, *description.latent.shape], generator=generator)
     if isinstance(description, LoopSpec) and spec.role == "timestep":
         value = TIMESTEP * description.sampler.timestep_scale
-        return torch.full([batch], value, dtype=_dtype(name, spec.dtype or "float32"))
+        return torch.full([batch], value, dtype=_dtype(spec.dtype))
     if spec.shape is None and spec.dtype is None and _is_class(model, method, name, description):
         return _classes(batch, torch.int64)
     if spec.shape is None:
@@ -220,7 +245,7 @@ def _made_up(
             f"  inputs: {{{name}: {{role: {spec.role}, shape: [77, 768], dtype: float32}}}}\n"
             f"or give an example: --inputs FILE.safetensors with a tensor {name!r}."
         )
-    shape, dtype = [batch, *spec.shape], _dtype(name, spec.dtype or "float32")
+    shape, dtype = [batch, *spec.shape], _dtype(spec.dtype)
     if dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(dtype)
     if not spec.shape:
@@ -243,8 +268,6 @@ def _is_class(model: torch.nn.Module, method: str, name: str, description: LoopS
     return parameter is not None and "LongTensor" in str(parameter.annotation)
 
 
-def _dtype(name: str, text: str) -> torch.dtype:
-    found = getattr(torch, text, None)
-    if not isinstance(found, torch.dtype):
-        raise UsageError(f"input {name!r}: unknown dtype {text!r}; expected float32, int64 or bool.")
-    return found
+def _dtype(text: str | None) -> torch.dtype:
+    """A dtype that the loop file was checked for."""
+    return getattr(torch, text or "float32")

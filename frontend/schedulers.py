@@ -30,6 +30,7 @@ SCHEDULER_ERRORS = (
     TypeError,
     ValueError,
 )
+LARGEST_GRID = 1_000_000  # timesteps of training; models are trained on 1,000
 GRID_ARGUMENTS = ("sigmas", "timesteps")  # either replaces the number of steps, as diffusers pipelines do
 
 
@@ -89,6 +90,7 @@ def build(sampler: SamplerSpec) -> Any:
     for key, value in config.items():
         if key not in valid:
             raise UsageError(_unknown_key(sampler.scheduler, key, value, list(valid)))
+    _refuse_large("sampler.config", config)
     try:
         scheduler = cls(**config)
     except SCHEDULER_ERRORS as error:
@@ -98,6 +100,23 @@ def build(sampler: SamplerSpec) -> Any:
         ) from None
     _set_grid(scheduler, sampler)
     return scheduler
+
+
+def _refuse_large(where: str, values: Mapping[str, Any]) -> None:
+    """Schedulers make tables as long as their training grid, before they look at anything else."""
+    for key, value in values.items():
+        if isinstance(value, int) and abs(value) > LARGEST_GRID:
+            raise UsageError(f"{where}.{key}: expected at most {LARGEST_GRID}; received {value}.")
+
+
+def _require_grid(scheduler: Any, name: str) -> None:
+    """Refuse a grid without a step in it."""
+    times = np.asarray(scheduler.timesteps, np.float64)
+    if times.size > 1 and (times == times[0]).all():
+        raise UsageError(
+            f"sampler.set_timesteps: expected a grid of {name} that goes from noise to sample; received {times.size} "
+            f"times the timestep {times[0]:g}."
+        )
 
 
 def _unknown_key(scheduler: str, key: str, value: Any, valid: list[str]) -> str:
@@ -131,6 +150,7 @@ def _set_grid(scheduler: Any, sampler: SamplerSpec) -> None:
             f"{type(error).__name__}: {error}. "
             "Correct the arguments."
         ) from None
+    _require_grid(scheduler, name)
     made = getattr(scheduler, "num_inference_steps", None)
     if explicit and made is not None and made != sampler.steps:
         raise UsageError(

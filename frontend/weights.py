@@ -33,7 +33,9 @@ LARGEST_CONFIG_BYTES = 16 << 20
 SHARD = re.compile(r"[^/\\\0]{1,240}\.safetensors")
 COUNTS = re.compile(r"layers|blocks|depth")
 """Keys of configurations whose numbers say how many modules are built."""
-SIZES = re.compile(r"dim|size|width|channels|heads|groups|embeds|embeddings|positions|d_model|d_ff")
+SIZES = re.compile(
+    r"^(?!.*(relative|offset|index)).*(dim|size|width|channels|heads|groups|embeds|embeddings|positions|d_model|d_ff)"
+)
 """Those whose numbers say how many values a weight has along one dimension."""
 FEW_MODULES = 1000  # that cost nothing to build
 MOST_GROWTH, FEW_ELEMENTS = 4, 1 << 24
@@ -240,6 +242,8 @@ def _require_sizes(config: Path, files: WeightFiles) -> None:
         most = modules if COUNTS.search(name) else files.elements + FEW_ELEMENTS if SIZES.search(name) else None
         numbers = [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int)]
         received = max(numbers, default=0)
+        if most is not None and min(numbers, default=0) < 0:
+            raise UsageError(f"{config}: {name}: expected a size of 0 or more; received {min(numbers)}.")
         if isinstance(value, list) and len(value) > modules:
             most, received = modules, len(value)
         if most is not None and received > most:

@@ -10,6 +10,7 @@ import numpy as np
 from .errors import UsageError
 from .ports import InputPort
 from .spec import LoopSpec
+from .values import array_of
 
 Array = np.ndarray
 
@@ -39,6 +40,34 @@ def class_input(inputs: Sequence[InputPort], loop: LoopSpec) -> ClassInput | Non
     unconditional = given.get(port.name) if isinstance(given, dict) else None
     classes = tuple(i for i in range(conditions[0].cardinality) if i != unconditional)
     return ClassInput(port.name, port.port.dtype, classes)
+
+
+def check_unconditional(inputs: Sequence[InputPort], loop: LoopSpec) -> None:
+    """Compare the values of the unconditional branch with the inputs that they are for.
+
+    Raises:
+        UsageError: one does not broadcast to a sample of its input, is a fraction where that takes whole numbers, or
+            is an index outside the table that it reads.
+    """
+    given = loop.guidance.unconditional if loop.guidance is not None else {}
+    for name, value in given.items() if isinstance(given, dict) else ():
+        for port in (port for port in inputs if port.name == name):
+            reason = _misfit(port, array_of(value))
+            if reason is not None:
+                raise UsageError(f"guidance.unconditional.{name}: expected {reason}; received {value!r:.60}.")
+
+
+def _misfit(port: InputPort, value: Array) -> str | None:
+    """What was expected of a value that does not fit, or None."""
+    sizes = tuple(size or 1 for size in port.port.shape[1:])
+    fits = value.ndim <= len(sizes) and all(v in (1, s) for v, s in zip(value.shape[::-1], sizes[::-1], strict=False))
+    if not fits:
+        return f"a number or an array {list(sizes)}" if sizes else "a number"
+    if port.port.dtype.startswith(("int", "uint")) and not (value == np.floor(value)).all():
+        return "a whole number"
+    if port.cardinality is not None and not ((value >= 0) & (value < port.cardinality)).all():
+        return f"an index from 0 to {port.cardinality - 1}"
+    return None
 
 
 def class_conditions(

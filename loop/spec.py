@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .errors import UsageError
 from .reading import Expected
+from .values import DTYPES, TIMESTEP_DTYPES, ArrayLike, Factor, Plain, Scale, Shape
 from .yaml_files import read_yaml
 
 LOOP_FILE = Expected("a loop file, YAML")
@@ -25,8 +26,15 @@ class InputSpec(Strict):
     """One denoiser input: its role and, where the checkpoint does not tell, its shape without the batch."""
 
     role: Role
-    shape: tuple[int, ...] | None = None
+    shape: Shape | None = None
     dtype: str | None = None
+
+    @model_validator(mode="after")
+    def _known_dtype(self) -> InputSpec:
+        valid = TIMESTEP_DTYPES if self.role == "timestep" else DTYPES
+        if self.dtype is not None and self.dtype not in valid:
+            raise ValueError(f"unknown dtype {self.dtype!r:.40} of a {self.role}; expected one of {', '.join(valid)}")
+        return self
 
 
 class SamplerSpec(Strict):
@@ -37,16 +45,23 @@ class SamplerSpec(Strict):
     """
 
     scheduler: str
-    config: dict[str, Any] = Field(default_factory=dict)
-    steps: int = Field(gt=0, le=10_000)
-    set_timesteps: dict[str, Any] = Field(default_factory=dict)
-    timestep_scale: float = Field(default=1.0, gt=0)
+    config: dict[str, Plain] = Field(default_factory=dict)
+    steps: int = Field(gt=0, le=10_000, strict=True)
+    set_timesteps: dict[str, Plain] = Field(default_factory=dict)
+    timestep_scale: Factor = 1.0
 
 
 class GuidanceValues(Strict):
     """Several guidance scales, one fitted table for each; `strict` refuses any other scale at run time."""
 
-    values: tuple[float, ...] = Field(min_length=1)
+    values: tuple[Scale, ...] = Field(min_length=1)
+
+    @field_validator("values")
+    @classmethod
+    def _different(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError("expected scales that differ")
+        return values
 
 
 class GuidanceSpec(Strict):
@@ -56,8 +71,8 @@ class GuidanceSpec(Strict):
     supplies them (a negative prompt).
     """
 
-    scale: float | GuidanceValues
-    unconditional: dict[str, Any] | Literal["input"]
+    scale: Scale | GuidanceValues
+    unconditional: dict[str, ArrayLike] | Literal["input"]
     strict: bool = False
 
     @property
@@ -69,7 +84,7 @@ class GuidanceSpec(Strict):
 class LatentSpec(Strict):
     """Shape of one latent, without the batch: `[C, H, W]` or the model's own."""
 
-    shape: tuple[int, ...] = Field(min_length=1)
+    shape: Shape = Field(min_length=1)
 
 
 class ComponentSpec(Strict):
@@ -85,7 +100,7 @@ class LoopSpec(Strict):
     sampler: SamplerSpec
     guidance: GuidanceSpec | None = None
     latent: LatentSpec
-    constants: dict[str, Any] = Field(default_factory=dict)
+    constants: dict[str, Plain] = Field(default_factory=dict)
 
     @field_validator("inputs", mode="before")
     @classmethod
@@ -131,7 +146,7 @@ class ComponentFile(Strict):
 
     component: ComponentSpec
     inputs: dict[str, InputSpec] = Field(default_factory=dict)
-    constants: dict[str, Any] = Field(default_factory=dict)
+    constants: dict[str, Plain] = Field(default_factory=dict)
 
 
 def read_loop(path: Path) -> LoopSpec | ComponentFile:

@@ -35,6 +35,10 @@ def edit_loop(folder: Path, **changes: object) -> None:
     (folder / "loop.yaml").write_text(yaml.safe_dump(document))
 
 
+def edit_sampler(folder: Path, **changes: object) -> None:
+    edit_loop(folder, sampler=yaml.safe_load((folder / "loop.yaml").read_text())["sampler"] | changes)
+
+
 def shard(folder: Path, names: dict[str, str]) -> None:
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
 
@@ -62,6 +66,8 @@ BAD: dict[str, tuple[Edit, str]] = {
     "class_a_pipeline": (lambda f: edit_config(f, _class_name="DiTPipeline"), "no model class 'DiTPipeline'"),
     "class_a_path": (lambda f: edit_config(f, _class_name="os.system"), "no model class 'os.system'"),
     "quantized": (lambda f: edit_config(f, quantization_config={"bits": 4}), "the weights are quantized"),
+    "a_number_that_is_text": (lambda f: edit_config(f, norm_eps="tiny"), "and fails: TypeError: layer_norm"),
+    "negative": (lambda f: edit_config(f, sample_size=-8), "sample_size: expected a size of 0 or more; received -8"),
     "config_value": (lambda f: edit_config(f, num_layers="two"), "DiTTransformer2DModel cannot be built from it"),
     "no_weights": (lambda f: (f / WEIGHTS).unlink(), "no weights; expected diffusion_pytorch_model.safetensors"),
     "pickled": (
@@ -124,9 +130,11 @@ BAD: dict[str, tuple[Edit, str]] = {
     "no_loop": (lambda f: (f / "loop.yaml").unlink(), "inputs: {hidden_states: state, timestep: timestep"),
     "condition_without_shape": (
         lambda f: edit_loop(
-            f, inputs={"hidden_states": "state", "timestep": "timestep", "encoder": "condition"}, guidance=None
+            f,
+            inputs={"hidden_states": "state", "timestep": "timestep", "cross_attention_kwargs": "condition"},
+            guidance=None,
         ),
-        r"input 'encoder' has no shape. Add it to loop.yaml, without the batch:\n  inputs: {encoder: {role: condition",
+        r"input 'cross_attention_kwargs' has no shape. Add it to loop.yaml, without the batch:\n  inputs: {cross_attention_kwargs: {role: condition",
     ),
     "unknown_dtype": (
         lambda f: edit_loop(
@@ -137,7 +145,7 @@ BAD: dict[str, tuple[Edit, str]] = {
                 "class_labels": {"role": "condition", "shape": [], "dtype": "int65"},
             },
         ),
-        "unknown dtype 'int65'",
+        "unknown dtype 'int65' of a condition; expected one of float32",
     ),
     "constant_without_value": (
         lambda f: edit_loop(
@@ -177,6 +185,35 @@ BAD: dict[str, tuple[Edit, str]] = {
         ),
         "constants.x.custom_code: expected an argument that is a number",
     ),
+    "no_argument": (
+        lambda f: edit_loop(f, constants={"nope": 1}),
+        "'nope' is no argument of DiTTransformer2DModel.forward; valid: class_labels",
+    ),
+    "arguments_that_clash": (
+        lambda f: edit_loop(f, constants={"added_cond_kwargs": 1, "added_cond_kwargs.a": 2}),
+        "no argument of DiT|expected an argument, or one nested in it",
+    ),
+    "a_constant_that_is_text": (
+        lambda f: edit_loop(
+            f,
+            inputs={"hidden_states": "state", "timestep": "timestep", "class_labels": {"role": "constant"}},
+            constants={"class_labels": "abc"},
+            guidance=None,
+        ),
+        "constants.class_labels: expected numbers; received 'abc'",
+    ),
+    "a_large_training_grid": (
+        lambda f: edit_sampler(f, config={"num_train_timesteps": 10**12}),
+        "sampler.config.num_train_timesteps: expected at most 1000000; received 1000000000000",
+    ),
+    "a_grid_without_steps": (
+        lambda f: edit_sampler(f, set_timesteps={"sigmas": [1.0] * 8}),
+        "expected a grid of .* that goes from noise to sample; received",
+    ),
+    "labels_that_are_fractions": (
+        lambda f: save_file({"class_labels": torch.zeros(2)}, f / "inputs.safetensors"),
+        r"it was called with .*class_labels \[2\] float32, and fails: RuntimeError: .* Correct loop.yaml",
+    ),
     "foreign_input": (
         lambda f: save_file({"classlabels": torch.zeros(2)}, f / "inputs.safetensors"),
         "'classlabels' is no input of the model; did you mean 'class_labels'?",
@@ -201,7 +238,7 @@ def test_bad_folder(name: str, folder: Path) -> None:
     edit, message = BAD[name]
     edit(folder)
     with pytest.raises(UsageError, match=message):
-        load_checkpoint(folder)
+        load_checkpoint(folder).capture()
 
 
 def test_missing_folder(tmp_path: Path) -> None:

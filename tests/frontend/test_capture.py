@@ -28,6 +28,11 @@ def loop(**inputs: object) -> LoopSpec:
 LOOP = loop(x="state", t="timestep", c="condition")
 
 
+def guided(value: float) -> LoopSpec:
+    guidance = {"scale": 2.0, "unconditional": {"c": value}}
+    return LoopSpec.model_validate(LOOP.model_dump(mode="json") | {"guidance": guidance})
+
+
 class Denoiser(torch.nn.Module):
     """x [B, 3, 4], t [B], c a class, a nested condition and a constant table."""
 
@@ -169,8 +174,26 @@ REFUSED: dict[str, tuple[dict[str, object], LoopSpec, type[Exception], str]] = {
     "refused_by_export": (
         {"x": X, "t": torch.ones(2, 7), "c": C},
         LOOP,
-        StepfoldError,
-        "Denoiser: torch.export could not capture this model: .* Check that the example inputs",
+        UsageError,
+        r"Denoiser: .* called with x \[2, 3, 4\] float32, t \[2, 7\] float32, c \[2\] int64, and fails: RuntimeError",
+    ),
+    "label_outside": (
+        {"x": X, "t": T, "c": torch.tensor([1, 5])},
+        LOOP,
+        UsageError,
+        "input 'c': expected indices from 0 to 4 in the example; received 1 to 5",
+    ),
+    "unconditional_outside": (
+        {"x": X, "t": T, "c": C},
+        guided(5),
+        UsageError,
+        r"guidance\.unconditional\.c: expected an index from 0 to 4; received 5",
+    ),
+    "unconditional_fraction": (
+        {"x": X, "t": T, "c": C},
+        guided(1.5),
+        UsageError,
+        r"guidance\.unconditional\.c: expected a whole number; received 1\.5",
     ),
 }
 
@@ -185,6 +208,19 @@ def test_refused(name: str) -> None:
 def test_no_tensor_at_all() -> None:
     with pytest.raises(UsageError, match="expected an example tensor with a leading batch"):
         capture(Denoiser(), {"scale": 2.0})
+
+
+class Refused(torch.nn.Module):
+    """Runs, but chooses by a value, which export refuses."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if float(x.sum()) > 0 else x
+
+
+def test_what_export_refuses_is_no_fault_of_the_inputs() -> None:
+    with pytest.raises(StepfoldError, match=r"Refused: torch\.export could not capture this model: ") as caught:
+        capture(Refused(), {"x": X})
+    assert not isinstance(caught.value, UsageError)
 
 
 class FixedBatch(torch.nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepfold.loop.classes import class_conditions, class_input
+from stepfold.loop.classes import check_unconditional, class_conditions, class_input
 from stepfold.loop.errors import UsageError
 from stepfold.loop.ports import InputPort, Port
 from stepfold.loop.spec import LoopSpec
@@ -77,3 +77,35 @@ def test_refusals(inputs: list[InputPort], chosen: list[int] | None, message: st
 
 def test_a_model_without_conditions_needs_none() -> None:
     assert class_conditions([STATE, TIME], loop(), 3) == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (4, None),
+        (0.0, None),
+        (1.5, "a whole number"),
+        (5, "an index from 0 to 4"),
+        (-1, "an index from 0 to 4"),
+        ([1], "a number"),
+        ([1, 2, 3], "a number"),
+    ],
+)
+def test_an_unconditional_label_is_one_that_the_model_has(value: Any, expected: str | None) -> None:
+    spec = loop({"labels": value}, labels="condition")
+    if expected is None:
+        check_unconditional([STATE, TIME, labels()], spec)
+        return
+    with pytest.raises(UsageError, match=rf"^guidance\.unconditional\.labels: expected {expected}; received "):
+        check_unconditional([STATE, TIME, labels()], spec)
+
+
+@pytest.mark.parametrize("value", [0, 0.5, [0.1] * 8, [[0.1]] * 7])
+def test_an_unconditional_embedding_broadcasts(value: Any) -> None:
+    check_unconditional([STATE, TIME, TEXT], loop({"text": value}, text="condition"))
+
+
+@pytest.mark.parametrize("value", [[0.1] * 7, [[[0.1]]]])
+def test_an_unconditional_embedding_of_another_shape(value: Any) -> None:
+    with pytest.raises(UsageError, match=r"expected a number or an array \[7, 8\]"):
+        check_unconditional([STATE, TIME, TEXT], loop({"text": value}, text="condition"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from stepfold.loop.errors import UsageError
@@ -154,6 +155,44 @@ def test_wrong_loops_say_where_and_what(tmp_path: Path, old: str, new: str, expe
     assert old in LOOP
     message = refusal(tmp_path, LOOP.replace(old, new))
     assert expected in message and "\n" not in message
+
+
+NUMBERS = {
+    "sampler.steps": (True, "8", 8.5, None, [8], 10**30, ".nan"),
+    "sampler.timestep_scale": (0, -1, ".nan", ".inf", "x", 1e300, True),
+    "sampler.config": ({"shift": ".nan"}, {"shift": ".inf"}, {"shift": {"a": [".nan"]}}),
+    "guidance.scale": (
+        ".nan",
+        ".inf",
+        1e300,
+        True,
+        "big",
+        {"values": [".nan"]},
+        {"values": [2.0, 2.0]},
+        {"values": ["a"]},
+    ),
+    "guidance.unconditional.class_labels": ("ten", None, {"a": 1}, [], [[1], [2, 3]], 10**30, ".nan", ["a"]),
+    "latent.shape": ([1, -8, 8], [1, 0, 8], [10**6, 10**6], [10**30], "abc", [1.5, 8], [[1]], [True], [1] * 100),
+    "inputs.class_labels.shape": ([-3], [0], [10**12], [10**30], [1.5], "abc"),
+    "inputs.class_labels.dtype": ("int65", "ops", "complex64", "qint8", "bits8", "float8_e4m3fn", 5),
+    "inputs.timestep.dtype": ("int8", "bool", "uint8"),
+    "constants.a": (".nan", [".inf"], {"b": ".nan"}, {1: 2}),
+}
+
+
+@pytest.mark.parametrize(("place", "value"), [(place, value) for place, values in NUMBERS.items() for value in values])
+def test_values_out_of_their_range(tmp_path: Path, place: str, value: object) -> None:
+    """The texts `.nan` and `.inf` are written as the numbers of YAML."""
+    document = yaml.safe_load(LOOP)
+    document["inputs"] = {name: {"role": role} for name, role in document["inputs"].items()}
+    *parents, last = place.split(".")
+    target = document
+    for parent in parents:
+        target = target.setdefault(parent, {})
+    target[last] = value
+    text = yaml.safe_dump(document).replace("'.nan'", ".nan").replace("'.inf'", ".inf")
+    message = refusal(tmp_path, text)
+    assert message.startswith(f": {'.'.join(parents)}") and "\n" not in message
 
 
 def test_wrong_component(tmp_path: Path) -> None:
