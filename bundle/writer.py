@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import json
 import logging
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..loop.errors import StepfoldError, UsageError
+from ..loop.writing import FULL_DISK, require_writable, temporary_sibling
 from .files import MANIFEST, listing, sha256_of
 from .manifest import FileEntry, Manifest
 from .probe import PROBE, Probe
@@ -26,7 +25,6 @@ from .tables import TABLES, Tables
 logger = logging.getLogger(__name__)
 
 SCHEDULE = "schedule.json"
-FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 FULL_DISK_TEXT = "No space left on device"  # how safetensors and other native libraries report ENOSPC
 
 
@@ -34,9 +32,10 @@ def check_out(out: Path, overwrite: bool) -> None:
     """Refuse an output folder before any work starts.
 
     Raises:
-        UsageError: `out` exists and may not be overwritten, or is something else than a bundle.
+        UsageError: `out` exists and may not be overwritten, is something else than a bundle, or cannot be written.
     """
     if not os.path.lexists(out):
+        require_writable("--out", out)
         return
     if not overwrite:
         raise UsageError(f"{out}: already exists. Choose another --out, or pass --overwrite to replace the bundle.")
@@ -44,6 +43,7 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise UsageError(f"{out}: expected a folder to overwrite; received a file. Choose another --out.")
     if not (out / MANIFEST).is_file() and any(out.iterdir()):
         raise UsageError(f"{out}: expected a bundle to overwrite; received another folder. Choose another --out.")
+    require_writable("--out", out.resolve())
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def writing(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     check_out(out, overwrite)
     target = out.resolve()
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    temporary = temporary_sibling(target)
     made = [parent for parent in target.parents if not parent.exists()]
     try:
         temporary.mkdir(parents=True)

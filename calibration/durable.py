@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from ..bundle.writer import FULL_DISK
 from ..loop.errors import StepfoldError, UsageError
+from ..loop.writing import FULL_DISK, PARTIAL, temporary_sibling
 
-PARTIAL = ".partial"
 LOCK = "lock"
 BUSY = {errno.EWOULDBLOCK, errno.EACCES}
 
@@ -25,7 +23,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         StepfoldError: the disk is full or the file cannot be written; what was at `path` is still there.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
+    partial = temporary_sibling(path)
     try:
         with partial.open("xb") as stream:
             yield stream

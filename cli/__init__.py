@@ -24,6 +24,7 @@ from .optimize import optimize
 from .passes import passes
 from .recipes import recipes
 from .refit import refit
+from .streams import mend_streams, stopped_like_interrupted
 from .verify import verify
 
 USAGE = 2  # exit code of wrong use
@@ -75,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = DEBUG in words
-    with quiet_libraries(debug):
+    mend_streams()
+    with stopped_like_interrupted(), quiet_libraries(debug):
         try:
             code = _run([word for word in words if word != DEBUG])
             sys.stdout.flush()  # so that a closed pipe is noticed here

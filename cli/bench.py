@@ -9,8 +9,10 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from ..loop.errors import UsageError
+from ..loop.writing import require_writable
 from .console import console, print_json, table, working
-from .options import Json, ReferenceCheckpoint, Seed
+from .options import MOST_SAMPLES, Json, ReferenceCheckpoint, Seed
 
 
 def bench(
@@ -25,11 +27,18 @@ def bench(
             "openvino-bf16, openvino-int8. They run the checkpoint of --reference.",
         ),
     ] = None,
-    count: Annotated[int, typer.Option("--count", min=1, metavar="N", help="Samples of one timed call.")] = 1,
+    count: Annotated[
+        int, typer.Option("--count", min=1, max=MOST_SAMPLES, metavar="N", help="Samples of one timed call.")
+    ] = 1,
     quality_count: Annotated[
-        int, typer.Option("--quality-count", min=1, metavar="N", help="Samples that quality is measured over.")
+        int,
+        typer.Option(
+            "--quality-count", min=1, max=MOST_SAMPLES, metavar="N", help="Samples that quality is measured over."
+        ),
     ] = 64,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, metavar="N", help="Timed calls of each row.")] = 10,
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, max=MOST_SAMPLES, metavar="N", help="Timed calls of each row.")
+    ] = 10,
     seed: Seed = 0,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder for report.json and report.html.")
@@ -43,6 +52,10 @@ def bench(
     from ..report.bench import bench as run
     from ..runtime.compiler import cache_folder
 
+    if out is not None:
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"--out: expected a folder; received the file {out}.")
+        require_writable("--out", out / "report.json")
     names = [name.strip() for name in (baselines or "").split(",") if name.strip()]
     with working() as progress:
         report = run(

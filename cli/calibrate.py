@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..loop.errors import StepfoldError
+from ..loop.writing import require_writable
 from .console import console, errors_console, print_json, working
-from .options import Json
+from .options import MOST_SAMPLES, Json
 
 if TYPE_CHECKING:
     from ..calibration.run import Outcome, Prepared, Work
@@ -22,14 +23,24 @@ def calibrate(
     ],
     out: Annotated[Path, typer.Option("--out", metavar="STORE", help="Folder to write, or to go on with.")],
     samples: Annotated[
-        int | None, typer.Option("--samples", min=1, metavar="N", help="Calibration samples; 32 by default.")
+        int | None,
+        typer.Option("--samples", min=1, max=MOST_SAMPLES, metavar="N", help="Calibration samples; 32 by default."),
     ] = None,
     buckets: Annotated[
         int | None,
-        typer.Option("--buckets", min=1, metavar="N", help="Equal parts of the calls of the loop; 8 by default."),
+        typer.Option(
+            "--buckets",
+            min=1,
+            max=MOST_SAMPLES,
+            metavar="N",
+            help="Equal parts of the calls of the loop; 8 by default.",
+        ),
     ] = None,
     workers: Annotated[
-        int, typer.Option("--workers", min=1, metavar="N", help="Processes; more than one needs Ray. Same result.")
+        int,
+        typer.Option(
+            "--workers", min=1, max=MOST_SAMPLES, metavar="N", help="Processes; more than one needs Ray. Same result."
+        ),
     ] = 1,
     loop: Annotated[
         Path | None, typer.Option("--loop", metavar="FILE.yaml", help="Loop to use instead of the checkpoint's.")
@@ -43,6 +54,7 @@ def calibrate(
 
     $ stepfold calibrate examples/mnist_dit --out out/store --samples 32
     """
+    from ..calibration.document import STORE
     from ..calibration.plan import Settings
     from ..calibration.run import calibrate as run
     from ..calibration.store import check_folder
@@ -50,6 +62,7 @@ def calibrate(
 
     start = time.perf_counter()
     check_folder(out)
+    require_writable("--out", out / STORE)
     settings = Settings(samples=samples, seed=seed, buckets=buckets)
     work: Work | None = None
     if workers > 1:

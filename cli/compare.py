@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from ..loop.errors import UsageError
+from ..loop.writing import require_writable
 from .console import console, print_json, table
 from .options import Json
 
@@ -42,6 +43,10 @@ def compare(
     """
     if out is not None and out.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--out: expected a file that ends in .html; received {out}.")
+    if out is not None:
+        if out.is_dir():
+            raise UsageError(f"--out: expected a file; received the folder {out}.")
+        require_writable("--out", out)
     from ..report.compare import compare as run
 
     comparison = run(reports, max_slowdown, max_psnr_drop)

@@ -24,19 +24,29 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from .streams import printable
+
 WIDTH = 160  # columns where the output is no terminal
 OFFLINE = {"HF_HUB_OFFLINE": "1"}  # no command downloads anything
 QUIET = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
-def console() -> Console:
+class Screen(Console):
+    """A console on which names from files cannot move the cursor or set a title."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich does, with control characters of texts shown and not sent."""
+        super().print(*(printable(item) if isinstance(item, str) else item for item in objects), **options)
+
+
+def console() -> Screen:
     """Standard output."""
-    return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    return Screen(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
 
 
-def errors_console() -> Console:
+def errors_console() -> Screen:
     """Standard error."""
-    return Console(stderr=True, highlight=False)
+    return Screen(stderr=True, highlight=False)
 
 
 def print_json(document: Mapping[str, Any]) -> None:
@@ -46,11 +56,11 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> Table:
     """A table of plain text; columns named in `right` are numbers."""
-    made = Table(title=escape(title), title_justify="left", title_style="bold")
+    made = Table(title=escape(printable(title)), title_justify="left", title_style="bold")
     for name in columns:
         made.add_column(name, justify="right" if name in right else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(escape(cell) for cell in row))
+        made.add_row(*(escape(printable(cell)) for cell in row))
     return made
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
 
 import typer
 
 from ..loop.errors import StepfoldError
+from ..loop.writing import FULL_DISK
 
 FAILED, USAGE = 1, 2
 
@@ -15,7 +15,6 @@ FAILED, USAGE = 1, 2
 # every release, but `BadParameter` derives from it in all of them.
 WrongWords = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
-FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc")
 """What PyTorch and the engines say in a `RuntimeError` when the system gives them no memory."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,9 +15,10 @@ from ..loop.errors import UsageError
 from ..loop.noise import noise as seeded_noise
 from ..loop.reading import Expected
 from ..loop.spec import LoopSpec
+from ..loop.writing import replacing, require_writable
 from ..runtime.prompts import draw
 from .console import console, working
-from .options import BUNDLE_OR_CHECKPOINT, Guidance, Seed, is_bundle
+from .options import BUNDLE_OR_CHECKPOINT, MOST_SAMPLES, Guidance, Seed, is_bundle
 
 if TYPE_CHECKING:
     from ..runtime.engine import Engine
@@ -43,7 +43,13 @@ def generate(
     ] = None,
     count: Annotated[
         int | None,
-        typer.Option("--count", min=1, metavar="N", help="Number of samples; one, or as many as --classes names."),
+        typer.Option(
+            "--count",
+            min=1,
+            max=MOST_SAMPLES,
+            metavar="N",
+            help="Number of samples; one, or as many as --classes names.",
+        ),
     ] = None,
     seed: Seed = 0,
     noise: Annotated[
@@ -116,6 +122,8 @@ def _check_targets(out: Path | None, npy: Path | None) -> None:
             raise UsageError(f"{option}: expected a file that ends in {suffix}; received {path}.")
         if path is not None and path.is_dir():
             raise UsageError(f"{option}: expected a file; received the folder {path}.")
+        if path is not None:
+            require_writable(option, path)
 
 
 def _count(count: int | None, chosen: Sequence[object] | None, noise: Array | None) -> int:
@@ -152,13 +160,8 @@ def _looped(model: Path, sampler: Engine | Unoptimized, drawn: bool) -> LoopSpec
 
 def write_array(path: Path, samples: Array) -> None:
     """Write a `.npy` file in one step."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as stream:
-            np.save(stream, samples, allow_pickle=False)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as stream:
+        np.save(stream, samples, allow_pickle=False)
 
 
 def _write(samples: Array, out: Path | None, npy: Path | None) -> None:
@@ -166,6 +169,5 @@ def _write(samples: Array, out: Path | None, npy: Path | None) -> None:
 
     for path, write in ((npy, write_array), (out, write_grid)):
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write(path, samples)
             console().print(f"{path}: {len(samples)} samples", markup=False, soft_wrap=True)

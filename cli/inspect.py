@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from ..loop.errors import UsageError
 from ..loop.ports import Port
 from .console import console, print_json, table, working
 from .inspect_store import print_store
@@ -18,12 +19,18 @@ from .options import ANY_FOLDER, Json, is_bundle, is_store
 
 def inspect(
     model: Annotated[Path, typer.Argument(metavar=ANY_FOLDER, help="Folder to look into.")],
+    inputs: Annotated[
+        Path | None,
+        typer.Option("--inputs", metavar="FILE.safetensors", help="Example inputs of a checkpoint by name."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a checkpoint consists of, rate by rate and site by site, or what a bundle or calibration store holds.
 
     $ stepfold inspect examples/mnist_dit
     """
+    if inputs is not None and (is_bundle(model) or is_store(model)):
+        raise UsageError(f"--inputs: expected a checkpoint beside it; {model} is none.")
     if is_bundle(model):
         from ..bundle.reader import read_manifest
 
@@ -35,7 +42,7 @@ def inspect(
         document = store_summary(model)
         show = print_store
     else:
-        document = _checkpoint(model)
+        document = _checkpoint(model, inputs)
         show = print_checkpoint
     if as_json:
         print_json(document)
@@ -43,13 +50,13 @@ def inspect(
         show(document)
 
 
-def _checkpoint(path: Path) -> dict[str, Any]:
+def _checkpoint(path: Path, inputs: Path | None) -> dict[str, Any]:
     from ..frontend.inspect import inspect_program
     from ..frontend.load import load_checkpoint
 
     with working() as progress:
         progress("loading", 0, 1)
-        checkpoint = load_checkpoint(path)
+        checkpoint = load_checkpoint(path, inputs=inputs)
         progress("capturing", 0, 1)
         return inspect_program(checkpoint.capture())
 

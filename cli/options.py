@@ -11,6 +11,7 @@ import typer
 from ..loop.errors import UsageError
 
 BUNDLE_OR_CHECKPOINT = "BUNDLE|CHECKPOINT"
+MOST_SAMPLES = 1_000_000_000  # what a NumPy array can still count
 ANY_FOLDER = "CHECKPOINT|BUNDLE|STORE"
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

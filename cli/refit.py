@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from ..loop.writing import require_writable
 from .console import console, print_json, working
 from .optimize import quality_line, schedule_line
 from .options import Json, MinPsnr, check_min_psnr
@@ -30,6 +31,8 @@ def refit(
     $ stepfold refit out/mnist --reference examples/mnist_dit
     """
     check_min_psnr(min_psnr)
+    if bundle.is_dir():
+        require_writable("BUNDLE", bundle.resolve())
     from ..runtime.refit import refit as run
 
     with working() as progress:

@@ -66,6 +66,7 @@ def capture(
     roles = _roles(list(tensors), loop)
     example = _example(tensors, roles, loop)
     calling = Calling(model.eval(), method, kwargs, list(example), loop.latent.shape if loop else None)
+    example = _with_rows(calling, example)
     with plain_quantizers(model):
         graph, names = normalize(export(calling, example, type(model).__name__))
         stage = _stage(graph, names, example, roles, loop)
@@ -77,6 +78,27 @@ def capture(
         check_unconditional(inputs, loop)
     baked = constants | {name: tensor for name, tensor in tensors.items() if name not in example}
     return _program(stage, inputs, example, identity, loop, recurrence, frozen, baked)
+
+
+def _with_rows(calling: Calling, example: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors without dimensions with a row for each sample, where the model makes the same of that."""
+    single = [name for name, value in example.items() if value.ndim == 0]
+    if not single:
+        return example
+    rows = _batch_size(example)
+    spread = {name: value if value.ndim else value.expand(rows).clone() for name, value in example.items()}
+    try:
+        with torch.no_grad():
+            pairs = zip(calling(*example.values()).values(), calling(*spread.values()).values(), strict=True)
+            same = all(one.shape == other.shape and torch.allclose(one, other) for one, other in pairs)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        same = False
+    if not same:
+        raise UsageError(
+            f"input {single[0]!r}: expected a tensor with a leading batch; received one without dimensions, and the model "
+            "makes something else of a row for each sample. Give it as a number, which is baked in."
+        )
+    return spread
 
 
 def _check_indices(example: Mapping[str, torch.Tensor], inputs: Sequence[InputPort]) -> None:

@@ -32,6 +32,10 @@ TEXT_ENCODERS = {
 }
 
 
+TOKENS = {"input_ids": ("B", "T"), "attention_mask": ("B", "T")}
+"""Inputs of text encoders whose shape is known."""
+
+
 def example_kwargs(
     model: torch.nn.Module,
     method: str,
@@ -133,6 +137,7 @@ def _transformer_inputs(
 ) -> dict[str, InputSpec]:
     """The inputs of a transformers model: those that are given, else those of a known text encoder."""
     if tensors:
+        _require_tokens(tensors)
         return _given_inputs(model, list(dict.fromkeys(name.split(".")[0] for name in tensors)))
     key, names = TEXT_ENCODERS.get(type(model).__name__, ("", ()))
     length = config.get(key, getattr(model.config, key, None))
@@ -155,6 +160,15 @@ def _given_inputs(model: torch.nn.Module, names: list[str]) -> dict[str, InputSp
     return {name: InputSpec(role="condition") for name in names}
 
 
+def _require_tokens(tensors: Mapping[str, torch.Tensor]) -> None:
+    for name in (name for name in TOKENS if name in tensors):
+        if tensors[name].ndim != len(TOKENS[name]):
+            raise UsageError(
+                f"example inputs: {name!r} has shape {list(tensors[name].shape)}; expected [{', '.join(TOKENS[name])}], a "
+                "row for each example."
+            )
+
+
 def _refuse_foreign(model: torch.nn.Module, method: str, names: Sequence[str]) -> None:
     """Refuse names of loop.yaml that are no arguments of the method, and names that contradict each other."""
     parameters = inspect.signature(getattr(model, method)).parameters.values()
@@ -175,6 +189,8 @@ def _refuse_foreign(model: torch.nn.Module, method: str, names: Sequence[str]) -
 
 def _refuse_unknown(tensors: Mapping[str, torch.Tensor], inputs: Mapping[str, InputSpec]) -> None:
     for name in tensors:
+        if not all(name.split(".")) or any(other.startswith(f"{name}.") for other in tensors):
+            raise UsageError(f"example inputs: expected arguments, or tensors nested in them; received {name!r:.60}.")
         if not any(name == known or name.startswith(f"{known}.") for known in inputs):
             raise UsageError(
                 f"example inputs: {name!r} is no input of the model; {nearest(name, list(inputs))} "
@@ -187,7 +203,7 @@ def _rows(tensors: Mapping[str, torch.Tensor], inputs: Mapping[str, InputSpec]) 
     rows = {}
     for name, tensor in tensors.items():
         role = next(spec.role for known, spec in inputs.items() if name == known or name.startswith(f"{known}."))
-        if role != "constant":
+        if role != "constant" and not (role == "timestep" and tensor.ndim == 0):
             if tensor.ndim == 0 or tensor.shape[0] == 0:
                 raise UsageError(f"example inputs: {name!r} has shape {list(tensor.shape)}; expected a leading batch.")
             rows[name] = tensor.shape[0]
@@ -202,6 +218,8 @@ def _rows(tensors: Mapping[str, torch.Tensor], inputs: Mapping[str, InputSpec]) 
 def _given(name: str, tensor: torch.Tensor, spec: InputSpec, batch: int) -> torch.Tensor:
     if spec.role == "constant":
         return tensor
+    if tensor.ndim == 0:  # a timestep, which all samples have
+        return tensor.expand(batch).clone()
     if spec.shape is not None and tuple(tensor.shape[1:]) != spec.shape:
         raise UsageError(
             f"example inputs: {name!r} has shape {list(tensor.shape)}; loop.yaml declares {list(spec.shape)} after the "

@@ -265,13 +265,15 @@ def _plain_config(cls: Any, folder: Path) -> Any:
 
 @contextmanager
 def _without_progress_bars(library: str) -> Iterator[None]:
-    """The command line draws its own."""
+    """The command line draws its own; and what is wrong with the weights is an error here, no coloured report."""
     switches = import_module(f"{library}.utils.logging")
-    was_on = switches.is_progress_bar_enabled()
+    was_on, verbosity = switches.is_progress_bar_enabled(), switches.get_verbosity()
     switches.disable_progress_bar()
+    switches.set_verbosity_error()
     try:
         yield
     finally:
+        switches.set_verbosity(verbosity)
         if was_on:
             switches.enable_progress_bar()
 

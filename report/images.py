@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 
 from ..loop.errors import StepfoldError
+from ..loop.writing import replacing
 
 Array = np.ndarray
 SMALLEST_SIDE = 96  # pixels; smaller samples are enlarged without smoothing
@@ -73,12 +73,8 @@ def grid_png(samples: Array, columns: int | None = None, transparent: bool = Fal
 def write_grid(path: Path, samples: Array, columns: int | None = None) -> None:
     """Write `grid_png` to a file, in one step; raises as `grid_png` does."""
     data = grid_png(samples, columns)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as stream:
+        stream.write(data)
 
 
 def data_uri(samples: Array, columns: int | None = None) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..loop.metrics import drift, psnr, ssim
+from ..loop.writing import replacing
 from .plan import RowPlan
 from .processes import Worker, WorkerError, Workers
 from .records import Latency, Psnr, Row, Skipped
@@ -248,9 +247,5 @@ def reference_file(cache: Path, key: str, request: Path) -> Path:
 
 
 def _keep(path: Path, samples: Array) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.npy")
-    with contextlib.ExitStack() as stack:
-        stack.callback(partial.unlink, missing_ok=True)
-        np.save(partial, samples, allow_pickle=False)
-        os.replace(partial, path)
+    with replacing(path) as stream:
+        np.save(stream, samples, allow_pickle=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from ..loop.errors import UsageError
 from ..loop.reading import Expected, read_json
 from ..loop.spec import describe
+from ..loop.writing import replacing
 
 REPORT = "report.json"
 LARGEST_REPORT_BYTES = 64 << 20
@@ -140,13 +140,8 @@ def read_report(path: Path) -> Report:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file in one step: readers see the old content or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as stream:
+        stream.write(text.encode("utf-8", "backslashreplace"))
 
 
 def write_report(report: Report, folder: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +24,7 @@ from ..loop.ports import BoundProgram, StageCallable
 from ..loop.recurrence import Recurrence
 from ..loop.spec import LoopSpec
 from ..loop.table import FoldedTable, fold
+from ..loop.values import LARGEST_FACTOR
 from .arguments import check_arguments
 from .ends import Ends
 from .prompts import draw
@@ -293,6 +293,7 @@ def guidance_scale(loop: LoopSpec, guidance: float | None) -> float:
         return UNGUIDED
     if guidance is None:
         return float(loop.guidance.scales[0])
-    if isinstance(guidance, bool) or not isinstance(guidance, (int, float, np.number)) or not math.isfinite(guidance):
-        raise UsageError(f"guidance: expected a finite number; received {guidance!r:.60}.")
+    number = isinstance(guidance, (int, float, np.number)) and not isinstance(guidance, bool)
+    if not number or not abs(guidance) <= LARGEST_FACTOR:  # also NaN
+        raise UsageError(f"guidance: expected a finite number, at most {LARGEST_FACTOR:g}; received {guidance!r:.60}.")
     return float(guidance)

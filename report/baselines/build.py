@@ -11,6 +11,7 @@ from typing import Any
 
 from ...bundle.manifest import InputEntry
 from ...loop.spec import LoopSpec
+from ...loop.writing import temporary_sibling
 from ..work import Work
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def build(message: Mapping[str, Any], on_progress: Callable[[int, int], None]) -
     folder, artifact = Path(message["folder"]), message["artifact"]
     target = folder / artifact
     if not target.is_dir():
-        partial = folder / f".{artifact}.{os.getpid()}.partial"
+        partial = temporary_sibling(target)
         partial.mkdir(parents=True)
         try:
             _build(artifact, folder, partial, message, on_progress)

@@ -222,6 +222,12 @@ BAD: dict[str, tuple[Edit, str]] = {
         lambda f: save_file({"class_labels": torch.tensor(1)}, f / "inputs.safetensors"),
         r"'class_labels' has shape \[\]; expected a leading batch",
     ),
+    "inputs_that_clash": (
+        lambda f: save_file(
+            {"class_labels": torch.zeros(2), "class_labels.x": torch.zeros(2)}, f / "inputs.safetensors"
+        ),
+        "expected arguments, or tensors nested in them; received 'class_labels'",
+    ),
     "rows_that_differ": (
         lambda f: save_file({"class_labels": torch.arange(3), "timestep": torch.ones(4)}, f / "inputs.safetensors"),
         "expected as many rows in each tensor, or one that serves all; received class_labels 3, timestep 4",

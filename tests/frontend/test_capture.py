@@ -205,6 +205,28 @@ def test_refused(name: str) -> None:
         capture(Denoiser(), kwargs, declared)
 
 
+class Component(torch.nn.Module):
+    """t as a scheduler gives it, or one for each row; the mode `rows` makes something else of that."""
+
+    def __init__(self, rows: bool = False):
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return x + (t.sum() if self.rows else torch.atleast_1d(t)[:, None, None])
+
+
+def test_a_timestep_without_dimensions_gets_a_row_for_each_sample() -> None:
+    program = capture(Component(), {"x": X, "t": torch.tensor(3.0)})
+    assert [(i.name, i.port.shape) for i in program.inputs] == [("x", (None, 3, 4)), ("t", (None,))]
+    np.testing.assert_array_equal(evaluate(program, x=X, t=torch.tensor([3.0, 3.0])), (X + 3).numpy())
+
+
+def test_a_number_that_is_none_of_a_sample_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"input 't': expected a tensor with a leading batch; .* Give it as a number"):
+        capture(Component(rows=True), {"x": X, "t": torch.tensor(3.0)})
+
+
 def test_no_tensor_at_all() -> None:
     with pytest.raises(UsageError, match="expected an example tensor with a leading batch"):
         capture(Denoiser(), {"scale": 2.0})

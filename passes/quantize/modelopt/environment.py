@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ....loop.errors import StepfoldError, UsageError
+from ....loop.writing import temporary_sibling
 
 VARIABLE = "STEPFOLD_MODELOPT_PYTHON"
 FOLDER = "modelopt"  # below the cache
@@ -90,7 +91,7 @@ def create(
     if folder.exists():
         raise UsageError(f"{folder}: expected no such folder yet; remove it to make the environment again.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    partial = temporary_sibling(folder)
     try:
         venv.create(partial, with_pip=bool(requirements), symlinks=os.name != "nt")
         python = python_of(partial)

@@ -1,0 +1,60 @@
+"""The standard streams and signals of a command, whatever its caller made of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import TextIOWrapper
+
+STREAMS = 3  # standard input, output and error
+STOPS = ("SIGTERM", "SIGHUP")
+BIDIRECTIONAL = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+CONTROL = {
+    code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+    for code in (*range(32), *range(127, 160), *BIDIRECTIONAL)
+    if chr(code) not in "\n\t"
+}
+"""Characters that a terminal acts on, with how they are shown instead."""
+
+
+def printable(text: str) -> str:
+    """Text from a file or a name, without what a terminal would act on."""
+    return text.translate(CONTROL)
+
+
+def mend_streams() -> None:
+    """Open what is closed to nothing, so that no other file takes its number, and show what an encoding lacks as `\\u`."""
+    for number in range(STREAMS):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (as long as the process)
+        elif isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def stopped_like_interrupted() -> Iterator[None]:
+    """Let a request to end do what Ctrl-C does: what is half-written is removed, and the error is one line."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    found = [getattr(signal, name) for name in STOPS if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in found}
+    for number, handler in before.items():
+        if handler is signal.SIG_DFL:  # `nohup` and others keep theirs
+            signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is signal.SIG_DFL:
+                signal.signal(number, handler)

@@ -1,0 +1,96 @@
+"""Standard streams that are closed or know few characters, signals, and what a terminal must not get to see."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stepfold.cli.console import console, table
+from stepfold.cli.streams import mend_streams, printable, stopped_like_interrupted
+
+HOSTILE = "\x1b[2J\x1b]0;pwned\x07\x9b1m\u202ereversed"
+SHOWN = "\\x1b[2J\\x1b]0;pwned\\x07\\x9b1m\\u202ereversed"
+
+
+def test_control_characters_are_shown_and_not_sent() -> None:
+    assert printable(HOSTILE) == SHOWN
+    assert printable("plain\ttext\nüber 漢字 [bold]") == "plain\ttext\nüber 漢字 [bold]"
+
+
+def test_tables_and_lines_are_printable(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = console()
+    screen.print(HOSTILE, markup=False, soft_wrap=True)
+    screen.print(table(HOSTILE, ("a",), [(HOSTILE,)]))
+    shown = capsys.readouterr().out
+    assert shown.count(SHOWN) == 3 and "\x1b" not in shown and "\x07" not in shown
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_an_encoding_with_few_characters(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+    mend_streams()
+    console().print("漢字 × [B]", markup=False)
+    console().print(table("t", ("a",), [("×",)]))
+    sys.stdout.flush()
+    assert raw.getvalue().decode(encoding).startswith("\\u6f22\\u5b57")
+
+
+CODE = """
+import os, sys
+os.close(1); os.close(2)
+sys.stdout = sys.stderr = None
+from stepfold.cli.streams import mend_streams
+mend_streams()
+print("nobody reads this")
+with open("file", "w") as file:
+    print("nor this", flush=True)
+    os.write(1, b"nor that of a library")
+    assert file.fileno() > 2
+"""
+
+
+def test_closed_streams_are_open_to_nothing(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", CODE], cwd=tmp_path, env=environment, check=True, timeout=60)
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_request_to_end_is_an_interruption() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), stopped_like_interrupted():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_that_is_ignored_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopped_like_interrupted():
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_an_interruption_of_the_imports_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from stepfold.__main__ import run
+
+    class Interrupted:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name.startswith("stepfold.cli"):
+                raise KeyboardInterrupt
+
+    for name in [name for name in sys.modules if name.startswith("stepfold.cli")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    assert run() == 1
+    assert capsys.readouterr().err == "error: interrupted; nothing was written.\n"
