@@ -16,13 +16,21 @@ LINEAR = aten.linear.default
 LAYOUT = frozenset(
     {
         operator.getitem,
+        aten._unsafe_view.default,
+        aten.alias.default,
         aten.cat.default,
         aten.chunk.default,
         aten.copy.default,
         aten.clone.default,
+        aten.contiguous.default,
         aten.expand.default,
         aten.flatten.using_ints,
+        aten.flip.default,
+        aten.movedim.int,
+        aten.narrow.default,
         aten.permute.default,
+        aten.pixel_shuffle.default,
+        aten.pixel_unshuffle.default,
         aten.repeat_interleave.self_int,
         aten.reshape.default,
         aten.select.int,
@@ -30,6 +38,7 @@ LAYOUT = frozenset(
         aten.slice_scatter.default,
         aten.split.Tensor,
         aten.split_with_sizes.default,
+        aten.squeeze.default,
         aten.squeeze.dim,
         aten.squeeze.dims,
         aten.stack.default,
@@ -43,7 +52,7 @@ LAYOUT = frozenset(
         aten.view.default,
     }
 )
-"""Operators that only choose, rearrange or cast elements."""
+"""Operators that only choose, rearrange or cast elements; `rearranges` says it of a node."""
 
 NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default})
 ELEMENTWISE = frozenset(
@@ -76,6 +85,14 @@ ACTIVATIONS = frozenset(
         aten.tanh.default,
     }
 )
+
+
+def rearranges(node: fx.Node) -> bool:
+    """Whether a node only chooses, rearranges or casts elements; `einsum` does when it only orders dimensions."""
+    if node.target is not aten.einsum.default:
+        return node.target in LAYOUT
+    read, _, written = str(node.args[0]).replace(" ", "").partition("->")
+    return "," not in read and len(set(read)) == len(read) and sorted(read) == sorted(written)
 
 
 @dataclass

@@ -8,10 +8,12 @@ import torch
 from torch import fx
 
 from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
+from ..marks import key_of
 
 aten = torch.ops.aten
 NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 ROTARY = torch.ops.stepfold.rotary.default
+KEPT = ("nn_module_stack", "stack_trace", key_of("fuse"))  # metadata of a value that its other form has too
 TOKENS = 2  # the dimension of tokens in [B, H, T, K]
 
 
@@ -61,7 +63,7 @@ class TokensFirst:
         written = self.passed[value]
         if written is None:
             written = graph.node_copy(value, lambda node: self.write(graph, node) if node in _moved(value) else node)
-            written.meta = {key: value.meta[key] for key in ("nn_module_stack", "stack_trace") if key in value.meta}
+            written.meta = {key: value.meta[key] for key in KEPT if key in value.meta}
             _turn(written)
             self.passed[value] = written
         return written

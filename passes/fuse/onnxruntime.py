@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -11,17 +12,19 @@ from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
 from ...ir.edit import copy_graph, finish
 from ...ir.program import Program, Refusal
 from ..base import Context, Options, Pass, PassResult
+from ..marks import made
 from .attention import FuseAttention
 from .rms_norm import FuseRMSNorm
 from .rotary import FuseRotary
 from .rules import Rule, apply_rule
 
 RULES: tuple[Rule[Any], ...] = (FuseRMSNorm(), FuseRotary(), FuseAttention())
-FUSED = (
-    torch.ops.aten.rms_norm.default,
-    torch.ops.stepfold.attention.default,
-    torch.ops.stepfold.rotary.default,
-)
+FUSED = {
+    "rms_norm": torch.ops.aten.rms_norm.default,
+    "attention": torch.ops.stepfold.attention.default,
+    "rotary": torch.ops.stepfold.rotary.default,
+}
+"""The operator that each rule makes."""
 
 
 class FuseOptions(Options):
@@ -50,7 +53,9 @@ class FuseOnnxRuntime(Pass[FuseOptions]):
     def not_applicable(self, program: Program) -> str | None:
         """Whether any rule begins to match, or its operator is there already."""
         nodes = [node for stage in program.stages for node in stage.graph.graph.nodes]
-        begun = any(node.target in FUSED or any(rule.match(node) is not None for rule in RULES) for node in nodes)
+        begun = any(
+            node.target in FUSED.values() or any(rule.match(node) is not None for rule in RULES) for node in nodes
+        )
         return None if begun else "the program has neither attention nor rotary embeddings nor norms to put together"
 
     def run(self, program: Program, context: Context) -> PassResult:
@@ -67,7 +72,16 @@ class FuseOnnxRuntime(Pass[FuseOptions]):
                     refused += missed
             changed += found
             stages.append(finish(stage, graph) if found else stage)
-        fused = any(node.target in FUSED for stage in program.stages for node in stage.graph.graph.nodes)
         result = replace(program, stages=tuple(stages))
-        identity = not changed and (fused or not self.options.rules)
+        identity = not changed and (not self.options.rules or self._nothing_left(program, refused))
         return PassResult(result, changed, tuple(refused), identity=identity, details={"rules": counts})
+
+    def _nothing_left(self, program: Program, refused: Sequence[Refusal]) -> bool:
+        """Whether all that the chosen rules look for has its final form: they made it, or the capture has it so.
+
+        What a rule refused beside what it made was refused when it made that, and is in the record of that run.
+        """
+        nodes = [node for stage in program.stages for node in stage.graph.graph.nodes]
+        if any(made(node, "fuse") in self.options.rules for node in nodes):
+            return True
+        return not refused and any(node.target is FUSED[rule] for node in nodes for rule in self.options.rules)

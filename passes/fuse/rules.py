@@ -10,6 +10,7 @@ from torch import fx
 
 from ...ir.edit import drop_dead_code
 from ...ir.program import Refusal
+from ..marks import mark
 
 MatchT = TypeVar("MatchT")
 
@@ -48,6 +49,7 @@ def apply_rule(graph: fx.GraphModule, rule: Rule[MatchT]) -> tuple[int, list[Ref
         with graph.graph.inserting_before(node):
             replacement = rule.rewrite(graph.graph, node, match)
         replacement.meta.update(node.meta)
+        mark(replacement, "fuse", rule.name)
         node.replace_all_uses_with(replacement)
         changed += 1
     drop_dead_code(graph.graph)  # it would count as a reader for the rules that follow

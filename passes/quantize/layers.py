@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from math import prod
 
 import torch
 from torch import fx
 
+from ...frontend.sites.walk import rearranges
 from ...ir.names import module_path
 from ...ir.program import Refusal, Stage, attribute
+from ...loop.errors import UsageError
 from ...loop.ports import Rate
+from ..marks import made
 
 LINEAR = torch.ops.aten.linear.default
-LAYOUT = ("view", "reshape", "permute", "transpose", "einsum", "clone", "_unsafe_view", "slice", "split", "getitem")
-"""Names of operators that only rearrange elements."""
-
 
 BRANCH = "stepfold_branch"
 """Key of the metadata of layers that a quantization added."""
@@ -83,6 +84,12 @@ class Selection:
     min_tokens: int
     predicts: bool = True
 
+    def refuses(self, name: str) -> str | None:
+        """Why the recipe leaves a layer of this name alone, or None."""
+        if not any(fnmatchcase(name, pattern) for pattern in self.include):
+            return "not included"
+        return "skipped by the recipe" if any(fnmatchcase(name, pattern) for pattern in self.skip) else None
+
 
 def find_groups(
     stage: Stage, selection: Selection, unfit: Callable[[LinearLayer], str | None]
@@ -114,6 +121,34 @@ def named(groups: Iterable[Group]) -> list[str]:
     return [layer.name for group in groups for layer in group.layers]
 
 
+def require_matches(selection: Selection, stages: Iterable[Stage]) -> None:
+    """Check that every pattern names a layer, because one that names none protects or quantizes nothing.
+
+    Args:
+        selection: what the recipe chooses.
+        stages: those that the patterns may name layers of.
+
+    Raises:
+        UsageError: a pattern matches no linear layer, quantized ones included.
+    """
+    nodes = [node for stage in stages for node in stage.graph.graph.nodes]
+    names = sorted({module_path(node) for node in nodes if node.target is LINEAR or made(node, "quantize")})
+    for option, patterns in (("include", selection.include), ("skip", selection.skip)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                near = get_close_matches(pattern.replace("*", ""), names, n=3, cutoff=0.0)
+                raise UsageError(
+                    f"pass quantize: option {option!r}: expected patterns of linear layers of the model; received "
+                    f"{pattern!r}, which matches none. The nearest layers: {', '.join(near)}."
+                )
+
+
+def quantized_layers(stage: Stage, selection: Selection) -> dict[str, str]:
+    """The chosen layers of a stage that a pass has quantized before: module path -> in which way."""
+    ways = [(module_path(node), made(node, "quantize")) for node in stage.graph.graph.nodes]
+    return {name: way for name, way in ways if way is not None and selection.refuses(name) is None}
+
+
 def mark_branch(node: fx.Node) -> fx.Node:
     """Say that a linear layer is part of a branch of low rank, which stays in full precision."""
     node.meta[BRANCH] = True
@@ -123,10 +158,11 @@ def mark_branch(node: fx.Node) -> fx.Node:
 def _refusal(stage: Stage, node: fx.Node, name: str, selection: Selection) -> str | None:
     if node.meta.get(BRANCH):
         return "it is part of a branch in full precision"
-    if not any(fnmatch(name, pattern) for pattern in selection.include):
-        return "not included"
-    if any(fnmatch(name, pattern) for pattern in selection.skip):
-        return "skipped by the recipe"
+    reason = selection.refuses(name)
+    if reason is not None:
+        return reason
+    if made(node, "quantize") is not None:
+        return "it is quantized already"
     weight = node.args[1]
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return "its weight is computed, not stored"
@@ -145,7 +181,7 @@ def _feeds_output_only(node: fx.Node) -> bool:
         for user in stack.pop().users:
             if user.op == "output" or user in seen:
                 continue
-            if not any(str(user.target).removeprefix("aten.").startswith(name) for name in LAYOUT):
+            if not rearranges(user):
                 return False
             seen.add(user)
             stack.append(user)

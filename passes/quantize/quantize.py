@@ -13,7 +13,7 @@ from ...ir.program import Program, Refusal, Stage
 from ...loop.errors import UsageError
 from ..base import Context, Pass, PassResult
 from .inputs import Inputs, known_inputs
-from .layers import LINEAR, Group, Selection, find_groups, named
+from .layers import LINEAR, Group, Selection, find_groups, named, quantized_layers, require_matches
 from .options import CHOOSING, QuantizeOptions
 from .realize import Realization
 from .repair import repair_pairs
@@ -54,6 +54,15 @@ def _decided(done: Mapping[str, _Done]) -> dict[str, object]:
     return {stage: dict(each.decided) for stage, each in done.items() if each.decided}
 
 
+@dataclass(frozen=True)
+class _Before:
+    """A layer that was quantized before: in which way, and whether it is that of this pass."""
+
+    name: str
+    way: str
+    same: bool
+
+
 class Quantize(Pass[QuantizeOptions]):
     """Replace linear layers by ones of few bits; layers that read one value share how it is scaled and rounded.
 
@@ -78,19 +87,33 @@ class Quantize(Pass[QuantizeOptions]):
             chosen = self.options.model_copy(update={"activations": fastest})
             return Quantize(chosen).run(program, context)
         scheme = SCHEMES[self.options.scheme](self.options)
+        require_matches(self._selection, (*program.stages, *context.original.stages))
         program, stages = self._chosen(program)
         done = dict[str, _Done]()
         for stage in stages:
             done[stage.name] = self._step(alone(program, stage), scheme, context, shared=len(program.steps) > 1)
             program = put_back(program, stage, done[stage.name].program)
         sites = [name for each in done.values() for name in each.sites]
-        refused = tuple(refusal for each in done.values() for refusal in each.refused)
+        refused = [refusal for each in done.values() for refusal in each.refused]
         program, hoisted = self._hoisted(program)
         changed = len(sites) + len(hoisted)
         details = {**self._options_read(scheme), "sites": sites, "hoisted_sites": hoisted, **_decided(done)}
-        others = [stage for stage in program.stages if stage not in program.steps]
-        identity = not changed and _quantized([*stages, *others])
-        return PassResult(program, changed, refused, identity=identity, details=details)
+        before = self._quantized_before(program, stages, scheme) if not changed else []
+        others = [Refusal(one.name, f"quantized before, in another way: {one.way}") for one in before if not one.same]
+        identity = bool(before) and not others
+        return PassResult(program, changed, (*others, *refused), identity=identity, details=details)
+
+    def _quantized_before(self, program: Program, stages: Sequence[Stage], scheme: Scheme) -> list[_Before]:
+        """The chosen layers that another `quantize` has treated."""
+        wanted = [(stage, _way(scheme)) for stage in stages]
+        if self.options.hoisted is not None:
+            hoisted = _way(_weights_only(self.options.hoisted))
+            wanted += [(stage, hoisted) for stage in program.stages if stage not in program.steps]
+        return [
+            _Before(name, way, way == own)
+            for stage, own in wanted
+            for name, way in quantized_layers(stage, self._selection).items()
+        ]
 
     def _chosen(self, program: Program) -> tuple[Program, list[Stage]]:
         """The program cut at the ends of the part, and the step stages inside.
@@ -150,23 +173,35 @@ class Quantize(Pass[QuantizeOptions]):
         left = named(group for group, item in pairs if item is None)
         refused += [Refusal(name, "left in full precision by the scheme") for name in left]
         sites = named(group for group, item in pairs if item is not None)
-        return _Done(replaced(program, groups, realizations), sites, refused, decided)
+        return _Done(replaced(program, groups, realizations, _way(scheme)), sites, refused, decided)
 
     def _hoisted(self, program: Program) -> tuple[Program, list[str]]:
         """Smaller weights for the layers of the stages that do not run at every evaluation."""
         if self.options.hoisted is None:
             return program, []
-        kind, names = WEIGHTS_ONLY[self.options.hoisted], list[str]()
-        scheme = kind(QuantizeOptions.model_validate({"scheme": kind.name, "activations": "float"}))
+        scheme, names = _weights_only(self.options.hoisted), list[str]()
         for stage in program.stages:
             if stage in program.steps:
                 continue
             groups, _ = find_groups(stage, replace(self._selection, predicts=False), scheme.unfit)
             if groups:
-                small, _ = replaced_in(stage, groups, [scheme.realize(group, None) for group in groups])
+                realized = [scheme.realize(group, None) for group in groups]
+                small, _ = replaced_in(stage, groups, realized, _way(scheme))
                 program = program.with_stage(small)
             names += named(groups)
         return program, names
+
+
+def _weights_only(name: str) -> Scheme:
+    """The scheme of the layers of stages that run once a request."""
+    kind = WEIGHTS_ONLY[name]
+    return kind(QuantizeOptions.model_validate({"scheme": kind.name, "activations": "float"}))
+
+
+def _way(scheme: Scheme) -> str:
+    """The scheme with the options that it reads: layers of the same way would come out the same."""
+    options = scheme.options.model_dump(mode="json", include=set(scheme.reads))
+    return ", ".join([scheme.name, *(f"{name} {value}" for name, value in sorted(options.items()))])
 
 
 def _rotated(

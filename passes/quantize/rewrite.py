@@ -12,26 +12,38 @@ from ...calibration.document import bucket_of
 from ...ir.edit import copy_graph, finish
 from ...ir.program import Program, Stage
 from ...loop.ports import Port
+from ..marks import mark
 from .layers import Group
 from .realize import Place, Realization
 
 
-def replaced(program: Program, groups: Sequence[Group], realizations: Sequence[Realization | None]) -> Program:
-    """The program with layers of its step stage replaced; a group without a realization stays."""
-    stage, tables = replaced_in(program.step, groups, realizations)
+def replaced(
+    program: Program, groups: Sequence[Group], realizations: Sequence[Realization | None], way: str = ""
+) -> Program:
+    """The program with layers of its step stage replaced; see `replaced_in`."""
+    stage, tables = replaced_in(program.step, groups, realizations, way)
     return _with_tables(program.with_stage(stage), tables)
 
 
 def replaced_in(
-    stage: Stage, groups: Sequence[Group], realizations: Sequence[Realization | None]
+    stage: Stage, groups: Sequence[Group], realizations: Sequence[Realization | None], way: str = ""
 ) -> tuple[Stage, dict[str, torch.Tensor]]:
-    """The stage with layers replaced, and the tables that its new inputs read: name -> [buckets]."""
+    """The stage with layers replaced, and the tables that its new inputs read: name -> [buckets].
+
+    Args:
+        stage: stage of the groups.
+        groups: layers to replace.
+        realizations: what takes the place of each group; None leaves it.
+        way: how they are quantized, the mark that their replacements get.
+    """
     graph = copy_graph(stage)
     twins = dict(zip(stage.graph.graph.nodes, graph.graph.nodes, strict=True))
     tables: dict[str, torch.Tensor] = {}
     for group, realization in zip(groups, realizations, strict=True):
         if realization is not None:
             replace_group(stage.name, graph, twins, group, realization, tables)
+            for layer in group.layers:
+                mark(twins[layer.node], "quantize", way)
     ports = tuple(Port(name, (None,), str(v.dtype).removeprefix("torch.")) for name, v in tables.items())
     return finish(replace(stage, inputs=(*stage.inputs, *ports)), graph), tables
 

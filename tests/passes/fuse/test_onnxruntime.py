@@ -130,6 +130,25 @@ def test_only_near_misses_fail_with_their_reasons() -> None:
     assert outcome(program, optional=True) == ("identity", None)
 
 
+def test_a_norm_that_was_captured_as_one_hides_no_failure() -> None:
+    """It has the form that a rule makes, and no rule made it."""
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (D,), torch.ones(D), 1e-5)
+
+    assert outcome(component(norm, X)) == ("identity", None)
+    with pytest.raises(StepfoldError, match=r"attention: .*: it is causal or"):
+        outcome(component(lambda x: attended(split(norm(x)), causal=True), X))
+
+
+def test_what_one_rule_made_is_not_what_another_looks_for() -> None:
+    program = component(lambda x: attended(split(normed(x)), causal=True), X)
+    fused = fuse(program).program
+    assert outcome(fused) == outcome(fused, rules=["rms_norm"]) == ("identity", None)
+    with pytest.raises(StepfoldError, match=r"attention: .*: it is causal or"):
+        outcome(fused, rules=["attention"])
+
+
 @pytest.mark.parametrize("name", PATTERNS)
 def test_any_of_the_patterns_is_enough(name: str) -> None:
     program = component(*PATTERNS[name])

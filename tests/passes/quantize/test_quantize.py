@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from programs import component, context_of, denoiser, operators, samples_of
 from quantizing import BLOCK, SITES, counted, quantize, sites
 
 from stepfold.ir.program import Program, Refusal
-from stepfold.loop.errors import StepfoldError
+from stepfold.loop.errors import StepfoldError, UsageError
 from stepfold.loop.metrics import drift
 from stepfold.passes.base import PassResult
 from stepfold.passes.manager import Step, run_passes
@@ -84,10 +85,65 @@ def test_include_and_skip(hoisted: Program, options: dict[str, Any], expected: l
     assert len(result.refused) == 7 - len(expected)
 
 
+def outcome(program: Program, *passes: dict[str, Any], optional: bool = False) -> str:
+    """What the manager records of the last of several quantizations."""
+    steps = [Step(Quantize(QuantizeOptions.model_validate(options)), optional) for options in passes]
+    return run_passes(program, steps, context_of(program, Path("unused"))).records[-1].outcome
+
+
 def test_a_recipe_that_leaves_nothing_fails(hoisted: Program) -> None:
-    steps = [Step(Quantize(QuantizeOptions(include=("nothing",))))]
-    with pytest.raises(StepfoldError, match=r"pass quantize: expected to change something.*to_q: not included"):
-        run_passes(hoisted, steps, context_of(hoisted, Path("unused")))
+    with pytest.raises(StepfoldError, match=r"pass quantize: expected to change something.*to_q: skipped by"):
+        outcome(hoisted, {"skip": ["*"]})
+
+
+@pytest.mark.parametrize("option", ["include", "skip"])
+@pytest.mark.parametrize("optional", [False, True])
+def test_a_pattern_that_matches_nothing_is_an_error(hoisted: Program, option: str, optional: bool) -> None:
+    """One of several too, and where the layers are quantized already."""
+    first, wrong = {"include": [f"{BLOCK}.attn1.*"]}, {option: ["*", f"{BLOCK}.at1.to_q*"]}
+    with pytest.raises(UsageError, match=rf"option '{option}': .*at1.to_q\*', which matches none.*{BLOCK}.attn1.to_q"):
+        outcome(hoisted, first, wrong, optional=optional)
+
+
+def test_patterns_match_letter_by_letter_and_name_layers_of_the_captured_model(
+    hoisted: Program, tiny_program: Program
+) -> None:
+    """Those of the timestep have left the program with hoisting; to protect them is no mistake."""
+    context = context_of(tiny_program, Path("unused"))
+    assert quantize(hoisted, context, skip=["*.timestep_embedder.*"]).changed == len(SITES)
+    with pytest.raises(UsageError, match="which matches none"):
+        quantize(hoisted, context, skip=["*.Attn1.*"])
+
+
+def test_what_was_quantized_otherwise_is_no_identity(hoisted: Program) -> None:
+    int8, int4 = {"include": ["*.attn1.*"]}, {"scheme": "int4", "group": 16, "include": ["*.attn1.*"]}
+    assert outcome(hoisted, int8, int8) == "identity"
+    with pytest.raises(StepfoldError, match=r"attn1.to_q: quantized before, in another way: int8, activations dynamic"):
+        outcome(hoisted, int8, int4)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        lambda y: y.chunk(2, 1)[0],
+        lambda y: y.unbind(1)[0],
+        lambda y: y[:, :1].squeeze(1),
+        lambda y: torch.stack([y, y], -1)[..., 0],
+        lambda y: torch.einsum("btd->bdt", y),
+        lambda y: torch.nn.functional.pixel_shuffle(y[:, :, :, None], 2),
+    ],
+    ids=["chunk", "unbind", "squeeze", "stack", "einsum", "pixel_shuffle"],
+)
+def test_the_last_layer_is_found_behind_any_layout(last: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    result = quantize(component(lambda x: last(model(x)), torch.randn(2, 4, 4)))
+    assert result.changed == 1 and [refusal.reason for refusal in result.refused] == [LAST]
+
+
+def test_a_layer_whose_output_is_contracted_is_not_the_last() -> None:
+    model = torch.nn.Linear(4, 8)
+    result = quantize(component(lambda x: torch.einsum("btd->bt", model(x)), torch.randn(2, 4, 4)))
+    assert result.changed == 1 and result.refused == ()
 
 
 def test_a_weight_that_is_computed_is_refused() -> None:
