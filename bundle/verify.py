@@ -94,8 +94,7 @@ def _replay(probe: Probe, program: BoundProgram, tables: Tables) -> list[str]:
     """Differences of a replay of a probe."""
     missing = [p.name for p in program.inputs if p.name not in probe.inputs or not fits(p.port, probe.inputs[p.name])]
     calls = tables.recurrence.calls if tables.recurrence is not None else 0
-    by_call = program.tables or any(stage.calls is not None for stage in program.stages)
-    if missing or (by_call and (probe.call is None or not 0 <= probe.call < calls)):
+    if missing or (program.by_call and (probe.call is None or not 0 <= probe.call < calls)):
         return [f"probe: expected inputs {missing or 'and a grid call'}; it does not hold them. {AGAIN}"]
     outputs = program.evaluate({port.name: probe.inputs[port.name] for port in program.inputs}, probe.call)
     return probe.differences(dict(zip(program.outputs, outputs, strict=True)))

@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
-from .ports import BoundProgram, Rate, repeat_row
+from .ports import BoundProgram, BoundStage, Rate, repeat_row
 from .recurrence import as_timesteps
 from .spec import LoopSpec
 from .table import FoldedTable
 
 Array = np.ndarray
 OnStep = Callable[[int, int], None]
+
+PREPARED_BYTES = 64 << 20
+"""What one batch of a stage of rate once×timestep reads and writes at most; a row of any size is one batch."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +131,7 @@ class LoopRun:
         return values
 
     def _prepare(self) -> None:
-        """Run the stages of rate once, timestep and once×timestep, each in one batch."""
-        N, R = self._plan.evaluations, len(next(iter(self._rows.values()), [0]))
+        """Run the stages of rate once, timestep and once×timestep."""
         for stage in self._program.stages:
             if stage.rate is Rate.STEP:
                 continue
@@ -140,13 +143,21 @@ class LoopRun:
                 known = {self._loop.timestep: self._times} | self._tables
                 self._tables.update(zip(names, stage.call(_pick(stage.inputs, known)), strict=True))
             else:
-                known = {name: np.tile(value, (N,) + (1,) * (value.ndim - 1)) for name, value in self._rows.items()}
-                known |= {n: np.tile(v, (N,) + (1,) * (v.ndim - 1)) for n, v in self._fixed.items()}
-                known |= {name: np.repeat(table, R, axis=0) for name, table in self._tables.items()}
-                known |= {name: v.reshape(N * R, *v.shape[2:]) for name, v in self._by_call.items()}
-                known[self._loop.timestep] = np.repeat(self._times, R)
-                outputs = stage.call(_pick(stage.inputs, known))
-                self._by_call.update((n, v.reshape(N, R, *v.shape[1:])) for n, v in zip(names, outputs, strict=True))
+                self._by_call.update(zip(names, self._for_every_call(stage), strict=True))
+
+    def _for_every_call(self, stage: BoundStage) -> list[Array]:
+        """The outputs [N, R, ...] of a once×timestep stage, in batches of a bounded size."""
+        N, R = self._plan.evaluations, len(next(iter(self._rows.values()), [0]))
+        pieces = []
+        for rows in _batches(N * R, stage):
+            call, row = np.divmod(rows, R)  # row r of evaluation k is k R + r
+            known = {name: (value, row) for name, value in (self._rows | self._fixed).items()}
+            known |= {name: (table, call) for name, table in self._tables.items()}
+            known |= {name: (value.reshape(N * R, *value.shape[2:]), rows) for name, value in self._by_call.items()}
+            known[self._loop.timestep] = (self._times, call)
+            pieces.append(stage.call({port.name: np.take(*known[port.name], axis=0) for port in stage.inputs}))
+        outputs = [np.concatenate(values) for values in zip(*pieces, strict=True)]
+        return [value.reshape(N, R, *value.shape[1:]) for value in outputs]
 
     def _timestep_dtype(self) -> str:
         return next(port.port.dtype for port in self._program.inputs if port.role == "timestep")
@@ -192,6 +203,14 @@ def _distinct_rows(conditions: Mapping[str, Array]) -> tuple[dict[str, Array], A
         inverse[i] = seen.setdefault(key, len(seen))
     first = [int(np.argmax(inverse == r)) for r in range(len(seen))]
     return {name: value[first] for name, value in conditions.items()}, inverse
+
+
+def _batches(rows: int, stage: BoundStage) -> list[Array]:
+    """The rows of a stage in as few batches as keep what one of them reads and writes below `PREPARED_BYTES`."""
+    ports = (*stage.inputs, *stage.outputs)
+    bytes_of_row = sum(np.dtype(port.dtype).itemsize * prod(size or 1 for size in port.shape) for port in ports)
+    most = max(1, PREPARED_BYTES // max(1, bytes_of_row))
+    return np.array_split(np.arange(rows), -(-rows // most))
 
 
 def _pick(ports, known: Mapping[str, Array]) -> dict[str, Array]:

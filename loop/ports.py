@@ -133,6 +133,11 @@ class BoundProgram:
     stages: tuple[BoundStage, ...]
     tables: Mapping[str, Array]
 
+    @property
+    def by_call(self) -> bool:
+        """Whether an evaluation has to know its grid call, for the tables or for which stages run."""
+        return bool(self.tables) or any(stage.calls is not None for stage in self.stages)
+
     def evaluate(self, inputs: Mapping[str, Array], call: int | None = None) -> list[Array]:
         """Run every stage once on the same rows.
 

@@ -127,11 +127,11 @@ class Engine:
 
         Raises:
             UsageError: an argument is missing, unknown or unfit, or the timestep is not on the grid of a program
-                whose timestep values were computed at compile time.
+                whose values or stages depend on the call of the loop.
         """
         constants = {**self.manifest.constants, **self.tables.constants}
         arrays = check_arguments(self.program.inputs, constants, kwargs)
-        call = self._grid_call(arrays) if self.program.tables else None
+        call = self._grid_call(arrays) if self.program.by_call else None
         return self.program.evaluate(arrays, call)
 
     def sample(
@@ -271,11 +271,17 @@ class Engine:
         if len(calls) == 0 or (received != received.flat[0]).any():
             raise UsageError(
                 f"{loop.timestep}: expected one of the {len(grid)} timesteps of the grid, the same for every row, "
-                f"because what depends on it was computed at compile time; received {received.flat[0]:g}"
+                f"because {self._depends()}; received {received.flat[0]:g}"
                 f"{' and others' if (received != received.flat[0]).any() else ''}. The nearest is "
                 f"{grid[np.abs(grid - received.flat[0]).argmin()]:g}."
             )
         return int(calls[0])
+
+    def _depends(self) -> str:
+        """Why a timestep has to be one of the grid."""
+        if self.program.tables:
+            return "what depends on it was computed at compile time"
+        return "it decides which stage computes the prediction"
 
 
 def guidance_scale(loop: LoopSpec, guidance: float | None) -> float:

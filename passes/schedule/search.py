@@ -190,11 +190,15 @@ class ScheduleSearch:
         return plans
 
     def _best_warp(self, evaluations: int) -> Positions:
-        """The best warped grid; once all warps were compared, only the ones that were good then are tried."""
-        grids = {warped(self._calls, evaluations, a, b): (a, b) for a, b in self._warps}
-        ranked = sorted(grids, key=self._score, reverse=True)
-        if len(self._warps) > KEPT_WARPS and evaluations < self._calls:
-            self._warps = tuple(grids[positions] for positions in ranked[:KEPT_WARPS])
+        """The best warped grid; once the grids of all warps were compared, only those of the best are tried.
+
+        Warps that give one grid here are kept together, because they may give several elsewhere; few calls have so few
+        grids that nothing is learned about warps.
+        """
+        grids = {warp: warped(self._calls, evaluations, *warp) for warp in self._warps}
+        ranked = sorted(dict.fromkeys(grids.values()), key=self._score, reverse=True)
+        if len(ranked) > KEPT_WARPS:
+            self._warps = tuple(warp for warp, positions in grids.items() if positions in ranked[:KEPT_WARPS])
         return ranked[0]
 
     def _refine(self, positions: Positions) -> Positions:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -30,7 +32,8 @@ from loops import (
 
 from stepfold.loop.driver import Request, run_loop
 from stepfold.loop.noise import noise
-from stepfold.loop.ports import BoundProgram, Rate
+from stepfold.loop.ports import BoundProgram, BoundStage, InputPort, Rate
+from stepfold.loop.spec import LoopSpec
 from stepfold.loop.table import fold
 
 
@@ -107,6 +110,59 @@ def test_stages_of_both_rates_read_tables_and_each_other() -> None:
         run_loop(cut, LOOP, req, table), run_loop(BoundProgram(INPUTS, ("v",), (stage,), {}), LOOP, req, table)
     )
     assert counter.rows == {"both": [16], "sum": [16], "step": [10] * 4}
+
+
+def with_text() -> tuple[BoundProgram, LoopSpec]:
+    """A class beside a text [B, 2^20], which only the stage of rate once reads."""
+    text, shift, both = port("text", 1 << 20), port("shift"), port("both")
+    inputs = (*INPUTS, InputPort(text, "condition"))
+    spec = LOOP.model_dump() | {"inputs": {port.name: port.role for port in inputs}}
+    spec["guidance"] = {"scale": SCALE, "unconditional": "input"}
+    stages = (
+        BoundStage("once", Rate.ONCE, (text,), (shift,), lambda values: [values["text"].mean(axis=1)]),
+        BoundStage(
+            "both",
+            Rate.ONCE_TIMESTEP,
+            (C, T, shift),
+            (both,),
+            lambda values: [(values["c"] + values["t"] / 1000 + values["shift"]).astype("f4")],
+        ),
+        BoundStage("step", Rate.STEP, (X, both), (V,), lambda values: [values["x"] + column(values["both"])]),
+    )
+    return BoundProgram(inputs, ("v",), stages, {}), LoopSpec.model_validate(spec)
+
+
+@pytest.fixture(scope="module")
+def texts() -> Request:
+    conditions = {"c": np.arange(2), "text": np.ones((2, 1 << 20), np.float32)}
+    return Request(noise(1, (2, *LATENT)), conditions, {**conditions, "text": -conditions["text"]})
+
+
+def test_a_condition_that_a_stage_does_not_read_is_not_repeated_for_every_call(texts: Request) -> None:
+    """Its four rows of 4 MiB would be 96 MiB for six calls."""
+    program, spec = with_text()
+    tracemalloc.start()
+    run_loop(program, spec, texts, fold(recurrence(), SCALE))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60 << 20
+
+
+def test_stages_of_both_rates_run_in_batches_of_a_bounded_size(texts: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row is a class of 8 bytes and three numbers of 4; there are 6 calls and 4 distinct rows."""
+    program, spec = with_text()
+    table, sizes = fold(recurrence(), SCALE), list[int]()
+    whole = run_loop(program, spec, texts, table)
+
+    def spied(values: Mapping[str, Array]) -> Sequence[Array]:
+        sizes.append(len(values["t"]))
+        return program.stages[1].call(values)
+
+    monkeypatch.setattr("stepfold.loop.driver.PREPARED_BYTES", 10 * 20)
+    spy = replace(program.stages[1], call=spied)
+    cut = replace(program, stages=(program.stages[0], spy, program.stages[2]))
+    np.testing.assert_array_equal(run_loop(cut, spec, texts, table), whole)
+    assert sizes == [8, 8, 8]
 
 
 # --- ports: what the driver runs ------------------------------------------------------------------------------------

@@ -219,6 +219,20 @@ def test_run_off_the_grid_of_a_table(table_engine: Engine, times: list[float], r
     assert f"received {received} The nearest is 750." in str(error.value)
 
 
+def test_run_where_parts_of_the_loop_have_stages_of_their_own(tiny: Any, tmp_path: Path) -> None:
+    """Without tables too: the timestep says which of them computes the prediction."""
+    whole = Manifest.model_validate_json((tiny.build(tmp_path / "whole") / "manifest.json").read_bytes())
+    embed, step = whole.stages
+    parts = [step.model_copy(update={"name": f"step_{a}_{b}", "calls": (a, b)}) for a, b in ((0, 2), (2, 4))]
+    engine = load(tiny.build(tmp_path / "parts", stages=[embed, *parts]))
+    latents, labels = np.ones((2, 1, 2, 2), np.float32), np.array([1, 3])
+    for timestep in (1000.0, 250.0):
+        (received,) = engine.run(hidden_states=latents, timestep=np.full(2, timestep, np.float32), class_labels=labels)
+        np.testing.assert_allclose(received, tiny.denoise(latents, timestep, labels), rtol=1e-6)
+    with pytest.raises(UsageError, match=r"one of the 4 timesteps of the grid.*which stage computes the prediction"):
+        engine.run(hidden_states=latents, timestep=np.full(2, 700, np.float32), class_labels=labels)
+
+
 def test_nested_arguments(tiny: Any, bundle_folder: Path) -> None:
     """`added.labels.0` is the first element of a list in a dictionary, and constants may be nested too."""
     data = read_manifest(bundle_folder).model_dump(mode="json", by_alias=True)

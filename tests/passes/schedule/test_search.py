@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from analytic import Counter, analytic_context, euler
+from analytic import Counter, analytic_context, analytic_program, euler, loop
 from programs import component
 from searching import QUICK, STEPS, program_of, quality, refit, search, tables
 
@@ -20,7 +20,9 @@ from stepfold.loop.table import FoldedTable, fold
 from stepfold.passes.base import PassResult
 from stepfold.passes.schedule.fit import Fitter
 from stepfold.passes.schedule.options import ScheduleOptions
+from stepfold.passes.schedule.positions import WARPS, warped
 from stepfold.passes.schedule.schedule import SearchSchedule
+from stepfold.passes.schedule.search import KEPT_WARPS, ScheduleSearch
 from stepfold.passes.schedule.trials import Candidate, Trials
 
 # -- a budget
@@ -198,6 +200,20 @@ def test_the_engine_is_what_is_fitted(cache: Path) -> None:
     assert engine.calls > 0
     assert quality(table, cache, engine=engine).mean() > 60 > quality(table, cache).mean()
     assert result.program.schedule is not None and result.program.schedule.fitted_on == "engine"
+
+
+@pytest.mark.parametrize("calls", [4, 8, 9])
+def test_warps_are_compared_where_calls_are_few(cache: Path, calls: int) -> None:
+    """The first comparison is of one evaluation then, whose grid is (0,) for every warp, and says nothing of them."""
+    program = analytic_program(euler(calls), loop(2.0, calls))
+    options = ScheduleOptions.model_validate({**QUICK, "moves": 0, "min_psnr": 90.0})
+    one = ScheduleSearch(options, program, Counter().bound(), analytic_context(program, cache), 2.0)
+    one.run()
+    scored = {plan.positions for plan in one.trials.scores}
+    assert (0,) in scored
+    for evaluations in {len(positions) for positions in scored}:
+        grids = {warped(calls, evaluations, a, b) for a, b in WARPS}
+        assert len(grids & scored) >= min(len(grids), KEPT_WARPS)
 
 
 def test_moves_improve_the_calibration_samples(cache: Path) -> None:
