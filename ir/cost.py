@@ -34,6 +34,15 @@ def program_flops(program: Program) -> int:
     return sum(stage_flops(stage) * n for stage, n in zip(steps, calls, strict=True)) // sum(calls)
 
 
+def stage_depth(stage: Stage) -> int:
+    """Matrix products on the longest chain from an input to an output."""
+    longest: dict[fx.Node, int] = {}
+    for node in stage.graph.graph.nodes:
+        before = max((longest[source] for source in node.all_input_nodes), default=0)
+        longest[node] = before + (node.target in FORMULAS)
+    return max(longest.values(), default=0)
+
+
 def stage_bytes(stage: Stage) -> int:
     """Bytes of the weights a stage holds."""
     return sum(tensor.numel() * tensor.element_size() for tensor in stage.tensors().values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -19,6 +20,24 @@ Progress = Callable[[str, int, int], None]
 
 def silent(task: str, done: int, total: int) -> None:
     """Report progress to nobody."""
+
+
+class Phase(IntEnum):
+    """When a pass runs: a recipe goes through the phases in this order, and no pass undoes what a later one built on.
+
+    Weights are cut before they are rounded, and a schedule is fitted on what the engine will run.
+    """
+
+    HOIST = 1
+    PRUNE = 2
+    CUT = 3
+    QUANTIZE = 4
+    ATTEND = 5
+    FUSE = 6
+    SCHEDULE = 7
+
+    def __str__(self) -> str:
+        return self.name.lower()
 
 
 @dataclass(frozen=True)
@@ -76,12 +95,14 @@ class Pass(ABC, Generic[OptionsT]):
 
     Class attributes name it in recipes and tables. `exact` passes must keep the outputs within the tolerance of the
     dtype; the manager checks it. Those that `keeps_activations` names also keep what every linear layer reads, so that
-    a calibration store made before them may be used behind them.
+    a calibration store made before them may be used behind them. `phase` says where in a recipe it belongs; without one
+    it may stand anywhere before the schedule.
     """
 
     name: ClassVar[str]
     family: ClassVar[str]
     source: ClassVar[str]
+    phase: ClassVar[Phase | None] = None
     exact: ClassVar[bool] = False
     keeps_activations: ClassVar[bool] = False
     idempotent: ClassVar[bool] = True

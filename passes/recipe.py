@@ -15,7 +15,9 @@ from ..loop.errors import UsageError, nearest
 from ..loop.options import option_problem
 from ..loop.reading import Expected
 from ..loop.yaml_files import parse_yaml, read_yaml
-from .manager import Step
+from . import registry
+from .base import Phase
+from .manager import Step, out_of_order
 from .registry import pass_named
 
 KEYS = ("name", "summary", "extends", "target", "passes")
@@ -58,9 +60,13 @@ class Recipe:
         """The passes with checked options.
 
         Raises:
-            UsageError: an unknown pass, option or value.
+            UsageError: an unknown pass, option or value, or a pass that stands behind one of a later phase.
         """
-        return [_step(entry) for entry in self.entries]
+        steps = [_step(entry) for entry in self.entries]
+        misplaced = out_of_order(steps)
+        if misplaced is not None:
+            raise UsageError(f"{self.entries[misplaced.index].place}: {misplaced.problem}")
+        return steps
 
     def document(self) -> dict[str, Any]:
         """The recipe as it was run, for the manifest."""
@@ -189,7 +195,7 @@ def _target(written: _Written) -> dict[str, str]:
 
 
 def _extended(base: Sequence[Entry], own: Sequence[Entry]) -> list[Entry]:
-    """The base with passes of the same name given new options, others put before its `schedule`."""
+    """The base with passes of the same name given new options, others put behind those of their phase."""
     named: dict[str, Entry] = {}
     for entry in own:
         if entry.name in named and any(entry.name == e.name for e in base):
@@ -199,9 +205,18 @@ def _extended(base: Sequence[Entry], own: Sequence[Entry]) -> list[Entry]:
             )
         named[entry.name] = entry
     merged = [_merged(e, named[e.name]) if e.name in named else e for e in base]
-    added = [entry for entry in own if all(entry.name != e.name for e in base)]
-    at = next((i for i, entry in enumerate(merged) if entry.name == "schedule"), len(merged))
-    return [*merged[:at], *added, *merged[at:]]
+    for entry in own:
+        if all(entry.name != e.name for e in base):
+            phase = _phase(entry)
+            later = (i for i, other in enumerate(merged) if _phase(other) > phase)
+            merged.insert(next(later, len(merged)), entry)
+    return merged
+
+
+def _phase(entry: Entry) -> Phase:
+    """When a pass runs; one that does not say, or that nobody knows, comes last before the schedule."""
+    found = next((kind.phase for kind in registry.PASSES if kind.name == entry.name), None)
+    return Phase.FUSE if found is None else found
 
 
 def _merged(base: Entry, own: Entry) -> Entry:

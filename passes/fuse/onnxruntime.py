@@ -11,7 +11,7 @@ import torch
 from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
 from ...ir.edit import copy_graph, finish
 from ...ir.program import Program, Refusal
-from ..base import Context, Options, Pass, PassResult
+from ..base import Context, Options, Pass, PassResult, Phase
 from ..marks import made
 from .attention import FuseAttention
 from .rms_norm import FuseRMSNorm
@@ -46,6 +46,7 @@ class FuseOnnxRuntime(Pass[FuseOptions]):
 
     name = "fuse"
     family = "fuse"
+    phase = Phase.FUSE
     source = "ONNX Runtime contrib operators; figures in docs/performance.md"
     exact = True
     options_type = FuseOptions

@@ -11,7 +11,7 @@ from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
 from ...ir.parts import alone, put_back, split
 from ...ir.program import Program, Refusal, Stage
 from ...loop.errors import UsageError
-from ..base import Context, Pass, PassResult
+from ..base import Context, Pass, PassResult, Phase
 from .inputs import Inputs, known_inputs
 from .layers import LINEAR, Group, Selection, find_groups, named, quantized_layers, require_matches
 from .options import CHOOSING, QuantizeOptions
@@ -72,6 +72,7 @@ class Quantize(Pass[QuantizeOptions]):
 
     name = "quantize"
     family = "quantize"
+    phase = Phase.QUANTIZE
     source = "docs/passes/quantize.md names the source of each scheme"
     options_type = QuantizeOptions
 

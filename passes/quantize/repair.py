@@ -91,7 +91,7 @@ def _modulations(program: Program, nodes: Sequence[fx.Node]) -> list[torch.Tenso
     calls = program.recurrence.calls if program.recurrence is not None else 1
     for i in range(min(CALLS, calls)):
         call = i * calls // min(CALLS, calls)
-        bound.evaluate(probe_inputs(program, call), call if program.tables else None)
+        bound.evaluate(probe_inputs(program, call), call)
     return [torch.cat([value.flatten(0, -2) for value in values]) for values in seen.values()]
 
 

@@ -15,7 +15,7 @@ from ...ir.program import Program, Refusal, Stage
 from ...ir.shapes import follows_batch
 from ...loop.errors import UsageError
 from ...loop.ports import Rate
-from ..base import Context, Options, Pass, PassResult
+from ..base import Context, Options, Pass, PassResult, Phase
 
 BELOW = {
     Rate.STEP: (Rate.ONCE, Rate.TIMESTEP, Rate.ONCE_TIMESTEP),
@@ -38,6 +38,7 @@ class Hoist(Pass[HoistOptions]):
 
     name = "hoist"
     family = "schedule"
+    phase = Phase.HOIST
     source = "stepfold; exact caches of text keys and modulation are hand-written in diffusers (TextKVCache)"
     exact = True
     keeps_activations = True

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ...ir.program import Program, Schedule
 from ...loop.errors import UsageError
-from ..base import Context, Pass, PassResult
+from ..base import Context, Pass, PassResult, Phase
 from .options import ScheduleOptions
 from .search import ScheduleSearch
 
@@ -23,6 +23,7 @@ class SearchSchedule(Pass[ScheduleOptions]):
 
     name = "schedule"
     family = "schedule"
+    phase = Phase.SCHEDULE
     source = "stepfold; Bespoke Non-Stationary solvers, arXiv 2403.01329 (coefficients by gradient)"
     options_type = ScheduleOptions
     idempotent = False

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from programs import FakePass, Modulated, context_of, denoiser, modulated_example, run
+from analytic import euler
+from programs import FakePass, Modulated, component, context_of, denoiser, modulated_example, run
 from torch import fx
 
 from stepfold.ir.edit import copy_graph, finish
-from stepfold.ir.program import Program, Refusal
+from stepfold.ir.program import Program, Refusal, Schedule
 from stepfold.loop.errors import GateError, StepfoldError, UsageError
 from stepfold.loop.ports import Port
-from stepfold.passes.base import Context, Options, PassResult, silent
-from stepfold.passes.manager import EXACT_DRIFT, Step, run_passes
+from stepfold.loop.table import fold
+from stepfold.passes.base import Context, Options, PassResult, Phase, silent
+from stepfold.passes.manager import EXACT_DRIFT, Step, exact_drift, run_passes
 
 aten = torch.ops.aten
 
@@ -183,6 +186,92 @@ def test_outputs_that_are_not_finite_fail(program: Program, value: float) -> Non
         StepfoldError, match="pass fake: expected finite outputs on the probe; received NaN or infinity"
     ):
         run(program, multiplies(value))
+
+
+def chain(layers: int) -> Program:
+    return component(torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(layers))), torch.randn(2, 4))
+
+
+def test_the_drift_of_an_exact_pass_may_grow_with_the_depth() -> None:
+    """As the root of the products in a chain, from 32 on."""
+    shallow, deep = chain(2), chain(128)
+    assert exact_drift(shallow) == EXACT_DRIFT and exact_drift(deep) == pytest.approx(2 * EXACT_DRIFT)
+    operation = multiplies(1 + 1.5e-5, exact=True)
+    assert run(deep, operation).records[-1].drift > EXACT_DRIFT
+    with pytest.raises(StepfoldError, match="the limit of an exact pass"):
+        run(shallow, operation)
+
+
+# -- the quality of what a pass leaves
+
+
+def measured(program: Program, operation: FakePass, quality: Callable[[Program], float]) -> Program:
+    return run_passes(program, [Step(operation)], context_of(program, Path("unused"), quality=quality))
+
+
+def test_quality_is_measured_once_the_drift_is_known_to_be_allowed(program: Program) -> None:
+    """It costs a build of the engine."""
+    assert measured(program, multiplies(1.5), lambda p: 30.0).records[-1].psnr_db == 30.0
+    for operation in (multiplies(1.25, options=Limited(max_drift=0.2)), multiplies(float("nan"))):
+        with pytest.raises(StepfoldError, match=r"its max_drift|NaN or infinity"):
+            measured(program, operation, lambda p: pytest.fail("it was measured"))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(StepfoldError("no form"), StepfoldError), (GateError("too low"), GateError), (ValueError("x"), StepfoldError)],
+)
+def test_an_engine_that_fails_on_what_a_pass_left_names_the_pass(
+    program: Program, error: Exception, kind: type[StepfoldError]
+) -> None:
+    def fail(p: Program) -> float:
+        raise error
+
+    with pytest.raises(kind, match=f"pass fake: quality of what it left: .*{error}") as caught:
+        measured(program, multiplies(1.5), fail)
+    assert type(caught.value) is kind
+
+
+# -- phases
+
+
+def of(phase: Phase | None, rewrite: Callable[[Program, Context], PassResult]) -> Step:
+    operation = FakePass(rewrite)
+    operation.phase, operation.name = phase, str(phase)  # type: ignore[misc]
+    return Step(operation)
+
+
+def identity(p: Program, context: Context) -> PassResult:
+    return PassResult(p, 0, identity=True)
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later"),
+    [*pairwise(Phase), (Phase.HOIST, Phase.SCHEDULE), (Phase.QUANTIZE, Phase.FUSE), (None, Phase.SCHEDULE)],
+)
+def test_phases_have_an_order(program: Program, earlier: Phase | None, later: Phase) -> None:
+    """Another is refused before anything is run."""
+    steps = [of(earlier, identity), of(None if later < Phase.SCHEDULE else earlier, identity), of(later, identity)]
+    assert len(run_passes(program, steps, context_of(program, Path("unused"))).records) == 3
+    wrong = [of(later, lambda *_: pytest.fail("it ran")), of(earlier, identity)]
+    with pytest.raises(
+        UsageError, match=rf"pass {earlier}: expected it before {later}.*hoist, prune, cut, quantize, attend"
+    ):
+        run_passes(program, wrong, context_of(program, Path("unused")))
+
+
+@pytest.mark.parametrize("changes", [True, False])
+def test_a_schedule_that_a_later_pass_invalidates_is_dropped(
+    program: Program, changes: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A program that was scheduled in another run: its table was fitted on the stages that it had then."""
+    scheduled = replace(program, schedule=Schedule({1.0: fold(euler(4))}, "engine"))
+    result = run(scheduled, multiplies(1.5) if changes else returns(identity=True))
+    if changes:
+        assert result.schedule is None and result.records[-1].details == {"dropped": ["schedule"]}
+        assert "the schedule was fitted on the program before it and is dropped" in caplog.text
+    else:
+        assert result.schedule is scheduled.schedule and not caplog.text
 
 
 # -- broken programs

@@ -125,6 +125,12 @@ def test_a_new_pass_goes_before_the_schedule(write) -> None:
     assert [entry.name for entry in load_recipe(base).entries] == ["hoist", "schedule"]
 
 
+def test_a_new_pass_goes_behind_those_of_its_phase(write) -> None:
+    write("passes: [fuse, schedule]\n", "base.yaml")
+    path = write("extends: base.yaml\npasses: [quantize, hoist, quantize]\n")
+    assert [entry.name for entry in load_recipe(path).entries] == ["hoist", "quantize", "quantize", "fuse", "schedule"]
+
+
 def test_without_a_schedule_a_new_pass_goes_last(write) -> None:
     write("passes: [hoist]\n", "base.yaml")
     path = write("extends: base.yaml\npasses: [fuse]\n")
@@ -185,6 +191,10 @@ MISTAKES = {
     "range": (
         "passes:\n  - schedule: {samples: 1}\n",
         ", line 2: pass schedule: option 'samples': expected greater than or equal to 4; received 1.",
+    ),
+    "order": (
+        "passes:\n  - hoist\n  - schedule: {evaluations: 2}\n  - quantize\n",
+        ", line 4: pass quantize: expected it before schedule, because the phases of a recipe are hoist, prune, cut,",
     ),
     "key": ("name: a\npases:\n  - hoist\n", ", line 2: unknown key 'pases'; did you mean 'passes'?"),
     "list": ("name: a\npasses: {hoist: {}}\n", ", line 2: expected `passes` to be a list; received dict."),

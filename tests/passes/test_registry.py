@@ -47,6 +47,12 @@ def test_a_second_run_changes_nothing(tiny_program: Program, tmp_path: Path, kin
         assert str(once.graph.graph) == str(twice.graph.graph)
 
 
+def test_every_pass_names_its_phase() -> None:
+    """In the order in which the registry lists them."""
+    phases = [kind.phase for kind in PASSES]
+    assert None not in phases and phases == sorted(phase for phase in phases if phase is not None)
+
+
 def test_only_the_schedule_is_not_idempotent() -> None:
     """A second search starts from what the first one found good enough."""
     assert [kind.name for kind in PASSES if not kind.idempotent] == ["schedule"]
