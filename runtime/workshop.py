@@ -35,7 +35,8 @@ class Workshop:
 
     A stage is immutable, so its identity is the key: the bundle takes the artifacts the schedule was fitted on. What
     was compiled by earlier builds is taken from a cache, by the hash of all that went into it. Where the engine builds
-    and cannot run (`runs` is false), PyTorch stands in for it.
+    and cannot run (`runs` is false), PyTorch stands in for it. The sessions of the program that was opened last stay
+    open for the next one that has the same stages; the others are let go before anything is built for it.
     """
 
     backend: Backend
@@ -44,6 +45,7 @@ class Workshop:
     cache: Cache | None = None
     _built: dict[int, _Built] = field(default_factory=dict)
     _keys: set[str] = field(default_factory=set)  # of stages that were compiled here
+    _open: dict[int, tuple[Stage, StageCallable]] = field(default_factory=dict)  # of the program that was opened last
 
     def build(self, stage: Stage) -> list[Path]:
         """The files of a compiled stage, the engine file first."""
@@ -59,14 +61,24 @@ class Workshop:
 
     def open(self, program: Program) -> BoundProgram:
         """The program, built, as `measured` gives it."""
+        self._keep_open(program)
         for stage in program.stages:
             self.build(stage)
         return self.measured(program)
 
     def measured(self, program: Program) -> BoundProgram:
         """The program on the engine; where the engine cannot run, what it would compute, run by PyTorch and not built."""
-        stages = tuple(stage.bound(self._callable(stage)) for stage in program.stages)
+        self._keep_open(program)
+        for stage in program.stages:
+            if id(stage) not in self._open:
+                self._open[id(stage)] = stage, self._callable(stage)
+        stages = tuple(stage.bound(self._open[id(stage)][1]) for stage in program.stages)
         return BoundProgram(program.inputs, program.outputs, stages, program.tables)
+
+    def _keep_open(self, program: Program) -> None:
+        """Let go of the sessions of stages that a program does not have; whoever still runs one keeps it alive."""
+        wanted = {id(stage) for stage in program.stages}
+        self._open = {key: item for key, item in self._open.items() if key in wanted}
 
     def _taken(self, stage: Stage, target: Path) -> _Built:
         """A stage from the cache, or compiled and put there."""
