@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,13 @@ def emit(stage: Stage, path: Path, lowerings: Lowerings, rewrite: Rewrite | None
 
 
 def _translate(stage: Stage, exported: torch.export.ExportedProgram) -> Any:
-    quiet = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level, quiet_level = quiet.level, logging.ERROR
-    quiet.setLevel(quiet_level)  # it reports every missing torchvision operator
+    """What `torch.onnx.export` does with a program, but for reading its translations again."""
+    from torch.onnx._internal.exporter import _core
+
     try:
-        return torch.onnx.export(
+        return _core.export(
             exported,
-            dynamo=True,
+            registry=_translations(),
             opset_version=OPSET,
             optimize=True,
             verbose=False,
@@ -75,6 +76,22 @@ def _translate(stage: Stage, exported: torch.export.ExportedProgram) -> Any:
         )
     except torch.onnx.errors.OnnxExporterError as error:
         raise StepfoldError(f"stage {stage.name}: {_untranslated(error)}") from error
+
+
+@cache
+def _translations() -> Any:
+    """The exporter's translations of ATen operators.
+
+    `torch.onnx.export` makes this table at each call, which parses the source of 500 functions and takes longer than
+    most stages do.
+    """
+    from torch.onnx._internal.exporter import _registration
+
+    quiet = logging.getLogger(_registration.__name__)
+    level, quiet_level = quiet.level, logging.ERROR
+    quiet.setLevel(quiet_level)  # it reports every missing torchvision operator
+    try:
+        return _registration.ONNXRegistry.from_torchlib(opset_version=OPSET)
     finally:
         quiet.setLevel(level)
 
