@@ -9,8 +9,9 @@ INSTALLED := $(VENV)/installed
 DISTRIBUTED := $(VENV)/distributed
 ENCODER := $(VENV)/encoder
 TENSORRT := $(VENV)/tensorrt
-# A file stays in one process, so that what its tests share is made once; each process holds about 1 GB.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations 20
+# Each process begins with a run of neighbouring files, so that what their tests share is made once, and one that is done
+# takes over half of what another has left. Each holds about 1 GB.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 20
 DEMO := out/demo
 REFERENCE := examples/mnist_dit
 BASELINES := eager,onnxruntime,onnxruntime-int8,onnxruntime@13:ab2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,15 @@ if TYPE_CHECKING:
 
 settings.register_profile("stepfold", deadline=None, derandomize=True)  # no absolute times, the same cases each run
 settings.load_profile("stepfold")
+gc.disable()  # while packages are imported: what they make stays, and would be searched again and again
+
+
+def pytest_collection_finish() -> None:
+    """Search for garbage seldom, and never among half a million objects of PyTorch and the model libraries."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+    gc.enable()
+
 
 LATENT = (1, 2, 2)
 EMBEDDING = np.array([[0.1], [0.2], [0.3], [0.4], [-0.5]], np.float32)  # the last row is the unconditional one
