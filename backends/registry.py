@@ -93,6 +93,18 @@ class Backend:
         module = self.module("lower")
         return module.prepare(stage, **self._keyword()) if hasattr(module, "prepare") else stage
 
+    def exact_form(self) -> str | None:
+        """What layers whose codes saturate without VNNI become; None for engines that multiply all codes exactly."""
+        return getattr(self.module("lower"), "EXACT_FORM", None)
+
+    def float_without_vnni(self, stage: Any) -> bool:
+        """Whether a processor without VNNI computes a stage in float that others compute in integers.
+
+        An engine for which that may be so has `lower.float_without_vnni(stage, options)`.
+        """
+        module = self.module("lower")
+        return hasattr(module, "float_without_vnni") and module.float_without_vnni(stage, **self._keyword())
+
     def share(self, files: Sequence[Path]) -> Shared | None:
         """Store once what several compiled stages hold; an engine that can has `lower.share(files)`.
 

@@ -65,6 +65,8 @@ class StageEntry(Strict):
 
     Attributes:
         calls: first grid call it runs at and the one behind its last; None for all.
+        exact_forms: layers whose 8-bit codes saturate on processors without VNNI, and the form that each has instead.
+        float_without_vnni: whether such processors compute it in float, and others in integers.
     """
 
     name: str
@@ -73,6 +75,8 @@ class StageEntry(Strict):
     inputs: tuple[PortEntry, ...]
     outputs: tuple[PortEntry, ...] = Field(min_length=1)
     calls: tuple[Count, Count] | None = None
+    exact_forms: dict[str, str] = Field(default_factory=dict)
+    float_without_vnni: bool = False
 
     @property
     def span(self) -> range | None:
@@ -96,11 +100,17 @@ class ModelEntry(Strict):
 
 
 class BackendEntry(Strict):
-    """The engine the stages were built for, and the options it was given."""
+    """The engine the stages were built for, and the options it was given.
+
+    Attributes:
+        instructions: sets of instructions of the processor that it was built and measured on, as far as they decide how
+            8-bit numbers are multiplied.
+    """
 
     name: str
     version: str
     device: str
+    instructions: tuple[str, ...] = ()
     options: dict[str, JsonValue] = Field(default_factory=dict)
 
 

@@ -15,6 +15,8 @@ from . import blocked, decoded, rotary  # noqa: F401  (register operators of the
 from .cost import FORMULAS
 
 UINT8_STEPS = 255
+UNSIGNED_ZERO = 128
+"""The code of zero in unsigned weights."""
 
 
 @torch.library.custom_op("stepfold::quantize_dynamic", mutates_args=())
@@ -70,20 +72,21 @@ def qlinear(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`scale (q - zero) (weight weight_scale) + bias` with the product in integers.
+    """`scale (q - zero) (weight weight_scale) + bias` with the product in integers, exact for all codes.
 
     Args:
         q: [..., M] uint8 or int8 activations.
         scale: [] float32, or half precision.
         zero: [] of the type of `q`.
-        weight: [M, N] int8, signed: the form integer GEMMs are fast on.
+        weight: [M, N] int8, the form that integer GEMMs are fast on; or uint8 with zero at `UNSIGNED_ZERO`.
         weight_scale: [N] of the type of `scale`, one per output channel.
         bias: [N] of that type, or None.
 
     Returns:
         [..., N] float32.
     """
-    product = (q.to(torch.float32) - zero.to(torch.float32)) @ weight.to(torch.float32)
+    codes = weight.to(torch.float32) - (UNSIGNED_ZERO if weight.dtype is torch.uint8 else 0)
+    product = (q.to(torch.float32) - zero.to(torch.float32)) @ codes
     result = product * (scale.to(torch.float32) * weight_scale.to(torch.float32))
     return result if bias is None else result + bias
 

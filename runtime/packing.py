@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..backends.instructions import instructions
 from ..bundle.manifest import (
     BackendEntry,
     FrozenDimensionEntry,
@@ -81,6 +82,7 @@ def pack(
             name=shop.backend.name,
             version=capability.version or "unknown",
             device=shop.backend.default_device,
+            instructions=instructions(),
             options=shop.backend.options.model_dump(mode="json"),
         ),
         batch_invariant=batch_invariant(computed),
@@ -164,7 +166,18 @@ def _copy_stage(folder: Path, shop: Workshop, stage: Stage) -> StageEntry:
         inputs=tuple(PortEntry.of(port) for port in stage.inputs),
         outputs=tuple(PortEntry.of(port) for port in stage.outputs),
         calls=None if stage.calls is None else (stage.calls.start, stage.calls.stop),
+        exact_forms=_exact_forms(shop, stage),
+        float_without_vnni=shop.backend.float_without_vnni(stage),
     )
+
+
+def _exact_forms(shop: Workshop, stage: Stage) -> dict[str, str]:
+    """The form of each layer whose codes would saturate on some processors."""
+    from ..backends.exact import saturating_layers
+    from ..ir.names import module_path
+
+    form = shop.backend.exact_form()
+    return {} if form is None else {module_path(node): form for node in saturating_layers(stage)}
 
 
 def _share(folder: Path, shop: Workshop, stages: Sequence[StageEntry]) -> SharedEntry | None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
+from ...ir import operators
 from ...ir.program import Stage
 from ...loop.errors import StepfoldError
+from ..exact import with_unsigned_weights
 from ..export import where
 from ..onnx.attention import masked_attention_by_products
 from ..onnx.blocks import matmul_nbits
@@ -47,7 +48,8 @@ def _qlinear(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """The contrib operator, because MatMul + Add between Q/DQ pairs becomes a slow float Gemm."""
-    weight_zero = torch.zeros(weight.shape[1], dtype=torch.int8)
+    zero_code = operators.UNSIGNED_ZERO if weight.dtype is torch.uint8 else 0
+    weight_zero = torch.full((weight.shape[1],), zero_code, dtype=weight.dtype)
     inputs = (q, weight, scale, weight_scale, zero, weight_zero, *(() if bias is None else (bias,)))
     return torch.onnx.ops.symbolic(
         "com.microsoft::MatMulIntegerToFloat",
@@ -123,6 +125,10 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
 }
 
 
+EXACT_FORM = "unsigned weights"
+"""Of layers whose codes saturate without VNNI, see `backends.exact`."""
+
+
 def lower(stage: Stage, folder: Path, *, options: OnnxruntimeOptions = DEFAULTS) -> Path:
     """Write the stage as `<name>.onnx` into a folder and return the file.
 
@@ -132,6 +138,7 @@ def lower(stage: Stage, folder: Path, *, options: OnnxruntimeOptions = DEFAULTS)
     """
     if options.provider != "cpu":
         _refuse_integers(stage, options)
+    stage = with_unsigned_weights(stage)
     path = folder / f"{stage.name}.onnx"
     emit(stage, path, LOWERINGS)
     require_integer_products(stage, path)

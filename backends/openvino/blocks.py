@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .precision import BELOW_A_LEVEL, OUTPUTS, ROWS, stored_type, text
+from .precision import BELOW_A_LEVEL, OUTPUTS, ROWS, rounds_anywhere, stored_type, text
 
 BITS = {"u2": 2, "u4": 4, "u8": 8}
 ZERO_POINT = 4  # argument of a compiled product
@@ -60,6 +60,8 @@ def misfits(
 ) -> dict[str, str]:
     """The sites that a compiled model computes otherwise than asked: weight -> what was found.
 
+    A processor that rounds no activations at run time keeps them in float in every site, which is not held against any.
+
     Args:
         compiled: an `openvino.CompiledModel`.
         sites: of the model it was compiled from.
@@ -72,6 +74,7 @@ def misfits(
         for layer in compiled.get_runtime_model().get_ops()
         for name in text(layer, "originalLayersNames").split(",")
     }
+    able = bool(rounded) and rounds_anywhere(settings)
     asked: dict[tuple[str, int, int], bool] = {}
     found = {}
     for site in sites:
@@ -82,10 +85,8 @@ def misfits(
             if key not in asked:
                 asked[key] = rounds_blocked_activations(*key, group, settings)
             integers = asked[key] and _zero_point(layer) in BITS
-            if site.weight in rounded and not integers:
-                reason = (
-                    f"this processor, or its blocks of {site.block} with groups of {group}, keeps activations in float"
-                )
+            if site.weight in rounded and able and not integers:
+                reason = f"its blocks of {site.block} with groups of {group} keep activations in float"
             elif site.weight not in rounded and integers:
                 reason = f"its activations are rounded to 8 bits in groups of {group}"
         if reason:

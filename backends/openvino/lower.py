@@ -12,9 +12,10 @@ import onnx
 import torch
 
 from ...ir.names import module_path
-from ...ir.program import Stage
+from ...ir.program import Stage, attribute
 from ...ir.rotary import rotary
 from ...loop.errors import StepfoldError
+from ..exact import in_two_layers
 from ..export import where
 from ..onnx.blocks import BLOCKED_LINEAR, block_size, blocked_layers, in_blocks_of, matmul_nbits, rounds
 from ..onnx.emit import emit
@@ -88,6 +89,17 @@ INTEGER_LAYERS = (torch.ops.stepfold.qlinear.default, GROUP_QLINEAR)
 WEIGHTS = {torch.ops.stepfold.qlinear.default: 3, GROUP_QLINEAR: 1, BLOCKED_LINEAR: 1}  # which argument it is
 
 
+EXACT_FORM = "two layers whose codes add up"
+"""Of layers whose codes saturate without VNNI, see `backends.exact`."""
+
+
+def float_without_vnni(stage: Stage, options: OpenvinoOptions) -> bool:
+    """Whether the stage rounds activations at run time, which the engine does on processors with VNNI only."""
+    prepared = _grouped(stage)
+    rounding = any(rounds(node) for node in blocked_layers(prepared))
+    return rounding or bool(prepared.graph.graph.find_nodes(op="call_function", target=GROUP_QLINEAR))
+
+
 def prepare(stage: Stage, options: OpenvinoOptions) -> Stage:
     """The stage as the engine computes it, still executable in PyTorch.
 
@@ -105,7 +117,7 @@ def _grouped(stage: Stage) -> Stage:
     widths = dynamic_widths(stage)
     blocks = [block_size(node) for node in blocked_layers(stage) if rounds(node)]
     if not widths and not blocks:
-        return stage
+        return in_two_layers(stage)
     exact = [node for node in blocked_layers(stage) if not rounds(node)]
     if exact:
         raise StepfoldError(
@@ -114,7 +126,7 @@ def _grouped(stage: Stage) -> Stage:
             "--set quantize.activations=float or dynamic for all."
         )
     group = _group_within(blocks, widths) if blocks else group_size(widths, GROUP_STEP, LARGEST_GROUP)
-    return in_blocks_of(by_token_groups(stage, group), group)
+    return in_blocks_of(in_two_layers(by_token_groups(stage, group)), group)
 
 
 def _group_within(blocks: list[int], widths: list[int]) -> int:
@@ -227,7 +239,7 @@ def _require_integers(
     layers = [node for node in stage.graph.graph.nodes if node.target in INTEGER_LAYERS]
     weights = {str(node.args[WEIGHTS[node.target]].target) for node in layers}
     found = float_sites(compiled, sites, settings, group)
-    found |= {weight: "it is not in the model" for weight in weights - {site.weight for site in sites}}
+    found |= {weight: "it is not in the model" for weight in _lost(stage, weights, {site.weight for site in sites})}
     if found:
         weight, why = next(iter(found.items()))
         raise StepfoldError(
@@ -236,6 +248,16 @@ def _require_integers(
             "out with --set quantize.skip=[...], or choose other scales with --set quantize.activations: symmetric ones "
             "are stored, dynamic ones belong to tokens; those that change with the timestep are not for this engine."
         )
+
+
+def _lost(stage: Stage, weights: set[str], found: set[str]) -> set[str]:
+    """The weights that a model has neither under their names nor under that of an equal one, which it stores once."""
+    kept = [attribute(stage.graph, name) for name in weights & found]
+    return {
+        name
+        for name in weights - found
+        if not any(torch.equal(attribute(stage.graph, name), tensor) for tensor in kept)
+    }
 
 
 def _require_blocks(
@@ -250,7 +272,7 @@ def _require_blocks(
     layers = {str(node.args[1].target): rounds(node) for node in blocked_layers(stage)}  # type: ignore[union-attr]
     rounded = frozenset(weight for weight, rounded in layers.items() if rounded)
     found = misfits(compiled, sites, rounded, settings, group)
-    found |= {weight: "it is not in the model" for weight in layers.keys() - {site.weight for site in sites}}
+    found |= {weight: "it is not in the model" for weight in _lost(stage, set(layers), {s.weight for s in sites})}
     if found:
         weight, why = next(iter(found.items()))
         expected = "rounded to 8 bits" if weight in rounded else "in float"

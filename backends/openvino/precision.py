@@ -17,6 +17,8 @@ import numpy as np
 INTEGERS = ("i8", "u8")
 MOVES = ("Transpose", "Reorder", "Reshape", "Convert")
 ROWS, OUTPUTS = 16, 16
+PLAIN_WIDTH = 64
+"""In features of a layer whose activations are rounded wherever any are."""
 BELOW_A_LEVEL = np.float32(0.3 / 127)
 
 
@@ -52,6 +54,9 @@ def integer_sites(model: Any) -> list[IntegerSite]:
 def float_sites(compiled: Any, sites: list[IntegerSite], settings: Mapping[str, Any], group: int) -> dict[str, str]:
     """The sites that a compiled model computes in float: weight -> what was found.
 
+    A processor that rounds no activations at run time computes every dynamic site in float, which is not held against
+    any of them.
+
     Args:
         compiled: an `openvino.CompiledModel`.
         sites: of the model it was compiled from.
@@ -59,7 +64,9 @@ def float_sites(compiled: Any, sites: list[IntegerSite], settings: Mapping[str, 
         group: features of a token that share a scale, where activations are quantized at run time.
     """
     layers = _layers(compiled)
-    rounded = {s.width: rounds_activations(s.width, group, settings) for s in sites if s.dynamic}
+    dynamic = {site.width for site in sites if site.dynamic}
+    able = bool(dynamic) and rounds_anywhere(settings)
+    rounded = {width: not able or rounds_activations(width, group, settings) for width in dynamic}
     found: dict[str, str] = {}
     for site in sites:
         layer = layers.get(site.weight)
@@ -70,10 +77,16 @@ def float_sites(compiled: Any, sites: list[IntegerSite], settings: Mapping[str, 
         elif sum(kind in INTEGERS for kind in types) < expected:
             found[site.weight] = f"it is a {text(layer, 'layerType')} of {' and '.join(types)}"
         elif site.dynamic and not rounded[site.width]:
-            found[site.weight] = (
-                f"this processor, or its width {site.width} against groups of {group}, keeps activations in float"
-            )
+            found[site.weight] = f"its width {site.width} against groups of {group} keeps activations in float"
     return found
+
+
+def rounds_anywhere(settings: Mapping[str, Any]) -> bool:
+    """Whether this processor rounds activations on their way into any product; without VNNI, OpenVINO does not.
+
+    There the same layers are products of floats with weights that are unpacked from 8 bits: right, and slower.
+    """
+    return rounds_activations(PLAIN_WIDTH, PLAIN_WIDTH // 2, settings)
 
 
 def rounds_activations(width: int, group: int, settings: Mapping[str, Any]) -> bool:

@@ -5,6 +5,7 @@ Frantar et al., GPTQ, arXiv 2210.17323; column order and static groups as in IST
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,7 +74,8 @@ def gptq(
     M = hessian.shape[0]
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if order_by_activity else torch.arange(M)
     factor, damping = _inverse_factor(hessian[order][:, order], damping, site)
-    rounded, loss = _round_columns(weight.to(torch.float64)[:, order], factor, grid, _permuted(scales, order))
+    beside = _neighbours_before(order)
+    rounded, loss = _round_columns(weight.to(torch.float64)[:, order], factor, grid, _permuted(scales, order), beside)
     restored = rounded[:, torch.argsort(order)].to(weight.dtype)
     return Compensated(Quantized.of(restored, grid, scales), loss, damping)
 
@@ -82,6 +84,13 @@ def _permuted(scales: Scales, order: torch.Tensor) -> Scales:
     """One scale for each column, in a new order, in float64."""
     scale, zero = scales.of_columns()
     return Scales(scale.to(torch.float64)[:, order], 1, None if zero is None else zero[:, order])
+
+
+def _neighbours_before(order: torch.Tensor) -> list[int | None]:
+    """Where the neighbour (see `Grid.fit`) of each channel stands in an order, None where it comes later or is missing."""
+    places = torch.argsort(order).tolist()
+    found = (places[channel ^ 1] if channel ^ 1 < len(places) else len(places) for channel in order.tolist())
+    return [place if place < i else None for i, place in enumerate(found)]
 
 
 def _inverse_factor(hessian: torch.Tensor, damping: float, site: str) -> tuple[torch.Tensor, float]:
@@ -104,17 +113,23 @@ def _inverse_factor(hessian: torch.Tensor, damping: float, site: str) -> tuple[t
 
 
 def _round_columns(
-    weight: torch.Tensor, factor: torch.Tensor, grid: Grid, scales: Scales
+    weight: torch.Tensor, factor: torch.Tensor, grid: Grid, scales: Scales, beside: Sequence[int | None]
 ) -> tuple[torch.Tensor, float]:
-    """The rounded columns of a weight [N, M] and the sum of the squared, normalized errors."""
+    """The rounded columns of a weight [N, M] and the sum of the squared, normalized errors.
+
+    Of two neighbours that the grid couples, the one that is rounded later gives way, and what follows makes up for it.
+    """
     work, loss = weight.clone(), 0.0
+    codes: list[torch.Tensor] = []
     for start in range(0, work.shape[1], BLOCK):
         stop = min(start + BLOCK, work.shape[1])
         errors = torch.empty_like(work[:, start:stop])
         for i in range(start, stop):
             scale = scales.scale[:, i]
             zero = None if scales.zero is None else scales.zero[:, i]
-            column = grid.decode_at(grid.encode_at(work[:, i], scale, zero), scale, zero)
+            code, before = grid.encode_at(work[:, i], scale, zero), beside[i]
+            codes.append(code if before is None else grid.fit(code, codes[before]))
+            column = grid.decode_at(codes[i], scale, zero)
             error = (work[:, i] - column) / factor[i, i]
             work[:, i] = column
             work[:, i + 1 : stop] -= error[:, None] * factor[i, i + 1 : stop]

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from ....ir.floats import E2M1, E4M3, FloatFormat
+from ....ir.pairs import LARGEST_SUM, pair_sums
 from ....loop.errors import UsageError
 
 Group = int | Literal["row", "tensor"]
@@ -23,6 +24,7 @@ INTEGER_BITS = (2, 3, 4, 8)
 FLOAT_SCALE_BITS = 32  # as MatMulNBits and DequantizeLinear read them
 SMALLEST_E4M3 = 2.0**-9
 LARGEST_E8M0 = 127
+PRODUCT_LEVELS = 127
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +86,13 @@ class Grid(ABC):
     def encode(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
         """The codes [N, M] of the nearest numbers."""
         return self.encode_at(weight, *scales.of_columns())
+
+    def fit(self, codes: torch.Tensor, neighbours: torch.Tensor) -> torch.Tensor:
+        """Codes [N] of an input channel that go with those [N] of its neighbour, which was rounded before it.
+
+        The neighbour of channel 2j is 2j + 1 and the other way round. Most grids round each channel on its own.
+        """
+        return codes
 
     def decode(self, codes: torch.Tensor, scales: Scales) -> torch.Tensor:
         """The weight [N, M] that codes stand for, in the dtype of the scales."""
@@ -150,6 +159,42 @@ class IntegerGrid(Grid):
 
 
 @dataclass(frozen=True)
+class ProductGrid(IntegerGrid):
+    """8-bit integers that every processor multiplies exactly with unsigned 8-bit activations (see `stepfold.ir.pairs`).
+
+    Symmetric, one scale for each row: the larger of `max |w| / 127` and `max (w_2j + w_2j+1) / 127` over neighbours of
+    one sign. Two roundings add at most 1 to such a sum, so nearest codes add up to at most 128.
+    """
+
+    bits: int = 8
+
+    def scales(self, weight: torch.Tensor, shrink: float = 1.0) -> Scales:
+        """See `Grid.scales`."""
+        M = grouped(weight, self.group).shape[-1]
+        return Scales(_positive(pair_sums(weight).amax(dim=1, keepdim=True) * shrink / PRODUCT_LEVELS), M)
+
+    def encode(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
+        """See `Grid.encode`; what a pair has too much, under scales that do not cover it, both give up in equal parts."""
+        codes = super().encode(weight, scales)
+        even, odd = codes[:, 0::2].to(torch.int16), codes[:, 1::2].to(torch.int16)
+        even, alone = even[:, : odd.shape[1]], even[:, odd.shape[1] :]
+        excess = torch.where(even * odd > 0, even.abs() + odd.abs() - LARGEST_SUM, 0).clamp(min=0)
+        even, odd = even - even.sign() * (excess // 2), odd - odd.sign() * (excess - excess // 2)
+        paired = torch.stack((even, odd), dim=-1).flatten(1)
+        return torch.cat((paired, alone), dim=1).to(torch.int8)
+
+    def encode_at(self, values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+        """See `Grid.encode_at`."""
+        return super().encode_at(values, scale, zero).clamp(min=-PRODUCT_LEVELS)
+
+    def fit(self, codes: torch.Tensor, neighbours: torch.Tensor) -> torch.Tensor:
+        """See `Grid.fit`."""
+        beside = neighbours.to(torch.int16)
+        low, high = -LARGEST_SUM - beside.clamp(max=0), LARGEST_SUM - beside.clamp(min=0)
+        return torch.clamp(codes.to(torch.int16), low, high).to(torch.int8)
+
+
+@dataclass(frozen=True)
 class FloatGrid(Grid):
     """Small floating-point numbers under scales.
 
@@ -195,7 +240,7 @@ class FloatGrid(Grid):
         return self.element.bits + (scale_bits * _groups(self.group, rows, columns) + shared) / (rows * columns)
 
 
-INT8_CHANNEL = IntegerGrid(8, "row")
+INT8_CHANNEL = ProductGrid()
 FP8_TENSOR = FloatGrid(E4M3, "tensor")
 FP8_CHANNEL = FloatGrid(E4M3, "row")
 NVFP4 = FloatGrid(E2M1, 16, "e4m3")

@@ -1,25 +1,17 @@
-"""Symmetric int8 weights, one scale for each output channel."""
+"""Ranges of 8-bit activations, and the layout of weights for products in integers."""
 
 from __future__ import annotations
 
 import torch
 
+from .grids import Quantized
+
 LEVELS = 127
 
 
-def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round a weight to signed int8 per output channel.
-
-    Args:
-        weight: [N, M] float32.
-
-    Returns:
-        q [M, N] int8 (the layout integer GEMMs read) and scale [N] float32 with `weight ~ (q scale).T`.
-    """
-    scale = weight.abs().amax(dim=1) / LEVELS
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    q = torch.round(weight / scale[:, None]).clamp(-LEVELS, LEVELS).to(torch.int8)
-    return q.T.contiguous(), scale
+def to_products(quantized: Quantized) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [M, N] int8, the layout that products in integers read, and scale [N] float32 of a weight [N, M]."""
+    return quantized.codes.T.contiguous(), quantized.scales.scale[:, 0].to(torch.float32)
 
 
 def activation_range(low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ from ....ir.program import Program
 from ..algebra.buckets import plan_activations
 from ..algebra.gptq import gptq
 from ..algebra.grids import INT8_CHANNEL, IntegerGrid, Quantized
-from ..algebra.int8 import LEVELS, activation_range, centring_offset, positive, quantize_weight
+from ..algebra.int8 import LEVELS, activation_range, centring_offset, positive, to_products
 from ..algebra.smoothing import balanced_scale, exponent_scale, smoothquant
 from ..inputs import Inputs, Need
 from ..layers import Group
@@ -122,9 +122,8 @@ class Int8(RoundingScheme):
 def _rounded(weight: torch.Tensor, gram: torch.Tensor | None, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes [M, N] int8 and scale [N] float32."""
     if gram is None:
-        return quantize_weight(weight)
-    found: Quantized = gptq(weight, gram, INT8_CHANNEL, site=name).quantized
-    return found.codes.T.contiguous(), found.scales.scale[:, 0].to(torch.float32)
+        return to_products(Quantized.of(weight, INT8_CHANNEL))
+    return to_products(gptq(weight, gram, INT8_CHANNEL, site=name).quantized)
 
 
 def _is_activated(value: fx.Node) -> bool:

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from ..algebra.grids import FP8_CHANNEL, FP8_TENSOR, INT8_CHANNEL, Grid, IntegerGrid, Quantized
+from ..algebra.int8 import to_products
 from ..algebra.packing import to_matmul_nbits
 from ..algebra.svdquant import SvdquantSettings, branch_and_residual, branch_smoothing
 from ..inputs import Inputs, Need
@@ -76,8 +77,7 @@ class Svdquant(Scheme):
         if self.options.residual == "fp8":
             return fp8_products(residuals, inputs)
         if self.options.residual == "int8":
-            weights = [(part.codes.T.contiguous(), part.scales.scale[:, 0]) for part in residuals]
-            return IntegerProducts(DynamicActivation(), weights)
+            return IntegerProducts(DynamicActivation(), [to_products(part) for part in residuals])
         return BlockedProducts([to_matmul_nbits(part) for part in residuals], self.options.activations == "dynamic")
 
     def _settings(self, M: int) -> SvdquantSettings:

@@ -16,7 +16,8 @@ from stepfold.loop.errors import StepfoldError, UsageError
 from stepfold.loop.metrics import drift
 from stepfold.passes.base import PassResult
 from stepfold.passes.manager import Step, run_passes
-from stepfold.passes.quantize.algebra.int8 import quantize_weight
+from stepfold.passes.quantize.algebra.grids import INT8_CHANNEL, Quantized
+from stepfold.passes.quantize.algebra.int8 import to_products
 from stepfold.passes.quantize.options import QuantizeOptions
 from stepfold.passes.quantize.quantize import Quantize
 from stepfold.passes.schedule.hoist import Hoist, HoistOptions
@@ -166,7 +167,7 @@ def test_weights_are_the_formula(hoisted: Program, dynamic: PassResult) -> None:
     before = hoisted.step.tensors()
     stage = dynamic.program.step
     for name, node in sites(stage).items():
-        q, scale = quantize_weight(before[f"{name}.weight"])
+        q, scale = to_products(Quantized.of(before[f"{name}.weight"], INT8_CHANNEL))
         weight, weight_scale, bias = (stage.tensors()[str(a.target)] for a in node.args[3:6])  # type: ignore[union-attr]
         assert torch.equal(weight, q) and torch.equal(weight_scale, scale)
         assert torch.equal(bias, before[f"{name}.bias"])
