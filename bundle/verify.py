@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..loop.errors import BundleError, StepfoldError, UsageError
@@ -15,12 +15,17 @@ from .reader import Bundle, read_manifest
 from .tables import Tables
 
 
-def verify(path: Path | str, load_session: LoadSession) -> tuple[list[str], list[str]]:
+def verify(
+    path: Path | str,
+    load_session: LoadSession,
+    differences: Callable[[Manifest], list[str]] = lambda manifest: [],
+) -> tuple[list[str], list[str]]:
     """Check everything about a bundle that this machine can check; a damaged bundle is reported, not raised.
 
     Args:
         path: the folder.
         load_session: opens one stage; raises UsageError where its engine or device is missing here.
+        differences: lines about what this machine does otherwise than the one that built the bundle.
 
     Returns:
         The problems, and what could not be checked here, one line each.
@@ -37,7 +42,7 @@ def verify(path: Path | str, load_session: LoadSession) -> tuple[list[str], list
     problems = damaged + unknown_files(path, manifest)
     if damaged:
         return problems, ["stages and probe: not run from damaged files."]
-    not_checked_here = list[str]()
+    not_checked_here = differences(manifest)
     try:
         for prefix, bundle in _bundles(Bundle(path, manifest)):
             found, left = _run(bundle, load_session)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,9 +34,11 @@ def inspect(
         raise UsageError(f"--inputs: expected a checkpoint beside it; {model} is none.")
     if is_bundle(model):
         from ..bundle.reader import read_manifest
+        from ..runtime.differences import differences
 
-        document = read_manifest(model).model_dump(mode="json", by_alias=True)
-        show = print_bundle
+        manifest = read_manifest(model)
+        document = manifest.model_dump(mode="json", by_alias=True)
+        show = partial(print_bundle, differs_here=differences(manifest))
     elif is_store(model):
         from ..calibration.summary import store_summary
 
@@ -78,8 +81,8 @@ def print_checkpoint(document: Mapping[str, Any]) -> None:
         screen.print(escape(f"unsupported: {entry['node']}: {entry['reason']} ({entry['source']})"), soft_wrap=True)
 
 
-def print_bundle(document: Mapping[str, Any]) -> None:
-    """Print the manifest of a bundle."""
+def print_bundle(document: Mapping[str, Any], differs_here: Sequence[str] = ()) -> None:
+    """Print the manifest of a bundle, and what this machine does otherwise than the one that built it."""
     screen = console()
     backend, recipe = document["backend"], document["recipe"]
     name = recipe.get("name", "-") if isinstance(recipe, dict) else "-"
@@ -101,6 +104,11 @@ def print_bundle(document: Mapping[str, Any]) -> None:
     screen.print(escape(quality_line(document["quality"])), soft_wrap=True)
     alone = "does not depend" if document["batch_invariant"] else "depends slightly"
     screen.print(f"A sample {alone} on the samples computed beside it.")
+    for stage in document["stages"]:
+        for site, form in stage["exact_forms"].items():
+            screen.print(f"exact on every processor by {form}: {site}", markup=False, soft_wrap=True)
+    for line in differs_here:
+        screen.print(f"differs here: {line}", markup=False, soft_wrap=True)
     _print_frozen(document)
 
 

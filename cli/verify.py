@@ -26,12 +26,13 @@ def verify(
     $ stepfold verify out/mnist
     """
     from ..bundle.verify import verify as check
+    from ..runtime.differences import differences
     from ..runtime.engine import open_stage
     from ..runtime.reduction import reduce_bundle
 
     with working() as progress:
         progress("verifying", 0, 1)
-        problems, not_checked = check(bundle, open_stage)
+        problems, not_checked = check(bundle, open_stage, differences)
         progress("reducing", 0, 1)
         parts = reduce_bundle(bundle, Path.cwd()) if reduce and problems else []
     if as_json:

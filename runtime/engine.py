@@ -26,6 +26,7 @@ from ..loop.spec import LoopSpec
 from ..loop.table import FoldedTable, fold
 from ..loop.values import LARGEST_FACTOR
 from .arguments import check_arguments
+from .differences import other_products
 from .ends import Ends
 from .prompts import draw
 from .request import build_request
@@ -52,6 +53,8 @@ def load(path: Path | str, *, threads: int | None = None, device: str | None = N
         raise UsageError(f"threads: expected at least 1; received {threads}.")
     bundle = read(path)
     tables = bundle.tables()
+    for line in other_products(bundle.manifest):
+        logger.warning("%s: %s", bundle.path, line)
 
     def load_session(bundle: Bundle, stage: StageEntry) -> StageCallable:
         return open_stage(bundle, stage, threads=threads, device=device)

@@ -1,11 +1,9 @@
 """Asymmetric uint8 activations, in numbers."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from stepfold.ir import operators  # noqa: F401  (registers the stepfold:: operators)
 from stepfold.passes.quantize.algebra.int8 import LEVELS, activation_range, centring_offset
