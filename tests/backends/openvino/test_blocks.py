@@ -155,7 +155,7 @@ def test_float_and_rounded_activations_in_one_stage(tmp_path: Path) -> None:
 
 @needs_vnni
 def test_zero_points_that_do_not_fill_their_bytes_keep_activations_in_float(tmp_path: Path) -> None:
-    with pytest.raises(StepfoldError, match="keeps activations in float"):
+    with pytest.raises(StepfoldError, match="keep activations in float"):
         lower(layer(4, 64, zeros=True, rounds=True), tmp_path, options=OPTIONS)
 
 

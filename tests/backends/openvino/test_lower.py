@@ -110,7 +110,7 @@ def test_integer_product_does_not_overflow(both: Run) -> None:
 
 
 def test_an_integer_layer_whose_activations_are_stored_in_8_bits_runs_in_float(tmp_path: Path) -> None:
-    with pytest.raises(StepfoldError, match=r"it is a FullyConnected of f32 and i8 \(1 of 1 layers\)"):
+    with pytest.raises(StepfoldError, match=r"it is a FullyConnected of f32 and i8 "):
         lower(STAGES["qlinear"][1], tmp_path, options=OPTIONS)
 
 

@@ -9,12 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from emulated import drawn_without_vnni, needs_emulator
 from programs import context_of, denoiser, operators, samples_of
 from quantizing import quantize
 from torch import nn
 
+import stepfold
 from stepfold.ir.cost import stage_bytes
 from stepfold.ir.program import Program
 from stepfold.loop.errors import GateError
@@ -149,6 +152,38 @@ def test_the_engine_equals_the_reference(results: dict[str, PassResult], name: s
     program = results[name].program
     with workshop("onnxruntime", {"rows": None}) as shop:
         assert drift(samples_of(program, shop.open(program)), samples_of(program)) < 1e-2
+
+
+EMULATED = (
+    "int8 searched",
+    "int8 symmetric",
+    "int8-weights",
+    "int4",
+    "svdquant int8",
+    "fp8",
+    "nvfp4",
+    "codebook",
+    "mixed",
+)
+"""One variant of each scheme, and each kind of activations."""
+
+
+@pytest.fixture(scope="module")
+def bundles(results: dict[str, PassResult], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bundles")
+    return {name: stepfold.lower(results[name].program, out=folder / name) for name in EMULATED}
+
+
+@pytest.mark.slow
+@needs_emulator
+def test_without_vnni_samples_are_the_same(bundles: dict[str, Path]) -> None:
+    """The same bundle over a loop: kernels of another processor round a few activations to the neighbouring level."""
+    noise = np.random.default_rng(3).standard_normal((4, 8, D)).astype(np.float32)
+    request = {"noise": noise, "c": np.arange(4)}
+    received = drawn_without_vnni(bundles, request)
+    for name, path in bundles.items():
+        wanted = stepfold.load(path, threads=1).sample(**request)
+        assert np.abs(received[name] - wanted).max() <= 1e-3 * np.ptp(wanted), name
 
 
 @pytest.mark.parametrize("name", VARIANTS)
