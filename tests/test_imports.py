@@ -85,7 +85,8 @@ def _for_types_only(node: ast.AST) -> bool:
 
 def may_use_ir(file: str) -> bool:
     """Of backends, export, emission, lowerings and what checks them read programs; sessions run where there are none."""
-    return file.startswith(("backends/onnx/", "backends/export.py")) or file.endswith(("/lower.py", "/census.py"))
+    shared = ("backends/onnx/", "backends/export.py", "backends/exact.py")
+    return file.startswith(shared) or file.endswith(("/lower.py", "/census.py"))
 
 
 def violations(file: str, source: str) -> list[str]:

@@ -42,4 +42,4 @@ def test_missing_folder(stepfold, tmp_path: Path) -> None:
 
 def test_a_folder_of_something_else(stepfold, tmp_path: Path) -> None:
     result = stepfold("inspect", tmp_path)
-    assert (result.code, "no config.json" in result.error) == (2, True)
+    assert (result.code, "config.json: expected" in result.error) == (2, True)
