@@ -96,7 +96,7 @@ def read(path: Path | str) -> Bundle:
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest of a bundle, with version and paths checked but no hashes; raises as `read` does."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UsageError(f"{path}: expected the folder of a bundle; there is none. Make it with `stepfold optimize`.")
     data = _json(path / MANIFEST)
     _check_version(path, data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -41,11 +42,11 @@ def is_bundle(path: Path) -> bool:
     Raises:
         UsageError: there is no such folder.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):  # False, too, where the system refuses to say
         raise UsageError(f"{path}: expected the folder of a bundle or a checkpoint; there is none.")
-    return (path / "manifest.json").is_file()
+    return os.path.lexists(path / "manifest.json")
 
 
 def is_store(path: Path) -> bool:
     """Whether a folder is a calibration store."""
-    return (path / "store.json").is_file()
+    return os.path.lexists(path / "store.json")

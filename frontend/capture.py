@@ -18,6 +18,7 @@ from torch import fx
 
 from ..ir.program import FrozenDimension, ModelIdentity, Program, Stage
 from ..ir.shapes import port, propagate
+from ..loop.calls import instance, named, text
 from ..loop.classes import check_unconditional
 from ..loop.errors import StepfoldError, UsageError, nearest
 from ..loop.ports import InputPort, Port, Rate
@@ -60,6 +61,14 @@ def capture(
         StepfoldError: `torch.export` refuses the module, or the graph cannot serve another batch size; the message
             says where.
     """
+    instance("model", model, torch.nn.Module, "a PyTorch module")
+    kwargs = named("kwargs", kwargs)
+    if loop is not None:
+        instance("loop", loop, LoopSpec, "a LoopSpec or None")
+    if not callable(getattr(model, text("method", method), None)):
+        raise UsageError(
+            f"method: {type(model).__name__} has no method {method!r}; {nearest(method, dir(type(model)))}"
+        )
     recurrence = probe(loop.sampler) if loop is not None else None  # refuses a sampler before the model is captured
     kwargs = in_signature_order(getattr(model, method), kwargs)
     tensors, constants = flatten(kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -99,9 +100,9 @@ def load_checkpoint(path: Path, *, loop: Path | None = None, inputs: Path | None
     Raises:
         UsageError: the folder, its configuration, weights or loop cannot be used; the message says what to do.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UsageError(f"{path}: no such checkpoint folder; expected one with {CONFIG_FILE} and safetensors weights.")
-    if (path / PIPELINE_FILE).is_file() and not (path / CONFIG_FILE).is_file():
+    if os.path.lexists(path / PIPELINE_FILE) and not os.path.lexists(path / CONFIG_FILE):
         from .pipeline import load_pipeline
 
         return load_pipeline(path, loop=loop, inputs=inputs)
@@ -186,7 +187,7 @@ def loop_lines(cls: Any) -> str:
 
 def _description(path: Path, loop: Path | None) -> LoopSpec | ComponentFile | None:
     file = loop or path / LOOP_FILE
-    description = read_loop(file) if loop is not None or file.is_file() else None
+    description = read_loop(file) if loop is not None or os.path.lexists(file) else None
     require_plain(description)
     return description
 

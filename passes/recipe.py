@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -97,7 +98,7 @@ def _load(source: object, folder: Path, extending: tuple[str, ...]) -> Recipe:
     if not isinstance(source, (str, Path)):
         raise UsageError(f"recipe: expected a name or a file; received {source!r}.")
     name, path = str(source), folder / source
-    if path.suffix in (".yaml", ".yml") or path.is_file():
+    if path.suffix in (".yaml", ".yml") or os.path.isfile(path):
         place, content = str(path), read_yaml(path, RECIPE)
     elif name in shipped_recipes():
         place = f"{name}.yaml"
@@ -172,6 +173,11 @@ def _build(written: _Written, folder: Path, extending: tuple[str, ...]) -> Recip
     entries = _extended(base.entries, own) if base else own
     if not entries:
         raise UsageError(f"{written.file}: a recipe needs at least one pass; received none.")
+    for key in ("name", "summary"):
+        if not isinstance(data.get(key), str | None):
+            raise UsageError(
+                f"{written.at(written.keys.get(key))}: expected `{key}` to be text; received {data[key]!r:.60}."
+            )
     return Recipe(
         name=str(data.get("name") or Path(written.file).stem),
         summary=str(data.get("summary") or ""),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -124,7 +125,7 @@ def read_report(path: Path) -> Report:
     Raises:
         UsageError: there is none, or it is damaged, or it is another kind of file.
     """
-    file = path / REPORT if path.is_dir() else path
+    file = path / REPORT if os.path.isdir(path) else path
     data = read_json(file, BENCH_REPORT, LARGEST_REPORT_BYTES)
     if not isinstance(data, dict) or "rows" not in data or "protocol" not in data:
         keys = sorted(data)[:6] if isinstance(data, dict) else type(data).__name__

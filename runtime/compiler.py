@@ -17,6 +17,7 @@ from ..backends import registry
 from ..bundle.cache import Cache
 from ..bundle.manifest import Manifest
 from ..bundle.writer import check_out, writing
+from ..loop.calls import instance, place, whole
 from ..loop.errors import UsageError
 from .quality import check_budget, measure, quality_of_pass
 from .workshop import Workshop, workshop
@@ -228,12 +229,15 @@ def apply(
         StepfoldError: a pass broke its contract.
     """
     from ..calibration.read import open_store
+    from ..ir.program import Program
     from ..passes.base import silent
     from ..passes.manager import run_passes
     from ..passes.recipe import load_recipe
 
+    instance("program", program, Program, "what stepfold.capture returns")
+    seed = whole("seed", seed, 0)
     loaded = load_recipe(recipe)
-    statistics = open_store(Path(calibration), program) if calibration is not None else None
+    statistics = open_store(place("calibration", calibration), program) if calibration is not None else None
     with workshop(backend or loaded.backend or DEFAULT_BACKEND, options, compiled_stages()) as shop:
         result = run_passes(program, loaded.steps(), make_context(program, shop, seed, None, silent, statistics))
     return result, result.records[len(program.records) :]
@@ -260,10 +264,12 @@ def lower(
         UsageError: the backend is unknown, lacks an option or cannot build here, or `out` exists.
         StepfoldError: a stage has no form for this engine.
     """
+    from ..ir.program import Program
     from ..passes.recipe import Recipe
     from .packing import pack
 
-    path = Path(out)
+    instance("program", program, Program, "what stepfold.capture returns")
+    path = place("out", out)
     check_out(path, overwrite)
     with workshop(backend, options, compiled_stages()) as shop:
         bound = shop.open(program)

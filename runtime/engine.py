@@ -16,6 +16,7 @@ from ..bundle.files import AGAIN
 from ..bundle.manifest import Manifest, StageEntry
 from ..bundle.reader import Bundle, read
 from ..bundle.tables import Tables
+from ..loop.calls import function, named, place, text, texts, whole, wholes
 from ..loop.classes import class_conditions
 from ..loop.driver import OnStep, run_loop
 from ..loop.errors import BundleError, UsageError
@@ -49,9 +50,9 @@ def load(path: Path | str, *, threads: int | None = None, device: str | None = N
         UsageError: there is no such folder, or its engine or the device is missing here.
         BundleError: the bundle is damaged, newer than this stepfold, or has a path that leaves its folder.
     """
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads: expected at least 1; received {threads}.")
-    bundle = read(path)
+    threads = None if threads is None else whole("threads", threads, 1)
+    device = None if device is None else text("device", device)
+    bundle = read(place("path", path))
     tables = bundle.tables()
     for line in other_products(bundle.manifest):
         logger.warning("%s: %s", bundle.path, line)
@@ -163,9 +164,12 @@ class Engine:
             UsageError: the request does not fit the model; the message says what was expected.
         """
         loop, _ = self._looped()
+        if on_step is not None:
+            function("on_step", on_step)
+        unconditional = None if unconditional is None else named("unconditional", unconditional)
         table = self.table(guidance)
         guided = bool(table.guided.any())
-        given = {**(conditions or {}), **named_conditions}
+        given = {**named("conditions", {} if conditions is None else conditions), **named_conditions}
         request = build_request(self.program.inputs, loop, noise, given, unconditional, guided)
         return run_loop(self.program, loop, request, table, on_step)
 
@@ -193,8 +197,8 @@ class Engine:
             UsageError: a class outside the range, or a model whose conditions are not a class index.
         """
         loop, _ = self._looped()
-        if count < 1 or seed < 0:
-            raise UsageError(f"generate: expected count >= 1 and seed >= 0; received count={count}, seed={seed}.")
+        count, seed = whole("count", count, 1), whole("seed", seed, 0)
+        classes = None if classes is None else wholes("classes", classes)
         conditions = class_conditions(self.program.inputs, loop, count, classes)
         noise = seeded_noise(seed, (count, *loop.latent.shape))
         return self.sample(noise, guidance, on_step, conditions=conditions)
@@ -226,13 +230,12 @@ class Engine:
             UsageError: the model takes no prompts, or the request does not fit it.
         """
         loop, _ = self._looped()
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        count = len(prompts) if count is None else count
-        if not prompts or count < 1 or seed < 0:
-            raise UsageError(
-                f"draw: expected a prompt, count >= 1 and seed >= 0; received {len(prompts)} prompts, count={count}, "
-                f"seed={seed}."
-            )
+        prompts = texts("prompt", prompt)
+        if not prompts:
+            raise UsageError("prompt: expected at least one; received an empty list.")
+        count = len(prompts) if count is None else whole("count", count, 1)
+        seed = whole("seed", seed, 0)
+        negative_prompt = None if negative_prompt is None else text("negative_prompt", negative_prompt)
         noise = seeded_noise(seed, (count, *loop.latent.shape))
         return draw(self, loop, self.ends, noise, prompts, negative_prompt, guidance, on_step)
 

@@ -11,6 +11,7 @@ from ..loop.driver import Request
 from ..loop.errors import UsageError, nearest
 from ..loop.ports import InputPort, Port
 from ..loop.spec import LoopSpec
+from ..loop.values import LARGEST_FACTOR
 from .arrays import for_input, to_array
 
 Array = np.ndarray
@@ -28,8 +29,10 @@ def check_noise(value: Any, latent: tuple[int, ...]) -> Array:
         raise UsageError(f"noise: expected shape {expected} with B at least 1; received {list(array.shape)}.")
     if array.dtype != np.float32:
         raise UsageError(f"noise: expected dtype float32; received {array.dtype}. Convert it: .astype('float32')")
-    if not np.isfinite(array).all():
+    if not (np.abs(array) <= LARGEST_FACTOR).all():  # also NaN
         count = int((~np.isfinite(array)).sum())
+        if not count:
+            raise UsageError(f"noise: expected standard normal numbers; received {float(np.abs(array).max()):g}.")
         raise UsageError(f"noise: expected finite numbers; received NaN or infinity in {count} places.")
     return array
 

@@ -13,6 +13,7 @@ from pydantic import JsonValue
 
 from ..backends.registry import Backend, get
 from ..bundle.cache import Cache, key_of
+from ..loop.calls import named, text
 from ..loop.errors import UsageError
 from ..loop.ports import BoundProgram, StageCallable
 
@@ -125,7 +126,7 @@ def workshop(backend: str, options: Mapping[str, Any] | None = None, cache: Cach
     Raises:
         UsageError: the backend is unknown or cannot build here, or lacks an option.
     """
-    engine = get(backend).with_options(options or {})
+    engine = get(text("backend", backend)).with_options(named("options", {} if options is None else options))
     capability = engine.capability_here()
     if not capability.can_build:
         raise UsageError(

@@ -130,7 +130,7 @@ def test_two_at_once(stepfold, tiny_checkpoint: Path, store: Path) -> None:
         (("--samples", "0"), "Invalid value for '--samples'"),
         (("--workers", "0"), "Invalid value for '--workers'"),
         (("--seed", "-1"), "Invalid value for '--seed'"),
-        (("--loop", "none.yaml"), "none.yaml: no such loop file."),
+        (("--loop", "none.yaml"), "none.yaml: expected a loop file, YAML; there is no such file."),
     ],
 )
 def test_wrong_words(stepfold, tiny_checkpoint: Path, tmp_path: Path, words: tuple[str, ...], message: str) -> None:

@@ -82,9 +82,9 @@ def test_from_python(bundle: Path) -> None:
     assert drift(engine.draw(PROMPT, "", seed=5), images) > 1e-4, "the negative prompt has a say"
     np.testing.assert_array_equal(engine.draw(PROMPT, seed=5), engine.draw(PROMPT, "", seed=5))
     assert drift(engine.draw(PROMPT, NEGATIVE, seed=5, guidance=1.0), images) > 1e-4
-    for wrong in ({"prompt": []}, {"prompt": PROMPT, "count": 0}, {"prompt": PROMPT, "seed": -1}):
-        with pytest.raises(UsageError, match="draw: expected a prompt, count >= 1 and seed >= 0"):
-            engine.draw(**wrong)
+    for name, value in {"prompt": [], "count": 0, "seed": -1, "negative_prompt": 5}.items():
+        with pytest.raises(UsageError, match=f"{name}: expected "):
+            engine.draw(**({"prompt": PROMPT} | {name: value}))
 
 
 def test_the_page_runs(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

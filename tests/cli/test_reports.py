@@ -123,7 +123,7 @@ def test_compare_writes_a_page(stepfold, write, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("none.json", "none.json"), "none.json: no such report."),
+        (("none.json", "none.json"), "none.json: expected the JSON of `stepfold bench`; there is no such file."),
         (("none.json",), "compare: expected a base and at least one other report; received 1."),
         (("a", "b", "--out", "page.pdf"), "--out: expected a file that ends in .html; received page.pdf."),
         (("a", "b", "--max-slowdown", "-1"), "--max-slowdown: expected a number from 0; received -1."),

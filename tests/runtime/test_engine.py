@@ -86,9 +86,14 @@ def test_conditions_by_mapping(engine: Engine) -> None:
         ({"noise": NOISE.astype("float64")}, "noise: expected dtype float32"),
         ({"class_labels": LABELS + 9}, "class_labels: expected indices from 0 to 4; received 9"),
         ({"labels": LABELS}, "labels: expected a condition of this model; received an unknown name: did you mean"),
-        ({"guidance": float("nan")}, "guidance: expected a finite number; received nan"),
-        ({"guidance": True}, "guidance: expected a finite number; received True"),
-        ({"guidance": "2"}, "guidance: expected a finite number; received '2'"),
+        ({"guidance": float("nan")}, "guidance: expected a finite number, at most 1e+06; received nan"),
+        ({"guidance": True}, "guidance: expected a finite number, at most 1e+06; received True"),
+        ({"guidance": "2"}, "guidance: expected a finite number, at most 1e+06; received '2'"),
+        ({"guidance": -1e300}, "guidance: expected a finite number, at most 1e+06; received -1e+300"),
+        ({"guidance": 10**400}, "guidance: expected a finite number, at most 1e+06; received 1000"),
+        ({"conditions": [1]}, "conditions: expected a mapping from names to values; received list [1]"),
+        ({"unconditional": 5}, "unconditional: expected a mapping from names to values; received int 5"),
+        ({"on_step": 5}, "on_step: expected a function; received int 5"),
         ({"unconditional": {"class_labels": LABELS}}, "unconditional: expected none; the loop gives the values"),
     ],
 )
@@ -99,8 +104,11 @@ def test_requests_that_do_not_fit(engine: Engine, arguments: dict[str, Any], mes
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize(("classes", "labels"), [(None, [0, 1, 2, 3, 0]), ([3, 1], [3, 1, 3, 1, 3])])
-def test_generate(engine: Engine, classes: list[int] | None, labels: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("classes", "labels"),
+    [(None, [0, 1, 2, 3, 0]), ([3, 1], [3, 1, 3, 1, 3]), (np.array([3, 1], np.uint8), [3, 1, 3, 1, 3])],
+)
+def test_generate(engine: Engine, classes: Any, labels: list[int]) -> None:
     samples = engine.generate(5, seed=7, classes=classes)
     np.testing.assert_array_equal(samples, engine.sample(NOISE, class_labels=np.array(labels)))
 
@@ -108,8 +116,16 @@ def test_generate(engine: Engine, classes: list[int] | None, labels: list[int]) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"count": 0}, "expected count >= 1 and seed >= 0; received count=0, seed=0."),
-        ({"count": 1, "seed": -1}, "expected count >= 1 and seed >= 0; received count=1, seed=-1."),
+        ({"count": 0}, "count: expected a whole number, 1 or more; received int 0."),
+        ({"count": 1.0}, "count: expected a whole number, 1 or more; received float 1.0."),
+        ({"count": True}, "count: expected a whole number, 1 or more; received bool True."),
+        ({"count": "1"}, "count: expected a whole number, 1 or more; received str '1'."),
+        ({"count": 1, "seed": -1}, "seed: expected a whole number, 0 or more; received int -1."),
+        ({"count": 1, "seed": None}, "seed: expected a whole number, 0 or more; received NoneType None."),
+        ({"count": 1, "classes": 3}, "classes: expected a list of whole numbers; received int 3."),
+        ({"count": 1, "classes": "01"}, "classes: expected a list of whole numbers; received str '01'."),
+        ({"count": 1, "classes": [0.5]}, "classes[0]: expected a whole number"),
+        ({"count": 1, "classes": np.zeros(0, int)}, "classes: expected at least one; received an empty list."),
         ({"count": 1, "classes": [4]}, "classes: expected indices from 0 to 3; received 4."),
     ],
 )
@@ -273,8 +289,14 @@ def test_what_a_measurement_reads(engine: Engine, read_only_bundle: Path) -> Non
 
 
 def test_wrong_threads_and_backend(read_only_bundle: Path, bundle_folder: Path) -> None:
-    with pytest.raises(UsageError, match=r"threads: expected at least 1; received 0\."):
-        load(read_only_bundle, threads=0)
+    for wrong in (0, 1.5, "2", True):
+        with pytest.raises(UsageError, match="threads: expected a whole number, 1 or more; received"):
+            load(read_only_bundle, threads=wrong)  # type: ignore[arg-type]
+    for path in (5, None, b"bundle", "a\0b"):
+        with pytest.raises(UsageError, match="path: expected a path; received"):
+            load(path)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="device: expected a text; received int 0"):
+        load(read_only_bundle, device=0)  # type: ignore[arg-type]
     backend = {"name": "onnxruntme", "version": "1", "device": "cpu"}
     with pytest.raises(UsageError, match=r"received 'onnxruntme': did you mean 'onnxruntime'\?"):
         load(rewritten(bundle_folder, backend=backend))

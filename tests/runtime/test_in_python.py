@@ -157,3 +157,32 @@ def test_the_engine_is_the_reference(captured: Program) -> None:
         folder = shop.folder
         assert folder.is_dir()
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: stepfold.capture("model", {}), "model: expected a PyTorch module; received str 'model'"),
+        (lambda p: stepfold.capture(torch.nn.Linear(1, 1), [1]), "kwargs: expected a mapping from names to values"),
+        (lambda p: stepfold.capture(torch.nn.Linear(1, 1), {}, {"inputs": {}}), "loop: expected a LoopSpec or None"),
+        (
+            lambda p: stepfold.capture(torch.nn.Linear(1, 1), {}, method="decode"),
+            "method: Linear has no method 'decode'",
+        ),
+        (lambda p: stepfold.capture(torch.nn.Linear(1, 1), {}, method=5), "method: expected a text; received int 5"),
+        (lambda p: stepfold.apply(5, "fp32"), "program: expected what stepfold.capture returns; received int 5"),
+        (lambda p: stepfold.apply(p, 5), "recipe: expected a name or a file; received 5"),
+        (lambda p: stepfold.apply(p, "fp32", seed="1"), "seed: expected a whole number, 0 or more; received str '1'"),
+        (lambda p: stepfold.apply(p, FP32, calibration=5), "calibration: expected a path; received int 5"),
+        (lambda p: stepfold.apply(p, FP32, backend=5), "backend: expected a text; received int 5"),
+        (lambda p: stepfold.apply(p, FP32, options=[1]), "options: expected a mapping from names to values"),
+        (lambda p: stepfold.lower(5, out="o"), "program: expected what stepfold.capture returns; received int 5"),
+        (lambda p: stepfold.lower(p, out=5), "out: expected a path; received int 5"),
+        (lambda p: stepfold.lower(p, 5, out="o"), "backend: expected a text; received int 5"),
+    ],
+)
+def test_wrong_types_name_the_argument(captured: Program, tmp_path: Path, monkeypatch, call, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        call(captured)
+    assert str(caught.value).startswith(message) and list(tmp_path.iterdir()) == []

@@ -57,6 +57,7 @@ def refused(**arguments: Any) -> str:
         (NOISE.astype("int32"), "noise: expected dtype float32; received int32."),
         (NOISE + np.float32(np.nan), "noise: expected finite numbers; received NaN or infinity in 8 places."),
         (np.where(np.arange(8).reshape(NOISE.shape) == 3, np.float32(np.inf), NOISE), "infinity in 1 places."),
+        (NOISE + np.float32(1e30), "noise: expected standard normal numbers; received 1e+30."),
         ("noise", "noise: expected an array of numbers; received str of dtype <U5."),
         ([[1], [2, 3]], "noise: expected an array of numbers; received list"),
         (None, "noise: expected an array of numbers; received NoneType of dtype object."),
