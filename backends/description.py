@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from ..bundle.manifest import PortEntry
 from ..loop.errors import BundleError
+from ..loop.held import StageFiles
 from ..loop.ports import Port
 from ..loop.spec import Strict
 
@@ -50,15 +51,19 @@ class Description(Strict):
         return engine.with_name(engine.name + cls.suffix)
 
     @classmethod
-    def read(cls, engine: Path) -> Self:
+    def read(cls, engine: Path, files: StageFiles | None = None) -> Self:
         """The description of an engine file.
+
+        Args:
+            engine: the engine file.
+            files: that may be read; None takes those of the folder.
 
         Raises:
             BundleError: it is missing, damaged, or of a newer stepfold.
         """
         path = cls.beside(engine)
         try:
-            description = cls.model_validate_json(path.read_bytes())
+            description = cls.model_validate_json((files or StageFiles(path.parent)).open(path.name).read())
         except (OSError, ValidationError) as error:
             reason = str(error).splitlines()[0]
             raise BundleError(

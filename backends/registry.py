@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import JsonValue, ValidationError
 
 from ..loop.errors import UsageError, nearest
+from ..loop.held import StageFiles
 from ..loop.options import Options, option_problem
 from ..loop.ports import Port, StageCallable
 from .capability import Capability
@@ -125,8 +126,17 @@ class Backend:
         *,
         threads: int | None = None,
         device: str | None = None,
+        files: StageFiles | None = None,
     ) -> StageCallable:
         """Open a compiled stage; see `session.py` of the engine.
+
+        Args:
+            file: the main file.
+            inputs: what it must read.
+            outputs: what it must compute.
+            threads: to compute with; None leaves the number to the engine.
+            device: to run on; None takes that of the engine.
+            files: that the engine may read; None takes those that lie in the folder, which the caller has just made.
 
         Raises:
             UsageError: the engine or the device is missing here.
@@ -138,6 +148,8 @@ class Backend:
                 f"backend {self.name!r} cannot run here: {capability.reason}. Install it: {capability.install}"
             )
         keywords = {"threads": threads, "device": device or self.default_device, **self._keyword()}
+        if files is not None:
+            keywords["files"] = files
         return self.module("session").open_session(file, inputs, outputs, **keywords)
 
     def identity(self) -> dict[str, JsonValue] | None:

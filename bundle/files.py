@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from ..loop.errors import BundleError
+from ..loop.held import HeldFile
 
 MANIFEST = "manifest.json"
-CHUNK_BYTES = 1 << 20  # hashed at a time, so that a model of any size needs the same memory
 LONGEST_PATH = 1024
 LONGEST_PART_BYTES = 255
 AGAIN = "Copy the bundle again or build it again with `stepfold optimize`."
@@ -17,11 +17,7 @@ AGAIN = "Copy the bundle again or build it again with `stepfold optimize`."
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file as hexadecimal text, read in chunks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return HeldFile(path).sha256()
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -74,7 +70,13 @@ def listing(folder: Path) -> list[str]:
 
 
 def problem(folder: Path, name: str, sha256: str, size: int) -> str | None:
-    """What is wrong with one file of a bundle, or None.
+    """What is wrong with one file of a bundle, or None; see `checked`."""
+    found = checked(folder, name, sha256, size)
+    return found if isinstance(found, str) else None
+
+
+def checked(folder: Path, name: str, sha256: str, size: int) -> HeldFile | str:
+    """One file of a bundle, held open so that what is read later is what was checked; or what is wrong with it.
 
     Args:
         folder: of the bundle.
@@ -86,12 +88,21 @@ def problem(folder: Path, name: str, sha256: str, size: int) -> str | None:
     try:
         if not path.is_file():
             return f"{name}: expected a file of {size} bytes; it is missing. {AGAIN}"
-        received = path.stat().st_size
-        if received != size:
-            return f"{name}: expected {size} bytes; received {received}. {AGAIN}"
-        digest = sha256_of(path)
+        held = HeldFile(path)
+        if held.size != size:
+            return f"{name}: expected {size} bytes; received {held.size}. {AGAIN}"
+        digest = held.sha256()
     except OSError as error:
         return f"{name}: expected a readable file; received: {error}. {AGAIN}"
     if digest != sha256:
         return f"{name}: expected sha256 {sha256[:12]}...; received {digest[:12]}... The file was changed. {AGAIN}"
-    return None
+    return held
+
+
+def unlisted(folder: Path, listed: Collection[str]) -> list[str]:
+    """One line for every file of a bundle that its manifest does not name."""
+    return [
+        f"{name}: not part of the bundle: the manifest does not name it. Remove it, or build the bundle again."
+        for name in listing(folder)
+        if name not in listed
+    ]

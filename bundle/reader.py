@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from pydantic import ValidationError
 
 from ..loop.array_files import read_arrays
 from ..loop.errors import BundleError, UsageError
+from ..loop.held import HeldFile, StageFiles
 from ..loop.reading import Expected, read_json
 from ..loop.spec import describe
-from .files import AGAIN, MANIFEST, inside, problem
-from .manifest import FORMAT_VERSION, Manifest, stepfold_version
+from .files import AGAIN, MANIFEST, checked, inside, unlisted
+from .manifest import FORMAT_VERSION, Manifest, StageEntry, stepfold_version
 from .probe import Probe
 from .tables import TABLES, Tables
 
@@ -33,10 +34,12 @@ class Bundle:
     Attributes:
         path: the folder.
         manifest: its manifest.
+        held: its files, open since they were checked.
     """
 
     path: Path
     manifest: Manifest
+    held: Mapping[str, HeldFile] = field(repr=False)
 
     def file(self, name: str) -> Path:
         """A file of the bundle by its relative path."""
@@ -44,9 +47,22 @@ class Bundle:
             raise BundleError(f"{self.path}: {name!r} is not among the files of the manifest. {AGAIN}")
         return inside(self.path, name)
 
+    def opened(self, name: str) -> HeldFile:
+        """The checked content of a file of the bundle by its relative path."""
+        self.file(name)
+        return self.held[name]
+
+    def stage_files(self, stage: StageEntry) -> StageFiles:
+        """What an engine may read for a stage: the files of the manifest that lie in the folder of its file."""
+        folder, _, _ = stage.file.rpartition("/")
+        beside = {
+            name.rpartition("/")[2]: file for name, file in self.held.items() if name.rpartition("/")[0] == folder
+        }
+        return StageFiles(self.file(stage.file).parent, beside)
+
     def arrays(self, name: str) -> dict[str, Array]:
         """The arrays of a safetensors file of the bundle."""
-        return read_arrays(self.file(name), ARRAYS)
+        return read_arrays(self.opened(name), ARRAYS)
 
     def tables(self) -> Tables:
         """Recurrence, fitted tables, timestep values and constants; empty for a component without any."""
@@ -61,12 +77,13 @@ class Bundle:
         Raises:
             BundleError: its manifest cannot be used, or names a file that this one does not.
         """
-        path = self.file(f"{folder}/{MANIFEST}").parent
-        manifest = read_manifest(path)
+        file = self.opened(f"{folder}/{MANIFEST}")
+        path = file.path.parent
+        manifest = _manifest(path, read_json(file, MANIFEST_FILE, LARGEST_MANIFEST_BYTES))
         for name, entry in manifest.files.items():
             if self.manifest.files.get(f"{folder}/{name}") != entry:
                 raise BundleError(f"{path}: {name!r} is not what the manifest of {self.path} says. {AGAIN}")
-        return Bundle(path, manifest)
+        return Bundle(path, manifest, {name: self.held[f"{folder}/{name}"] for name in manifest.files})
 
     def probe(self) -> Probe | None:
         """The first recorded probe, if there is one."""
@@ -82,23 +99,37 @@ def read(path: Path | str) -> Bundle:
 
     Raises:
         UsageError: there is no such folder.
-        BundleError: no or a damaged manifest, a newer format, a path that leaves the folder, a file that is missing
-            or not as it was written.
+        BundleError: no or a damaged manifest, a newer format, a path that leaves the folder, a file that is missing,
+            not as it was written, or not named by the manifest.
     """
     path = Path(path)
     manifest = read_manifest(path)
-    for name, entry in manifest.files.items():
-        found = problem(path, name, entry.sha256, entry.bytes)
-        if found is not None:
-            raise BundleError(f"{path}: {found}")
-    return Bundle(path, manifest)
+    held, problems = hold(path, manifest)
+    for found in (*problems, *unlisted(path, manifest.files)):
+        raise BundleError(f"{path}: {found}")
+    return Bundle(path, manifest, held)
+
+
+def hold(path: Path, manifest: Manifest) -> tuple[dict[str, HeldFile], list[str]]:
+    """Open the files of a bundle and check them.
+
+    Returns:
+        Those that are as they were written, by name, and a line for each of the others.
+    """
+    found = {name: checked(path, name, entry.sha256, entry.bytes) for name, entry in manifest.files.items()}
+    held = {name: file for name, file in found.items() if isinstance(file, HeldFile)}
+    return held, [problem for problem in found.values() if isinstance(problem, str)]
 
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest of a bundle, with version and paths checked but no hashes; raises as `read` does."""
     if not os.path.isdir(path):
         raise UsageError(f"{path}: expected the folder of a bundle; there is none. Make it with `stepfold optimize`.")
-    data = _json(path / MANIFEST)
+    return _manifest(path, _json(path / MANIFEST))
+
+
+def _manifest(path: Path, data: Any) -> Manifest:
+    """The manifest in a JSON value; `path` is the folder of the bundle."""
     _check_version(path, data)
     try:
         manifest = Manifest.model_validate(data)

@@ -8,10 +8,10 @@ from pathlib import Path
 from ..loop.errors import BundleError, StepfoldError, UsageError
 from ..loop.ports import BoundProgram, StageCallable
 from .bind import LoadSession, bind, check_values, fits
-from .files import AGAIN, listing, problem
+from .files import AGAIN, unlisted
 from .manifest import Manifest
 from .probe import Probe
-from .reader import Bundle, read_manifest
+from .reader import Bundle, hold, read_manifest
 from .tables import Tables
 
 
@@ -36,15 +36,15 @@ def verify(
     path = Path(path)
     try:
         manifest = read_manifest(path)
-        damaged = file_problems(path, manifest)
+        held, damaged = hold(path, manifest)
     except BundleError as error:
         return [str(error)], ["files, stages and probe: the manifest cannot be used."]
-    problems = damaged + unknown_files(path, manifest)
+    problems = damaged + unlisted(path, manifest.files)
     if damaged:
         return problems, ["stages and probe: not run from damaged files."]
     not_checked_here = differences(manifest)
     try:
-        for prefix, bundle in _bundles(Bundle(path, manifest)):
+        for prefix, bundle in _bundles(Bundle(path, manifest, held)):
             found, left = _run(bundle, load_session)
             problems += [f"{prefix}{line}" for line in found]
             not_checked_here += [f"{prefix}{line}" for line in left]
@@ -58,21 +58,6 @@ def _bundles(bundle: Bundle) -> Iterator[tuple[str, Bundle]]:
     yield "", bundle
     for folder in bundle.manifest.pipeline.folders if bundle.manifest.pipeline else ():
         yield f"{folder}: ", bundle.within(folder)
-
-
-def file_problems(path: Path, manifest: Manifest) -> list[str]:
-    """One line for every file that is missing or not as it was written."""
-    checked = [problem(path, name, entry.sha256, entry.bytes) for name, entry in manifest.files.items()]
-    return [found for found in checked if found is not None]
-
-
-def unknown_files(path: Path, manifest: Manifest) -> list[str]:
-    """One line for every file in the folder that the manifest does not name."""
-    return [
-        f"{name}: not part of the bundle: the manifest does not name it. Remove it, or build the bundle again."
-        for name in listing(path)
-        if name not in manifest.files
-    ]
 
 
 def _run(bundle: Bundle, load_session: LoadSession) -> tuple[list[str], list[str]]:

@@ -83,19 +83,27 @@ def writing(out: Path, overwrite: bool = False) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+def write_manifest(folder: Path, manifest: Manifest, known: Mapping[str, FileEntry] | None = None) -> Manifest:
     """Write `manifest.json` last: it takes the hash and size of every file in the folder.
+
+    Args:
+        folder: of the bundle.
+        manifest: its `files` are replaced.
+        known: entries of files that were taken over from a checked bundle, which are kept: a file that was changed
+            since then does not get a digest that fits it.
 
     Returns:
         The manifest with its `files`.
     """
-    files = {
-        name: FileEntry(sha256=sha256_of(folder / name), bytes=(folder / name).stat().st_size)
-        for name in listing(folder)
-    }
+    known = known or {}
+    files = {name: known[name] if name in known else _entry(folder / name) for name in listing(folder)}
     manifest = manifest.model_copy(update={"files": files})
     write_json(folder / MANIFEST, manifest.model_dump(mode="json", by_alias=True))
     return manifest
+
+
+def _entry(path: Path) -> FileEntry:
+    return FileEntry(sha256=sha256_of(path), bytes=path.stat().st_size)
 
 
 def write_tables(folder: Path, tables: Tables) -> None:

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from .held import Source
 from .reading import Expected, opened, parse_json
 
 Array = np.ndarray
@@ -80,7 +81,7 @@ def tensor_entries(path: Path, expected: Expected) -> dict[str, TensorEntry]:
         return _entries(stream, path, expected)
 
 
-def read_arrays(path: Path, expected: Expected) -> dict[str, Array]:
+def read_arrays(path: Source, expected: Expected) -> dict[str, Array]:
     """The arrays of a safetensors file by name; raises as `tensor_entries` does, and for dtypes that NumPy lacks."""
     with opened(path, expected) as stream:
         found = {}
@@ -96,7 +97,7 @@ def _array(stream: IO[bytes], dtype: np.dtype, shape: tuple[int, ...], start: in
     return np.fromfile(stream, dtype, prod(shape)).reshape(shape)
 
 
-def _entries(stream: IO[bytes], path: Path, expected: Expected) -> dict[str, TensorEntry]:
+def _entries(stream: IO[bytes], path: Source, expected: Expected) -> dict[str, TensorEntry]:
     size = os.fstat(stream.fileno()).st_size
     length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
     if size < LENGTH_BYTES or length > min(size - LENGTH_BYTES, LARGEST_HEADER_BYTES):

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
-from pathlib import Path
 from typing import IO, Any
 
 from .errors import StepfoldError, UsageError
+from .held import HeldFile, Source
 
 LARGEST_TEXT_BYTES = 64 << 20
 DEEPEST = 64  # levels of lists and mappings; what people and libraries write has fewer than ten
@@ -53,12 +53,17 @@ class Expected:
 
 
 @contextmanager
-def opened(path: Path, expected: Expected) -> Iterator[IO[bytes]]:
+def opened(path: Source, expected: Expected) -> Iterator[IO[bytes]]:
     """Open a regular file for reading; pipes, devices, sockets and folders are refused without waiting for them.
+
+    A file that is held open is read from its beginning.
 
     Raises:
         StepfoldError: there is no such file, it is no regular one, or the system refuses to open or to read it.
     """
+    if isinstance(path, HeldFile):
+        yield path.stream
+        return
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except (OSError, ValueError) as problem:
@@ -83,7 +88,7 @@ def _reason(problem: OSError | ValueError) -> str:
     return f"received: {(problem.strerror if isinstance(problem, OSError) else None) or problem}"
 
 
-def read_bytes(path: Path, expected: Expected, most: int = LARGEST_TEXT_BYTES) -> bytes:
+def read_bytes(path: Source, expected: Expected, most: int = LARGEST_TEXT_BYTES) -> bytes:
     """The content of a regular file of at most `most` bytes; raises as `opened` does."""
     with opened(path, expected) as stream:
         content = stream.read(most + 1)
@@ -92,7 +97,7 @@ def read_bytes(path: Path, expected: Expected, most: int = LARGEST_TEXT_BYTES) -
     return content
 
 
-def read_text(path: Path, expected: Expected, most: int = LARGEST_TEXT_BYTES) -> str:
+def read_text(path: Source, expected: Expected, most: int = LARGEST_TEXT_BYTES) -> str:
     """The UTF-8 text of a regular file; raises as `opened` does."""
     try:
         return read_bytes(path, expected, most).decode("utf-8")
@@ -100,7 +105,7 @@ def read_text(path: Path, expected: Expected, most: int = LARGEST_TEXT_BYTES) ->
         raise expected.refusal(path, f"received bytes that are no UTF-8 text: {problem}") from None
 
 
-def read_json(path: Path, expected: Expected, most: int = LARGEST_TEXT_BYTES, *, strict: bool = True) -> Any:
+def read_json(path: Source, expected: Expected, most: int = LARGEST_TEXT_BYTES, *, strict: bool = True) -> Any:
     """The value of a JSON file.
 
     Args:

@@ -22,6 +22,7 @@ from ..loop.driver import OnStep, run_loop
 from ..loop.errors import BundleError, UsageError
 from ..loop.noise import noise as seeded_noise
 from ..loop.ports import BoundProgram, StageCallable
+from ..loop.reading import Expected, read_text
 from ..loop.recurrence import Recurrence
 from ..loop.spec import LoopSpec
 from ..loop.table import FoldedTable, fold
@@ -35,6 +36,7 @@ from .request import build_request
 logger = logging.getLogger(__name__)
 
 Array = np.ndarray
+TOKENIZER = Expected("the JSON of a tokenizer", BundleError, AGAIN)
 UNGUIDED = 1.0  # the scale whose guided output is the conditional one
 
 
@@ -77,8 +79,9 @@ def open_stage(
         backend = backend.with_options(entry.options)
     except UsageError as error:
         raise BundleError(f"{bundle.path}: {error} {AGAIN}") from error
-    file = bundle.file(stage.file)
-    return backend.open_session(file, stage.input_ports(), stage.output_ports(), threads=threads, device=device)
+    ports = stage.input_ports(), stage.output_ports()
+    files = bundle.stage_files(stage)
+    return backend.open_session(bundle.file(stage.file), *ports, threads=threads, device=device, files=files)
 
 
 class Engine:
@@ -105,7 +108,7 @@ class Engine:
         entry = self.manifest.pipeline
         if entry is None:
             return Ends({}, None, None, {})
-        tokenizers = {item.input: self.bundle.file(item.file).read_text("utf-8") for item in entry.tokenizers}
+        tokenizers = {item.input: read_text(self.bundle.opened(item.file), TOKENIZER) for item in entry.tokenizers}
         text, decoder = (None if folder is None else self._open(folder) for folder in (entry.text, entry.decoder))
         return Ends(tokenizers, text, decoder, entry.given)
 

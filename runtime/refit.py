@@ -210,13 +210,13 @@ def _updated(entry: Any, options: ScheduleOptions) -> Any:
 def _write(bundle: Path, engine: Engine, manifest: Manifest, schedule: Schedule) -> None:
     """Replace the bundle by one with the same stages; those are linked where the file system can."""
     tables = Tables(engine.tables.recurrence, schedule.fitted, engine.tables.values, engine.tables.constants)
+    kept = {name: entry for name, entry in engine.manifest.files.items() if name not in (TABLES, SCHEDULE, *REPORT)}
     with writing(bundle, overwrite=True) as folder:
-        for name in engine.manifest.files:
-            if name not in (TABLES, SCHEDULE, *REPORT):
-                _link(engine.bundle.file(name), folder / name)
+        for name in kept:
+            _link(engine.bundle.file(name), folder / name)
         write_tables(folder, tables)
         write_schedule(folder, tables, schedule.fitted_on, plain(schedule.details))
-        write_manifest(folder, manifest)
+        write_manifest(folder, manifest, kept)
 
 
 def _link(source: Path, target: Path) -> None:

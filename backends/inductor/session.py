@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...loop.errors import BundleError, StepfoldError, UsageError
+from ...loop.held import StageFiles
 from ...loop.ports import Port, StageCallable
 from ..ports import check_ports, first_line, shapes
 from .description import ObjectDescription
@@ -31,6 +32,7 @@ def open_session(
     threads: int | None = None,
     device: str = "cpu",
     options: InductorOptions,
+    files: StageFiles | None = None,
 ) -> StageCallable:
     """Open a shared object, which is native code: nothing is unpickled and no Python of a model is imported.
 
@@ -41,6 +43,7 @@ def open_session(
         threads: of one kernel; None leaves the number to PyTorch.
         device: `cpu`.
         options: of the engine; what they decide is compiled in.
+        files: that may be read; None takes those of the folder.
 
     Returns:
         A function from name -> array to the outputs in the order of `outputs`. Threads that share it take turns.
@@ -51,11 +54,12 @@ def open_session(
     """
     if device != "cpu":
         raise UsageError(f"device: expected cpu, the one this backend runs on; received {device!r}.")
-    description = ObjectDescription.read(file)
+    files = files or StageFiles(file.parent)
+    description = ObjectDescription.read(file, files)
     check_ports(file, "input", _ports(description.input_ports()), inputs)
     check_ports(file, "output", _ports(description.output_ports()), outputs)
     _require_machine(file, description)
-    return _Session(_runner(file), file.name, description, [port.name for port in outputs], threads)
+    return _Session(_runner(file, files), file.name, description, [port.name for port in outputs], threads)
 
 
 def _ports(found: Sequence[Port]) -> dict[str, tuple[str, int]]:
@@ -89,7 +93,7 @@ def _release(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def _runner(file: Path) -> Any:
+def _runner(file: Path, files: StageFiles) -> Any:
     """The loaded object, opened through a link of a name that is new and in a folder where nothing else lies.
 
     The system's loader knows objects by their name and would give back the one that lay at this path before. PyTorch's
@@ -99,10 +103,11 @@ def _runner(file: Path) -> Any:
 
     with tempfile.TemporaryDirectory(prefix="stepfold-") as folder:
         link = Path(folder) / file.name
-        link.symlink_to(file.resolve())
         try:
+            held = files.open(file.name)  # stays open until the object is loaded
+            link.symlink_to(held.address)
             return torch._C._aoti.AOTIModelContainerRunnerCpu(str(link), 1)  # type: ignore[attr-defined]
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
             reason = first_line(error).replace(str(link), file.name)
             raise BundleError(f"{file}: PyTorch {torch.__version__} cannot open it: {reason}") from error
 

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from ...loop.errors import BundleError, StepfoldError, UsageError
+from ...loop.held import StageFiles
 from ...loop.ports import Port, StageCallable
 from ..ports import check_ports, first_line, shapes
+from .external import external_files
 from .options import OnnxruntimeOptions, Provider
 from .parts import InParts, divisible
 
@@ -50,6 +52,7 @@ def open_session(
     threads: int | None = None,
     device: str = "cpu",
     options: OnnxruntimeOptions = DEFAULTS,
+    files: StageFiles | None = None,
 ) -> StageCallable:
     """Open an `.onnx` file, with the external data that lies beside it.
 
@@ -60,6 +63,7 @@ def open_session(
         threads: to compute with; None leaves the number to ONNX Runtime, which takes one for each core.
         device: `cpu` or `cuda`; where it is not the one of the provider, the provider of that name is taken.
         options: of the engine.
+        files: that may be read; None takes those of the folder.
 
     Returns:
         A function from name -> array to the outputs in the order of `outputs`. On a GPU, threads that share it take
@@ -67,17 +71,18 @@ def open_session(
 
     Raises:
         UsageError: the device is unknown or the installed package lacks the provider.
-        BundleError: ONNX Runtime cannot load the file, or it has other inputs or outputs.
+        BundleError: ONNX Runtime cannot load the file, it has other inputs or outputs, or it reads another file.
     """
     import onnxruntime
 
     names = providers(device, options, onnxruntime.get_available_providers())
+    files = files or StageFiles(file.parent)
     if names[0] != CPU:
-        session = _checked(file, inputs, outputs, names, threads)
+        session = _checked(file, files, inputs, outputs, names, threads)
         return BoundSession(session, file.name, inputs, outputs, "cuda")
 
     def open_with(threads: int | None) -> StageCallable:
-        session = _checked(file, inputs, outputs, names, threads)
+        session = _checked(file, files, inputs, outputs, names, threads)
         return _callable(session, file.name, inputs, [port.name for port in outputs])
 
     if options.rows is None or not divisible(inputs, outputs):
@@ -85,18 +90,41 @@ def open_session(
     return InParts(open_with, inputs, outputs, options.rows, threads)
 
 
+def _content(file: Path, files: StageFiles) -> bytes:
+    """The bytes of a model that reads no other files than these."""
+    try:
+        model = files.open(file.name).read()
+        wanted = external_files(model)
+    except (OSError, ValueError) as error:
+        raise _unloadable(file, error) from error
+    foreign = sorted(name for name in wanted if not files.has(name))
+    if foreign:
+        raise BundleError(
+            f"{file}: expected weights in the files of the bundle beside it; it reads {foreign[0]!r:.200}, which is none "
+            "of them. Do not use this bundle, or build it again with `stepfold optimize`."
+        )
+    return model
+
+
 def _checked(
-    file: Path, inputs: tuple[Port, ...], outputs: tuple[Port, ...], names: Sequence[str], threads: int | None
+    file: Path,
+    files: StageFiles,
+    inputs: tuple[Port, ...],
+    outputs: tuple[Port, ...],
+    names: Sequence[str],
+    threads: int | None,
 ) -> Any:
     """A session on execution providers, the first of which it has to have; see `open_session`."""
     import onnxruntime
 
+    settings = session_options(threads)
+    settings.add_session_config_entry("session.load_model_format", "ONNX")  # its own format names files elsewhere
+    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
+    model = _content(file, files)
     try:
-        session = onnxruntime.InferenceSession(str(file), session_options(threads), **on(names))
+        session = onnxruntime.InferenceSession(model, settings, **on(names))
     except Exception as error:  # ONNX Runtime has a dozen error classes without a common base
-        raise BundleError(
-            f"{file}: ONNX Runtime {onnxruntime.__version__} cannot load it: {first_line(error)}"
-        ) from error
+        raise _unloadable(file, error) from error
     if names[0] not in session.get_providers():
         raise UsageError(
             f"{names[0]}: expected to start; ONNX Runtime could not start it. Check that the libraries of this "
@@ -104,7 +132,14 @@ def _checked(
         )
     check_ports(file, "input", _ports(session.get_inputs()), inputs)
     check_ports(file, "output", _ports(session.get_outputs()), outputs)
+    session._model_bytes = None  # it would keep them, to start again on other providers
     return session
+
+
+def _unloadable(file: Path, error: Exception) -> BundleError:
+    import onnxruntime
+
+    return BundleError(f"{file}: ONNX Runtime {onnxruntime.__version__} cannot load it: {first_line(error)}")
 
 
 def providers(device: str, options: OnnxruntimeOptions, available: Sequence[str]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...loop.errors import BundleError, StepfoldError, UsageError
+from ...loop.held import StageFiles
 from ...loop.ports import Port, StageCallable
 from ..ports import check_ports, shapes
 from ..shared import SHARED
@@ -29,6 +30,7 @@ def open_session(
     threads: int | None = None,
     device: str = "cpu",
     options: OpenvinoOptions,
+    files: StageFiles | None = None,
 ) -> StageCallable:
     """Open an `.xml` file with the weights that lie beside it, in its `.bin` file or in the one that stages share.
 
@@ -39,6 +41,7 @@ def open_session(
         threads: of inference; None leaves the number to OpenVINO.
         device: `cpu`.
         options: of the engine.
+        files: that may be read; None takes those of the folder.
 
     Returns:
         A function from name -> array to the outputs in the order of `outputs`. Threads that share it take turns.
@@ -53,31 +56,53 @@ def open_session(
         raise UsageError(f"device: expected cpu, the one this backend runs on; received {device!r}.")
     core = openvino.Core()
     settings = settings_of(core, threads, options)
+    graph, weights = _content(file, files or StageFiles(file.parent))
 
     def compiled(batch: int | None) -> Any:
         """The model for all batch sizes, or for one."""
         try:
-            model = core.read_model(file, weights_of(file))
+            model = core.read_model(graph, openvino.Tensor(weights, shared_memory=True))
             if batch is not None:
                 model.reshape({port.name: [batch, *port.shape[1:]] for port in inputs if _batched(port)})
             return core.compile_model(model, "CPU", settings)
         except Exception as error:  # RuntimeError, and what the bindings raise for a file they cannot parse
-            version = openvino.get_version().partition("-")[0]
-            raise BundleError(f"{file}: OpenVINO {version} cannot load it: {reason(error)}") from error
+            raise _unloadable(file, error) from error
 
     dynamic = compiled(None)  # whatever the shapes will be: a damaged file is found at once
     check_ports(file, "input", _ports(dynamic.inputs, inputs), inputs)
     check_ports(file, "output", _ports(dynamic.outputs, outputs), outputs)
     batched = next((port.name for port in inputs if _batched(port)), None)
     if options.shapes == "static" and batched is not None:
-        return _ByBatch(lambda batch: _Session(compiled(batch), file.name, inputs, outputs), batched)
-    return _Session(dynamic, file.name, inputs, outputs)
+        return _ByBatch(lambda batch: _Session(compiled(batch), weights, file.name, inputs, outputs), batched)
+    return _Session(dynamic, weights, file.name, inputs, outputs)
 
 
-def weights_of(file: Path) -> Path:
+def _content(file: Path, files: StageFiles) -> tuple[bytes, Array]:
+    """The graph of a model, and its weights, mapped into memory.
+
+    Raises:
+        BundleError: a file is missing, or is no IR: other formats name files of their own.
+    """
+    try:
+        graph = files.open(file.name).read()
+        if not graph.lstrip().startswith(b"<"):
+            raise _unloadable(file, ValueError("expected OpenVINO IR, which is XML"))
+        return graph, files.open(weights_of(file, files)).mapped()
+    except OSError as error:
+        raise _unloadable(file, error) from error
+
+
+def _unloadable(file: Path, error: Exception) -> BundleError:
+    import openvino
+
+    version = openvino.get_version().partition("-")[0]
+    return BundleError(f"{file}: OpenVINO {version} cannot load it: {reason(error)}")
+
+
+def weights_of(file: Path, files: StageFiles) -> str:
     """The file with the weights of an `.xml` file: the `.bin` of its name, or the one that stages share."""
-    own, shared = file.with_suffix(".bin"), file.with_name(SHARED)
-    return shared if shared.is_file() and not own.is_file() else own
+    own = file.with_suffix(".bin").name
+    return SHARED if files.has(SHARED) and not files.has(own) else own
 
 
 def settings_of(core: Any, threads: int | None, options: OpenvinoOptions) -> dict[str, Any]:
@@ -111,7 +136,8 @@ def reason(error: BaseException) -> str:
 class _Session:
     """A compiled model with one inference request, used again for every call."""
 
-    def __init__(self, compiled: Any, name: str, inputs: tuple[Port, ...], outputs: tuple[Port, ...]):
+    def __init__(self, compiled: Any, weights: Array, name: str, inputs: tuple[Port, ...], outputs: tuple[Port, ...]):
+        self._weights = weights  # the model refers to this memory and does not own it
         self._compiled = compiled
         self._name = name
         self._inputs = inputs

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...loop.errors import BundleError, StepfoldError, UsageError
+from ...loop.held import StageFiles
 from ...loop.ports import Port, StageCallable
 from .cuda import Driver, Gpu, open_driver
 from .description import PlanDescription
@@ -30,6 +31,7 @@ def open_session(
     threads: int | None = None,
     device: str = DEVICE,
     options: TensorrtOptions | None = None,
+    files: StageFiles | None = None,
 ) -> StageCallable:
     """Open a plan on the first GPU.
 
@@ -40,6 +42,7 @@ def open_session(
         threads: has no meaning here.
         device: `cuda`.
         options: it was built with; what a session needs is in the description.
+        files: that may be read; None takes those of the folder.
 
     Returns:
         A function from name -> array to the outputs in the order of `outputs`; arrays are copied to the GPU and back.
@@ -50,7 +53,8 @@ def open_session(
     """
     if device != DEVICE:
         raise UsageError(f"device: expected {DEVICE}, the only one of TensorRT; received {device!r}.")
-    plan = PlanDescription.read(file)
+    files = files or StageFiles(file.parent)
+    plan = PlanDescription.read(file, files)
     check_ports(file, plan, inputs, outputs)
     provider = next((candidate for candidate in PROVIDERS if candidate.name == plan.provider), None)
     if provider is None:
@@ -58,7 +62,7 @@ def open_session(
     driver = open_driver()
     gpus = driver.gpus()
     check_target(file, plan, provider, gpus)
-    return Session(file, plan, provider, driver, gpus[0], [port.name for port in outputs])
+    return Session(file, files, plan, provider, driver, gpus[0], [port.name for port in outputs])
 
 
 def check_ports(file: Path, plan: PlanDescription, inputs: Sequence[Port], outputs: Sequence[Port]) -> None:
@@ -128,6 +132,7 @@ class Session:
     """
 
     file: Path
+    files: StageFiles
     plan: PlanDescription
     provider: Provider
     driver: Driver
@@ -145,7 +150,7 @@ class Session:
         tensorrt = self.provider.load()
         with collected(tensorrt) as messages:
             self.runtime = tensorrt.Runtime(logger(tensorrt))
-            self.engine = self.runtime.deserialize_cuda_engine(self.file.read_bytes())
+            self.engine = self.runtime.deserialize_cuda_engine(self.files.open(self.file.name).read())
             context = self.engine.create_execution_context() if self.engine is not None else None
         if context is None:
             said = next((m.text for m in messages if m.severity.endswith("ERROR")), "it gives no reason")

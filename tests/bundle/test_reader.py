@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from stepfold.bundle import FORMAT_VERSION, Bundle, Manifest, read, write_manifest
 from stepfold.loop.errors import BundleError, UsageError
+from stepfold.loop.held import HeldFile
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -198,6 +199,30 @@ def test_a_file_that_nobody_listed(read_only_bundle: Path) -> None:
         read(read_only_bundle).file("stages/other.onnx")
 
 
+@pytest.mark.parametrize("name", ["stages/step.bin", "stages/other.data", "notes.txt", "more/file", ".hidden"])
+def test_a_file_that_the_manifest_does_not_name(bundle_folder: Path, name: str) -> None:
+    (bundle_folder / name).parent.mkdir(exist_ok=True)
+    (bundle_folder / name).write_bytes(b"weights")
+    with pytest.raises(BundleError, match=f"{name}: not part of the bundle: the manifest does not name it. Remove it"):
+        read(bundle_folder)
+
+
+def test_what_was_checked_is_what_is_read(bundle_folder: Path) -> None:
+    """Files that take the place of others behind the check are not believed."""
+    bundle = read(bundle_folder)
+    expected = bundle.tables().arrays()
+    for name in bundle.manifest.files:
+        (bundle_folder / name).unlink()
+        (bundle_folder / name).write_bytes(b"something else")
+    received = bundle.tables().arrays()
+    assert received.keys() == expected.keys()
+    assert all(np.array_equal(received[name], value) for name, value in expected.items())
+    files = bundle.stage_files(bundle.manifest.stages[1])
+    assert files.has("step.onnx.data") and not files.has("probe.safetensors") and not files.has("other.data")
+    assert files.open("step.onnx").read() != b"something else"
+
+
 def read_again(folder: Path) -> Bundle:
     """The bundle without the check of its hashes."""
-    return Bundle(folder, Manifest.model_validate_json((folder / "manifest.json").read_text()))
+    manifest = Manifest.model_validate_json((folder / "manifest.json").read_text())
+    return Bundle(folder, manifest, {name: HeldFile(folder / name) for name in manifest.files})

@@ -248,3 +248,14 @@ def test_schedule_is_readable(read_only_bundle: Path) -> None:
         "guided_evaluations": 2,
         "fitted_on": "reference",
     }
+
+
+def test_a_digest_that_was_checked_is_kept(bundle_folder: Path) -> None:
+    """A file that was changed behind the check does not get a digest that fits it."""
+    manifest = read(bundle_folder).manifest
+    kept = {name: entry for name, entry in manifest.files.items() if name.startswith("stages/")}
+    for name in ("stages/step.onnx", "schedule.json"):
+        (bundle_folder / name).write_bytes(b"something else")
+    files = writer.write_manifest(bundle_folder, manifest, kept).files
+    assert files["stages/step.onnx"] == manifest.files["stages/step.onnx"]
+    assert files["schedule.json"].bytes == len(b"something else")

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from stepfold.bundle import Tables, read, write_manifest, write_tables
 from stepfold.bundle.manifest import PipelineEntry, TokenizerEntry
+from stepfold.bundle.reader import read_manifest
 from stepfold.ir.program import Program
 from stepfold.runtime import refit
 from stepfold.runtime.engine import load
@@ -105,11 +106,10 @@ def test_text(stepfold, bundle: Path, tiny_checkpoint: Path) -> None:
 
 @pytest.mark.usefixtures("captured_once")
 def test_reports_of_the_old_schedule_go(stepfold, bundle: Path, tiny_checkpoint: Path) -> None:
-    before = contents(bundle)
+    before, manifest = contents(bundle), read(bundle).manifest
     for name in ("report.json", "report.html"):
         (bundle / name).write_text("{}")
-    write_manifest(bundle, read(bundle).manifest)
-    (bundle / "notes.txt").write_text("not of the bundle")
+    write_manifest(bundle, manifest)
     assert stepfold("refit", bundle, "--reference", tiny_checkpoint).code == 0
     assert contents(bundle).keys() == read(bundle).manifest.files.keys() | {"manifest.json"} == before.keys()
 
@@ -122,7 +122,7 @@ def test_what_surrounds_the_loop_stays(stepfold, bundle: Path, bundle_folder: Pa
     (bundle / "tokenizers" / "input_ids.json").write_text("{}")
     tokenizer = TokenizerEntry(input="input_ids", file="tokenizers/input_ids.json")
     pipeline = PipelineEntry(class_name="TinyPipeline", tokenizers=(tokenizer,), decoder="decoder")
-    write_manifest(bundle, read(bundle).manifest.model_copy(update={"pipeline": pipeline}))
+    write_manifest(bundle, read_manifest(bundle).model_copy(update={"pipeline": pipeline}))
     around = {name: value for name, value in contents(bundle).items() if name.startswith(("decoder/", "tokenizers/"))}
     assert stepfold("refit", bundle, "--reference", tiny_checkpoint).code == 0
     after = contents(bundle)

@@ -15,6 +15,7 @@ from stepfold.backends.openvino.session import open_session, weights_of
 from stepfold.backends.openvino.share import share
 from stepfold.backends.shared import SHARED
 from stepfold.loop.errors import BundleError
+from stepfold.loop.held import HeldFile, StageFiles
 from stepfold.loop.ports import Port
 
 openvino = pytest.importorskip("openvino", reason="openvino is not installed: pip install 'stepfold[openvino]'")
@@ -74,7 +75,7 @@ def test_common_weights_are_stored_once(tmp_path: Path) -> None:
     assert shared.saved_bytes == COMMON.nbytes
     assert contents(tmp_path).keys() == {"early.xml", "late.xml", SHARED}
     assert len(shared.file.read_bytes()) == 3 * COMMON.nbytes
-    assert [weights_of(file) for file in files] == [shared.file] * 2
+    assert [weights_of(file, StageFiles(tmp_path)) for file in files] == [shared.file.name] * 2
     assert [run(file) for file in files] == outputs and outputs[0] != outputs[1]
 
 
@@ -107,7 +108,7 @@ def test_files_with_nothing_in_common_stay(tmp_path: Path) -> None:
     files = [save(tmp_path, "early", EARLY), save(tmp_path, "late", LATE)]
     before = contents(tmp_path)
     assert share(files) is None and contents(tmp_path) == before
-    assert [weights_of(file).name for file in files] == ["early.bin", "late.bin"]
+    assert [weights_of(file, StageFiles(tmp_path)) for file in files] == ["early.bin", "late.bin"]
 
 
 def test_a_third_file_keeps_its_own(tmp_path: Path) -> None:
@@ -115,7 +116,7 @@ def test_a_third_file_keeps_its_own(tmp_path: Path) -> None:
     before = run(other)
     shared = share([early, other, late])
     assert shared is not None and shared.readers == (early, late)
-    assert weights_of(other).name == "other.bin" and run(other) == before
+    assert weights_of(other, StageFiles(tmp_path)) == "other.bin" and run(other) == before
 
 
 def test_the_same_files_give_the_same_bytes(tmp_path: Path) -> None:
@@ -134,3 +135,16 @@ def test_without_any_weights_the_file_is_not_opened(tmp_path: Path) -> None:
     shared.file.unlink()
     with pytest.raises(BundleError, match=r"early\.xml: OpenVINO .* cannot load it"):
         run(files[0])
+
+
+def test_weights_that_are_added_beside_a_stage_are_not_read(tmp_path: Path) -> None:
+    """A `.bin` of the stage's name would win over the file that the bundle lists."""
+    files = [save(tmp_path, "early", COMMON, EARLY), save(tmp_path, "late", LATE, COMMON)]
+    shared = share(files)
+    assert shared is not None
+    held = StageFiles(tmp_path, {path.name: HeldFile(path) for path in (files[0], shared.file)})
+    before = run(files[0])
+    (tmp_path / "early.bin").write_bytes(bytes(shared.file.stat().st_size))
+    shared.file.unlink()
+    session = open_session(files[0], (X,), (Y,), threads=1, options=OpenvinoOptions(), files=held)
+    assert session({"x": np.linspace(-1, 1, 3 * N, dtype=np.float32).reshape(3, N)})[0].tobytes() == before

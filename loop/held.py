@@ -1,0 +1,112 @@
+"""Files that are opened once: what was hashed is what is read, whatever takes their names in the meantime."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import mmap
+import os
+import stat
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+Array = np.ndarray
+CHUNK_BYTES = 1 << 20  # hashed at a time, so that a file of any size needs the same memory
+
+
+class HeldFile:
+    """A regular file behind an open descriptor, which is closed when nobody refers to it any more."""
+
+    def __init__(self, path: Path):
+        """Open a file.
+
+        Raises:
+            OSError: it cannot be opened, or is no regular file.
+        """
+        self.path = path
+        # without waiting, so that a pipe in the place of a file is refused and not waited for
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        self._stream = os.fdopen(descriptor, "rb")
+        weakref.finalize(self, self._stream.close)
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        self.size = status.st_size
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def stream(self) -> IO[bytes]:
+        """The open file, at its beginning."""
+        self._stream.seek(0)
+        return self._stream
+
+    @property
+    def address(self) -> Path:
+        """A path that leads to this very file on Linux, and to what lies at its path by now elsewhere."""
+        own = Path(f"/proc/self/fd/{self._stream.fileno()}")
+        return own if own.exists() else self.path.resolve()
+
+    def sha256(self) -> str:
+        """SHA-256 as hexadecimal text."""
+        digest = hashlib.sha256()
+        for chunk in self._chunks():
+            digest.update(chunk)
+        return digest.hexdigest()
+
+    def read(self) -> bytes:
+        """All of it."""
+        return b"".join(self._chunks())
+
+    def mapped(self) -> Array:
+        """[bytes] uint8, mapped into memory; what is written there stays in this process."""
+        if self.size == 0:
+            return np.empty(0, np.uint8)
+        return np.frombuffer(mmap.mmap(self._stream.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+
+    def _chunks(self) -> Iterator[bytes]:
+        stream = self.stream
+        while chunk := stream.read(CHUNK_BYTES):
+            yield chunk
+
+
+Source = Path | HeldFile
+"""A file to read: by its path, or one that was opened before."""
+
+
+class StageFiles:
+    """The files that an engine may read for one stage: its main file and those that lie beside it.
+
+    Of a bundle they are the checked ones of the manifest and no others.
+    """
+
+    def __init__(self, folder: Path, held: Mapping[str, HeldFile] | None = None):
+        """Say which files.
+
+        Args:
+            folder: of the stage.
+            held: by name; None takes whatever lies in the folder, which the caller has just made.
+        """
+        self.folder = folder
+        self._held = held
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        return (self.folder / name).is_file() if self._held is None else name in self._held
+
+    def open(self, name: str) -> HeldFile:
+        """A file by name.
+
+        Raises:
+            OSError: it is missing, or is not one of these files.
+        """
+        if self._held is None:
+            return HeldFile(self.folder / name)
+        if name not in self._held:
+            raise FileNotFoundError(errno.ENOENT, "not among the files of the bundle", str(self.folder / name))
+        return self._held[name]

@@ -1,0 +1,114 @@
+"""The files that a graph reads: found wherever a tensor can stand, and compared with those that were checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from stepfold.backends.onnxruntime.external import external_files
+from stepfold.backends.registry import get
+from stepfold.bundle import read
+from stepfold.loop.errors import BundleError
+from stepfold.loop.held import HeldFile, StageFiles
+from stepfold.loop.ports import Port
+from stepfold.runtime.engine import open_stage
+
+PORTS = (Port("x", (None, 2), "float32"),), (Port("y", (None, 2), "float32"),)
+
+
+def external(name: str, *, shuffled: bool = False) -> TensorProto:
+    """A tensor [2] of float32 in a file of this name."""
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2], data_location=TensorProto.EXTERNAL)
+    entries = [("location", name), ("offset", "0"), ("length", "8")]
+    for key, value in reversed(entries) if shuffled else entries:
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, value
+    return tensor
+
+
+def graph(initializers: list[TensorProto], nodes: list | None = None) -> onnx.GraphProto:
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 2]) for name in "xy")
+    return helper.make_graph(nodes or [helper.make_node("Mul", ["x", "w"], ["y"])], "g", [x], [y], initializers)
+
+
+def model(body: onnx.GraphProto) -> onnx.ModelProto:
+    return helper.make_model(body, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def in_an_attribute() -> onnx.ModelProto:
+    return model(graph([], [helper.make_node("Constant", [], ["w"], value=external("f"))]))
+
+
+def in_a_branch() -> onnx.ModelProto:
+    inner = model(graph([external("f")])).graph
+    return model(graph([], [helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner)]))
+
+
+def in_a_sparse_tensor() -> onnx.ModelProto:
+    made = model(graph([]))
+    made.graph.sparse_initializer.add().values.CopyFrom(external("f"))
+    return made
+
+
+def in_a_function() -> onnx.ModelProto:
+    made = model(graph([]))
+    node = helper.make_node("Constant", [], ["w"], value=external("f"))
+    made.functions.append(helper.make_function("d", "F", [], ["w"], [node], [helper.make_opsetid("", 21)]))
+    return made
+
+
+PLACES: dict[str, Callable[[], onnx.ModelProto]] = {
+    "initializer": lambda: model(graph([external("f")])),
+    "value before key": lambda: model(graph([external("f", shuffled=True)])),
+    "attribute": in_an_attribute,
+    "branch": in_a_branch,
+    "sparse tensor": in_a_sparse_tensor,
+    "function": in_a_function,
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_files_are_found_wherever_a_tensor_can_stand(place: str) -> None:
+    assert external_files(PLACES[place]().SerializeToString()) == {"f"}
+
+
+def test_the_word_alone_is_no_file() -> None:
+    made = model(graph([helper.make_tensor("w", TensorProto.UINT8, [8], b"location", raw=True)]))
+    made.graph.doc_string = "location"
+    assert external_files(made.SerializeToString()) == set()
+
+
+@pytest.mark.parametrize("cut", [1, 10, 40])
+def test_bytes_that_are_no_model(cut: int) -> None:
+    content = PLACES["initializer"]().SerializeToString()
+    with pytest.raises(ValueError, match="it ends in the middle of a"):
+        external_files(content[:-cut])
+
+
+@pytest.mark.parametrize("name", ["other.data", "../secret.data", "/etc/hostname", "a/../weights.data", ""])
+def test_a_file_that_was_not_checked_is_not_read(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "stages"
+    folder.mkdir()
+    for place in (folder / "weights.data", folder / "other.data", tmp_path / "secret.data"):
+        place.write_bytes(np.ones(2, np.float32).tobytes())
+    (folder / "step.onnx").write_bytes(model(graph([external(name)])).SerializeToString())
+    files = StageFiles(folder, {file: HeldFile(folder / file) for file in ("step.onnx", "weights.data")})
+    with pytest.raises(
+        BundleError, match=r"step\.onnx: expected weights in the files of the bundle beside it; it reads"
+    ):
+        get("onnxruntime").open_session(folder / "step.onnx", *PORTS, files=files)
+
+
+def test_a_graph_that_is_replaced_behind_the_check(bundle_folder: Path) -> None:
+    bundle = read(bundle_folder)
+    stage = bundle.manifest.stages[0]
+    (bundle_folder / stage.file).unlink()
+    (bundle_folder / stage.file).write_bytes(b"something else")
+    call = open_stage(bundle, stage)
+    (shift,) = call({"class_labels": np.array([1]), "timestep": np.array([1000], np.float32)})
+    np.testing.assert_allclose(shift, [[0.2]])
