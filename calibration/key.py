@@ -11,6 +11,7 @@ import torch
 
 from ..ir.program import PassRecord, Program
 from ..loop.classes import class_input
+from .origin import recurrence_digest
 from .plan import SHARD_SAMPLES, Plan
 from .sampling import ROWS, TOKENS
 
@@ -37,6 +38,7 @@ def program_parts(program: Program) -> dict[str, Any]:
         "model": program.model.class_name,
         "weights": program.model.weights_sha256,
         "loop": program.loop.model_dump(mode="json") if program.loop is not None else None,
+        "recurrence": recurrence_digest(program.recurrence),
         "conditions": _conditions(program),
         "passes": [_pass(record) for record in program.records if _changes_values(record)],
     }

@@ -1,18 +1,15 @@
-"""Reference trajectories: the latents of the full loop of the unoptimized program, cached by key."""
+"""Reference trajectories: the latents of the full loop of the unoptimized program, cached by what they depend on."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save
 
+from ..bundle.cache import Cache, key_of
 from ..ir.program import Program
 from ..loop.driver import LoopRun, Request
 from ..loop.noise import SampleSet
@@ -20,6 +17,11 @@ from ..loop.ports import BoundProgram
 from ..loop.recurrence import Array
 from ..loop.table import FoldedTable, fold
 from .conditions import sample_request
+from .origin import origin_of
+
+FOLDER, FILE = "trajectories", "latents.safetensors"
+LIMIT_BYTES = 8 << 30
+"""Beyond it the trajectories that were not used for longest are removed."""
 
 BATCH = 16
 """Samples evaluated at once: large enough to be efficient, small enough for the latents of big models."""
@@ -56,23 +58,23 @@ def trajectories(
         bound: its callables.
         samples: which samples.
         scale: guidance scale.
-        cache: folder; the file name hashes weights, loop, scale and samples.
+        cache: folder; what cannot be read or written there, or is damaged, is warned of and made again.
         progress: called with (evaluations done, evaluations in all).
         whole: keep every latent, not only the samples.
     """
     assert program.loop is not None and program.recurrence is not None
     request = sample_request(program, samples)
-    path = cache / f"trajectories-{_key(program, samples, scale, whole)}.safetensors"
-    if path.exists():
-        return Trajectories(request, load_file(path)["latents"])
+    origin = origin_of(program)
+    if origin is None:  # a graph holds what has no stable text, so nothing can be told from anything else
+        return Trajectories(request, _run(program, bound, request, fold(program.recurrence, scale), progress, whole))
+    kept = Cache(cache / FOLDER, "reference trajectory", LIMIT_BYTES)
+    parts = {**origin, "samples": [*samples.entropy, samples.count], "scale": scale, "whole": whole}
+    key = key_of(parts)
+    content = kept.read(key)
+    if content is not None:
+        return Trajectories(request, load(content)["latents"])
     latents = _run(program, bound, request, fold(program.recurrence, scale), progress, whole)
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        save_file({"latents": latents}, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    kept.write(key, f"of {samples.count} {samples.name} samples", parts, FILE, save({"latents": latents}))
     return Trajectories(request, latents)
 
 
@@ -119,21 +121,3 @@ def _run(
             progress(done, total)
         collected.append(np.stack(latents))
     return np.concatenate(collected, axis=1)
-
-
-def _key(program: Program, samples: SampleSet, scale: float | None, whole: bool) -> str:
-    assert program.loop is not None
-    parts = [
-        program.model.weights_sha256,
-        program.loop.model_dump_json(),
-        json.dumps([samples.entropy, samples.count, scale, whole]),
-    ]
-    digest = hashlib.sha256("\n".join(parts).encode())
-    other = {f"unconditional {name}": value for name, value in program.unconditional.items()}
-    for name, value in sorted({**program.constants, **program.example, **other}.items()):
-        digest.update(
-            f"{name} {tuple(value.shape)}".encode() if isinstance(value, torch.Tensor) else repr(value).encode()
-        )
-        if isinstance(value, torch.Tensor):
-            digest.update(value.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:24]

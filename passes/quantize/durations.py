@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
+from pydantic import JsonValue
 from torch import fx
 
 from ...backends.identity import packages, processor
-from ...calibration.durable import replacing
+from ...bundle.cache import Cache, key_of
 from ...ir.program import ModelIdentity, Program, Stage
 from ...ir.shapes import PROBE_BATCHES, propagate
 from ...loop.errors import UsageError
@@ -53,26 +53,24 @@ class Durations:
 
     def of(self, group: Group, formats: Formats) -> dict[str, int]:
         """Nanoseconds by format; a format whose realization is None is the layers in floats."""
-        path = self._context.cache / f"durations-{self._key(group, formats)}.json"
-        if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
+        kept, parts = Cache(self._context.cache / "durations", "duration"), self._parts(group, formats)
+        content = kept.read(key_of(parts))
+        if content is not None:
+            return json.loads(content)
         found = self._measured(group, formats)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as stream:
-            stream.write(json.dumps(found).encode())
+        kept.write(key_of(parts), f"of {group.name}", parts, "durations.json", json.dumps(found).encode())
         return found
 
-    def _key(self, group: Group, formats: Formats) -> str:
+    def _parts(self, group: Group, formats: Formats) -> dict[str, JsonValue]:
         """All that a duration depends on, the values of weights not included."""
         stages = [lone_stage(group, item) for item in formats.values()]
-        parts = {
+        return {
             "engine": self._context.engine_name,
             "packages": dict(packages()),
             "processor": dict(processor()),
-            "formats": list(formats),
-            "layers": [_outline(stage) for stage in stages],
+            "formats": list[JsonValue](formats),
+            "layers": [list[JsonValue](_outline(stage)) for stage in stages],
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
     def _measured(self, group: Group, formats: Formats) -> dict[str, int]:
         calls = {name: self._call(lone_stage(group, item)) for name, item in formats.items()}

@@ -51,6 +51,7 @@ OTHERS: dict[str, Callable[[], dict[str, Any]]] = {
     "weights": lambda: parts(replace(standard(), model=ModelIdentity("Network", "1" * 64))),
     "model": lambda: parts(replace(standard(), model=ModelIdentity("Other", standard().model.weights_sha256))),
     "loop": lambda: parts(with_loop(constants={"size": 4})),
+    "recurrence": lambda: parts(replace(standard(), recurrence=euler(standard().recurrence.calls, stretch=1.01))),  # type: ignore[union-attr]
     "conditions": lambda: parts(replace(standard(), constants={"size": 4})),
     "passes": lambda: parts(with_records(record())),
 }

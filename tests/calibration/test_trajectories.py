@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from analytic import LATENT, Counter, adams_bashforth, analytic_program, euler, loop, velocity
+from programs import component
 from safetensors.numpy import load_file
 
 from stepfold.calibration.conditions import sample_request
 from stepfold.calibration.trajectories import BATCH, Trajectories, first, part, slices, trajectories
-from stepfold.ir.program import ModelIdentity, Program
+from stepfold.ir.program import ModelIdentity, Program, Stage
 from stepfold.loop.driver import Request
 from stepfold.loop.noise import SampleSet
 from stepfold.loop.ports import BoundProgram
@@ -114,13 +117,22 @@ def test_a_second_time_the_model_does_not_run(tmp_path: Path) -> None:
     assert engine.calls == 2 * STEPS
     np.testing.assert_array_equal(after.latents, before.latents)
     np.testing.assert_array_equal(after.request.noise, before.request.noise)
-    (file,) = tmp_path.iterdir()
+    (file,) = kept(tmp_path)
     np.testing.assert_array_equal(load_file(file)["latents"], before.latents)
 
 
 def test_the_folder_is_made(tmp_path: Path) -> None:
     run(program_of(), tmp_path / "deep" / "cache")
-    assert len(list((tmp_path / "deep" / "cache").iterdir())) == 1
+    assert len(kept(tmp_path / "deep" / "cache")) == 1
+
+
+def step_of(module: torch.nn.Module) -> Stage:
+    return component(module, torch.zeros(2, *LATENT)).step
+
+
+def kept(cache: Path) -> list[Path]:
+    """The files with latents."""
+    return sorted((cache / "trajectories").glob("*/*.safetensors"))
 
 
 def changed(program: Program, **more: Any) -> Program:
@@ -138,6 +150,13 @@ OTHERS: dict[str, dict[str, Any]] = {
     "example": {"program": changed(program_of(), example={**program_of().example, "x": torch.ones(2, *LATENT)})},
     "constant": {"program": changed(program_of(), constants={"resolution": 4})},
     "constant tensor": {"program": changed(program_of(), constants={"ids": torch.ones(3)})},
+    "class": {"program": changed(program_of(), model=ModelIdentity("Other", "0" * 64))},
+    "unconditional": {"program": changed(program_of(), unconditional={"c": torch.ones(2, dtype=torch.int64)})},
+    "graph": {"program": changed(program_of(), stages=(step_of(torch.nn.ReLU()),))},
+    "timesteps": {"program": program_of(recurrence=replace(euler(STEPS), timesteps=np.linspace(999, 1, STEPS)))},
+    "updates": {"program": program_of(recurrence=euler(STEPS, stretch=1.001))},
+    "noise scale": {"program": program_of(recurrence=replace(euler(STEPS), initial_scale=1.5))},
+    "input scale": {"program": program_of(recurrence=replace(euler(STEPS), input_scale=np.full(STEPS, 0.5)))},
 }
 
 
@@ -147,7 +166,71 @@ def test_the_key_has_everything_they_depend_on(tmp_path: Path, name: str) -> Non
     engine = Counter()
     more = dict(OTHERS[name])
     run(more.pop("program", program_of()), tmp_path, engine, **more)
-    assert engine.calls > 0 and len(list(tmp_path.iterdir())) == 2
+    assert engine.calls > 0 and len(kept(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("place", "here"),
+    [
+        ("version_of", lambda names: f"{names[0]} of tomorrow"),
+        ("own_code", lambda: "other code"),
+    ],
+)
+def test_other_versions_and_other_code_make_them_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, here: Any
+) -> None:
+    run(program_of(), tmp_path)
+    monkeypatch.setattr(f"stepfold.calibration.origin.{place}", here)
+    engine = Counter()
+    run(program_of(), tmp_path, engine)
+    assert engine.calls > 0
+
+
+def test_a_graph_that_holds_something_unknown_is_not_kept(tmp_path: Path) -> None:
+    stage = step_of(torch.nn.ReLU())
+    next(iter(stage.graph.graph.nodes)).kwargs = {"unknown": object()}
+    engine, program = Counter(), changed(program_of(), stages=(stage,))
+    for calls in (2 * STEPS, 4 * STEPS):
+        run(program, tmp_path, engine)
+        assert engine.calls == calls
+    assert kept(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_bytes(file.read_bytes()[:-100]),
+        lambda file: file.write_bytes(file.read_bytes()[:-4] + b"\x00\x00\x80\x3f"),
+        lambda file: file.write_bytes(b""),
+        lambda file: file.unlink(),
+    ],
+    ids=["cut", "another number", "empty", "gone"],
+)
+def test_damaged_ones_are_made_again(
+    tmp_path: Path, damage: Callable[[Path], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    before = run(program_of(), tmp_path)
+    damage(*kept(tmp_path))
+    after = run(program_of(), tmp_path, engine := Counter())
+    assert engine.calls == 2 * STEPS and "is damaged and is made again" in caplog.text
+    np.testing.assert_array_equal(after.latents, before.latents)
+    assert run(program_of(), tmp_path, engine).latents is not None and engine.calls == 2 * STEPS
+
+
+def test_a_cache_that_cannot_be_used_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "cache").write_text("a file")
+    assert run(program_of(), tmp_path / "cache").latents.shape[0] == STEPS + 1
+    assert "cannot be kept" in caplog.text
+
+
+def test_the_folder_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that were not used for longest go first."""
+    run(program_of(), tmp_path)
+    (first_file,) = kept(tmp_path)
+    monkeypatch.setattr("stepfold.calibration.trajectories.LIMIT_BYTES", 2 * first_file.stat().st_size)
+    os.utime(first_file.parent, (1, 1))
+    run(program_of(), tmp_path, scale=3.0)
+    assert len(kept(tmp_path)) == 1 and not first_file.exists()
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
@@ -159,18 +242,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run(program_of(), tmp_path, Interrupted())
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(arrays: Any, path: Path) -> None:
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("stepfold.calibration.trajectories.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        run(program_of(), tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.rglob("*")) == []
 
 
 # -- parts

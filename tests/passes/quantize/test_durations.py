@@ -97,6 +97,15 @@ def test_each_shape_is_measured_once(program: Program, tmp_path: Path) -> None:
     assert Durations(other).of(groups["up"], formats_of(groups["up"])) == first
 
 
+def test_a_damaged_duration_is_measured_again(program: Program, tmp_path: Path) -> None:
+    context, seen = counting(program, tmp_path)
+    group = groups_of(program)["up"]
+    Durations(context).of(group, formats_of(group))
+    (file,) = (tmp_path / "durations").glob("*/durations.json")
+    file.write_text('{"float": 1')
+    assert Durations(context).of(group, formats_of(group)).keys() == {"float", "int8"} and len(seen) == 4
+
+
 def test_another_engine_is_measured_again(program: Program, tmp_path: Path) -> None:
     context, seen = counting(program, tmp_path)
     group = groups_of(program)["up"]
