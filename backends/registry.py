@@ -35,6 +35,7 @@ class Backend:
         name: as in `--backend`, and the folder of its modules.
         suffix: of a compiled stage's file.
         device: it runs on where no other is asked for.
+        native: whether a stage is code that this process loads and runs, with all rights of the user.
         options: how stages are lowered and run. An engine that has options is registered with their defaults, and its
             `lower` and `open_session` take them as the keyword `options`; one without takes no such keyword.
     """
@@ -43,6 +44,7 @@ class Backend:
     suffix: str
     options: Options = NO_OPTIONS
     device: str = "cpu"
+    native: bool = False
 
     @property
     def default_device(self) -> str:
@@ -184,7 +186,7 @@ BACKENDS = (
     Backend("openvino", ".xml", OpenvinoOptions()),
     Backend("tensorrt", ".engine", TensorrtOptions(), "cuda"),
     Backend("torch_tensorrt", ".engine", TorchTensorrtOptions(), "cuda"),
-    Backend("inductor", ".so", InductorOptions()),
+    Backend("inductor", ".so", InductorOptions(), native=True),
 )
 
 

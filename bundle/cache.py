@@ -50,6 +50,12 @@ class Entry(Strict):
     files: dict[str, FileEntry]
 
 
+def cache_folder() -> Path:
+    """Where trajectories and compiled stages are kept: `$STEPFOLD_CACHE`, or `stepfold` in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stepfold"
+    return Path(os.environ.get("STEPFOLD_CACHE") or default)
+
+
 def key_of(parts: Mapping[str, JsonValue]) -> str:
     """SHA-256 of all that a result depends on."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -12,7 +12,7 @@ from rich.markup import escape
 from ..loop.errors import UsageError
 from ..loop.writing import require_writable
 from .console import console, print_json, table, working
-from .options import MOST_SAMPLES, Json, ReferenceCheckpoint, Seed
+from .options import MOST_SAMPLES, AllowNative, Json, ReferenceCheckpoint, Seed
 
 
 def bench(
@@ -43,6 +43,7 @@ def bench(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder for report.json and report.html.")
     ] = None,
+    allow_native: AllowNative = False,
     as_json: Json = False,
 ) -> None:
     """Measure bundles beside baselines: latency in turns, quality against the full loop, size and memory.
@@ -69,6 +70,7 @@ def bench(
             out=out,
             progress=progress,
             cache=cache_folder(),
+            allow_native=allow_native,
         )
     if as_json:
         print_json(report.document())

@@ -18,7 +18,7 @@ from ..loop.spec import LoopSpec
 from ..loop.writing import replacing, require_writable
 from ..runtime.prompts import draw
 from .console import console, working
-from .options import BUNDLE_OR_CHECKPOINT, MOST_SAMPLES, Guidance, Seed, is_bundle
+from .options import BUNDLE_OR_CHECKPOINT, MOST_SAMPLES, AllowNative, Guidance, Seed, is_bundle
 
 if TYPE_CHECKING:
     from ..runtime.engine import Engine
@@ -63,6 +63,7 @@ def generate(
         str | None, typer.Option("--negative-prompt", metavar="TEXT", help="What to keep away from.")
     ] = None,
     guidance: Guidance = None,
+    allow_native: AllowNative = False,
 ) -> None:
     """Sample from a bundle with its engine, or from a checkpoint with PyTorch and every call of the loop.
 
@@ -81,7 +82,7 @@ def generate(
     wanted = _count(count, chosen or prompt, given)
     with working() as progress:
         progress("loading", 0, 1)
-        sampler = _open(model)
+        sampler = _open(model, allow_native)
         loop = _looped(model, sampler, drawn=out is not None)
         start = seeded_noise(seed, (wanted, *loop.latent.shape)) if given is None else given
         told = progress.task("sampling")
@@ -134,11 +135,11 @@ def _count(count: int | None, chosen: Sequence[object] | None, noise: Array | No
     return count or rows or len(chosen or ()) or 1
 
 
-def _open(model: Path) -> Engine | Unoptimized:
+def _open(model: Path, allow_native: bool) -> Engine | Unoptimized:
     if is_bundle(model):
         from ..runtime.engine import load
 
-        return load(model)
+        return load(model, allow_native=allow_native)
     from ..runtime.unoptimized import load_unoptimized
 
     return load_unoptimized(model)

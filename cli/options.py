@@ -20,6 +20,12 @@ Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of t
 Guidance = Annotated[
     float | None, typer.Option("--guidance", metavar="SCALE", help="Guidance scale; that of the loop by default.")
 ]
+AllowNative = Annotated[
+    bool,
+    typer.Option(
+        "--allow-native", help="Open native code (inductor) that you did not build here; it runs with all your rights."
+    ),
+]
 MinPsnr = Annotated[
     float | None,
     typer.Option("--min-psnr", metavar="DB", help="Quality budget in dB; overrides that of the recipe."),

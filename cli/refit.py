@@ -12,7 +12,7 @@ from rich.markup import escape
 from ..loop.writing import require_writable
 from .console import console, print_json, working
 from .optimize import quality_line, schedule_line
-from .options import Json, MinPsnr, check_min_psnr
+from .options import AllowNative, Json, MinPsnr, check_min_psnr
 
 
 def refit(
@@ -21,6 +21,7 @@ def refit(
         Path, typer.Option("--reference", metavar="CHECKPOINT", help="Checkpoint that the bundle was made from.")
     ],
     min_psnr: MinPsnr = None,
+    allow_native: AllowNative = False,
     as_json: Json = False,
 ) -> None:
     """Fit the schedule of a bundle again, with the outputs of the engine of this machine.
@@ -36,7 +37,7 @@ def refit(
     from ..runtime.refit import refit as run
 
     with working() as progress:
-        document = run(bundle, reference, min_psnr, progress)
+        document = run(bundle, reference, min_psnr, progress, allow_native=allow_native)
     if as_json:
         print_json(document)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from .console import console, print_json, working
-from .options import Json
+from .options import AllowNative, Json
 
 
 def verify(
@@ -17,6 +18,7 @@ def verify(
     reduce: Annotated[
         bool, typer.Option("--reduce", help="Write the smallest failing part of a stage that fails to this folder.")
     ] = False,
+    allow_native: AllowNative = False,
     as_json: Json = False,
 ) -> None:
     """Check the hashes and versions of a bundle, load every stage that can run here, and replay its recorded probe.
@@ -32,7 +34,7 @@ def verify(
 
     with working() as progress:
         progress("verifying", 0, 1)
-        problems, not_checked = check(bundle, open_stage, differences)
+        problems, not_checked = check(bundle, partial(open_stage, allow_native=allow_native), differences)
         progress("reducing", 0, 1)
         parts = reduce_bundle(bundle, Path.cwd()) if reduce and problems else []
     if as_json:

@@ -12,6 +12,7 @@ from typing import Any
 from ..backends.cores import physical_cores
 from ..bundle.reader import Bundle, read
 from ..loop.errors import StepfoldError, UsageError
+from ..runtime.native import require_allowed
 from . import work
 from .baselines.names import Baseline, parse_all
 from .machine import describe_machine
@@ -45,6 +46,7 @@ def bench(
     out: Path | None = None,
     progress: Progress = silent,
     cache: Path | None = None,
+    allow_native: bool = False,
     command: Sequence[str] = COMMAND,
 ) -> Report:
     """Measure every bundle and baseline, each in a process of its own, taking turns.
@@ -60,23 +62,26 @@ def bench(
         out: folder for report.json and report.html; None writes nothing.
         progress: called with (task, done, total).
         cache: keeps exported models and reference samples for the next bench; None keeps nothing.
+        allow_native: whether native code that was not built here by this user may be opened.
         command: starts one worker, see `stepfold.report.worker`.
 
     Raises:
-        UsageError: a bundle, the checkpoint or a baseline does not exist, two rows have one name, or the bundles
-            are of different models.
+        UsageError: a bundle, the checkpoint or a baseline does not exist, two rows have one name, the bundles are of
+            different models, or one holds native code.
         BundleError: a bundle is damaged.
         StepfoldError: no row could be measured.
     """
     parsed = parse_all(baselines)
     _check(bundles, reference, parsed, {"--count": count, "--quality-count": quality_count, "--repeats": repeats}, seed)
     opened, threads = [read(path) for path in bundles], physical_cores()
+    for bundle in opened:
+        require_allowed(bundle, allow_native)
     settings = Settings(count, quality_count if work.of_bundles(opened).loop is not None else count, repeats, threads)
     with (
         tempfile.TemporaryDirectory(prefix="stepfold-bench-") as name,
         Workers(threads, Path(name), command) as workers,
     ):
-        session = _Session(opened, parsed, settings, seed, workers, Path(name), cache, progress)
+        session = _Session(opened, parsed, settings, seed, workers, Path(name), cache, progress, allow_native)
         outcome = session.run(reference, with_model=out is not None and missing_packages() is None)
     report = _report(outcome, settings, seed)
     if out is not None:
@@ -108,14 +113,14 @@ class _Session:
     folder: Path
     cache: Path | None
     progress: Progress
+    allow_native: bool
 
     def run(self, reference: Path | None, with_model: bool) -> _Outcome:
         """Measure, with or without a reference; `with_model` looks for the rates and sites of the checkpoint too."""
         if reference is None:
             model_work = work.of_bundles(self.bundles)
-            return _Outcome(
-                self._measure(bundle_plans(self.bundles, None), model_work, None), [], model_work, None, None
-            )
+            plans = bundle_plans(self.bundles, None, self.allow_native)
+            return _Outcome(self._measure(plans, model_work, None), [], model_work, None, None)
         self.progress("reading the checkpoint", 0, 1)
         prepared = prepare(self.workers, reference, self.baselines, self.bundles, self.folder)
         model = inspected(self.workers, prepared) if with_model else None
@@ -123,7 +128,7 @@ class _Session:
         more, skipped = baseline_plans(
             self.workers, prepared, self.baselines, kept, self.settings.threads, self.progress
         )
-        plans = [*bundle_plans(self.bundles, prepared.work.guidance), *more]
+        plans = [*bundle_plans(self.bundles, prepared.work.guidance, self.allow_native), *more]
         return _Outcome(self._measure(plans, prepared.work, prepared), skipped, prepared.work, prepared, model)
 
     def _measure(self, plans: Sequence[RowPlan], model_work: Work, prepared: Prepared | None) -> Measured:

@@ -138,13 +138,18 @@ def inspected(workers: Workers, prepared: Prepared) -> dict[str, Any] | None:
         return None
 
 
-def bundle_plans(bundles: Sequence[Bundle], guidance: float | None) -> list[RowPlan]:
+def bundle_plans(bundles: Sequence[Bundle], guidance: float | None, allow_native: bool = False) -> list[RowPlan]:
     """A row for each bundle, all at the guidance scale of the reference."""
     return [
         RowPlan(
             bundle_name(bundle.path),
             "bundle",
-            {"kind": "bundle", "path": str(bundle.path.resolve()), "guidance": guidance},
+            {
+                "kind": "bundle",
+                "path": str(bundle.path.resolve()),
+                "guidance": guidance,
+                "allow_native": allow_native,
+            },
         )
         for bundle in bundles
     ]

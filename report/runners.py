@@ -36,9 +36,9 @@ class Runner:
     size_bytes: int
 
 
-def open_bundle(path: Path, guidance: float | None, threads: int) -> Runner:
+def open_bundle(path: Path, guidance: float | None, threads: int, allow_native: bool = False) -> Runner:
     """Open a bundle with the runtime its users have; raises as `stepfold.runtime.engine.load` does."""
-    engine = load(path, threads=threads)
+    engine = load(path, threads=threads, allow_native=allow_native)
     needed = [entry.bytes for name, entry in engine.manifest.files.items() if name.startswith(STAGES) or name == TABLES]
 
     def sample(request: Mapping[str, Array]) -> Array:

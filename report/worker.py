@@ -85,7 +85,7 @@ class Service:
     def _open(self, message: Message) -> Answer:
         row, threads = message["row"], int(message["threads"])
         if row["kind"] == "bundle":
-            self._runner = open_bundle(Path(row["path"]), row["guidance"], threads)
+            self._runner = open_bundle(Path(row["path"]), row["guidance"], threads, row["allow_native"])
         else:
             from .baselines.opening import open_baseline
 

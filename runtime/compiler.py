@@ -6,7 +6,6 @@ The modules that need PyTorch are imported when something is compiled, so `stepf
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..backends import registry
-from ..bundle.cache import Cache
+from ..bundle.cache import Cache, cache_folder
 from ..bundle.manifest import Manifest
 from ..bundle.writer import check_out, writing
 from ..loop.calls import instance, place, whole
@@ -39,12 +38,6 @@ Finish = Callable[[Path, Manifest, dict[str, Any], dict[str, Any], dict[str, Any
 """Called with folder, manifest, summary, pictures and the captured model before a bundle takes its place."""
 
 Settings = Sequence[tuple[str, str, Any]]
-
-
-def cache_folder() -> Path:
-    """Where trajectories and compiled stages are kept: `$STEPFOLD_CACHE`, or `stepfold` in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stepfold"
-    return Path(os.environ.get("STEPFOLD_CACHE") or default)
 
 
 def compiled_stages() -> Cache:

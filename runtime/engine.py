@@ -30,6 +30,7 @@ from ..loop.values import LARGEST_FACTOR
 from .arguments import check_arguments
 from .differences import other_products
 from .ends import Ends
+from .native import require_allowed
 from .prompts import draw
 from .request import build_request
 
@@ -40,16 +41,19 @@ TOKENIZER = Expected("the JSON of a tokenizer", BundleError, AGAIN)
 UNGUIDED = 1.0  # the scale whose guided output is the conditional one
 
 
-def load(path: Path | str, *, threads: int | None = None, device: str | None = None) -> Engine:
+def load(
+    path: Path | str, *, threads: int | None = None, device: str | None = None, allow_native: bool = False
+) -> Engine:
     """Load a bundle after checking the hash of every file.
 
     Args:
         path: the folder.
         threads: of an operator; None leaves the number to the engine.
         device: `cpu` or `cuda`; None is the one its engine is made for.
+        allow_native: whether native code that was not built here by this user may be opened.
 
     Raises:
-        UsageError: there is no such folder, or its engine or the device is missing here.
+        UsageError: there is no such folder, its engine or the device is missing here, or it holds native code.
         BundleError: the bundle is damaged, newer than this stepfold, or has a path that leaves its folder.
     """
     threads = None if threads is None else whole("threads", threads, 1)
@@ -60,7 +64,7 @@ def load(path: Path | str, *, threads: int | None = None, device: str | None = N
         logger.warning("%s: %s", bundle.path, line)
 
     def load_session(bundle: Bundle, stage: StageEntry) -> StageCallable:
-        return open_stage(bundle, stage, threads=threads, device=device)
+        return open_stage(bundle, stage, threads=threads, device=device, allow_native=allow_native)
 
     def open_within(folder: str) -> BoundProgram:
         inner = bundle.within(folder)
@@ -70,11 +74,17 @@ def load(path: Path | str, *, threads: int | None = None, device: str | None = N
 
 
 def open_stage(
-    bundle: Bundle, stage: StageEntry, *, threads: int | None = None, device: str | None = None
+    bundle: Bundle,
+    stage: StageEntry,
+    *,
+    threads: int | None = None,
+    device: str | None = None,
+    allow_native: bool = False,
 ) -> StageCallable:
     """Open one stage of a bundle with the engine it was built for; raises as `load` does."""
     entry = bundle.manifest.backend
     backend = get(entry.name)
+    require_allowed(bundle, allow_native)
     try:
         backend = backend.with_options(entry.options)
     except UsageError as error:

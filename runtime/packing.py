@@ -31,6 +31,7 @@ from ..bundle.tables import Tables
 from ..bundle.writer import write_manifest, write_probe, write_schedule, write_tables
 from ..loop.noise import SETS, SampleSet
 from ..loop.ports import BoundProgram
+from .native import remember
 
 if TYPE_CHECKING:
     from ..ir.program import PassRecord, Program, Stage
@@ -100,7 +101,9 @@ def pack(
         further_probes=tuple(further),
         pipeline=pipeline,
     )
-    return write_manifest(folder, manifest)
+    manifest = write_manifest(folder, manifest)
+    remember(manifest)
+    return manifest
 
 
 def batch_invariant(stages: Iterable[Stage]) -> bool:

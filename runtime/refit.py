@@ -46,7 +46,9 @@ class Refitted:
     searched: bool
 
 
-def refit(bundle: Path, checkpoint: Path, min_psnr: float | None, progress: Progress) -> dict[str, Any]:
+def refit(
+    bundle: Path, checkpoint: Path, min_psnr: float | None, progress: Progress, *, allow_native: bool = False
+) -> dict[str, Any]:
     """Fit the schedule of a bundle again and write it back in one step.
 
     The evaluated calls of each table are kept while the budget is met, because fitting them again takes seconds and a
@@ -58,6 +60,7 @@ def refit(bundle: Path, checkpoint: Path, min_psnr: float | None, progress: Prog
         checkpoint: the checkpoint it was made from.
         min_psnr: quality budget in dB, None for that of the recipe.
         progress: called with (task, done, total).
+        allow_native: whether native code that was not built here by this user may be opened.
 
     Returns:
         The object of `refit --json`.
@@ -69,7 +72,7 @@ def refit(bundle: Path, checkpoint: Path, min_psnr: float | None, progress: Prog
     """
     start = time.perf_counter()
     progress("loading", 0, 1)
-    engine = load(bundle)
+    engine = load(bundle, allow_native=allow_native)
     options = _options(engine, min_psnr)
     original = _original(engine, checkpoint)
     context = _context(original, engine, min_psnr, progress)
