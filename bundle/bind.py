@@ -57,7 +57,10 @@ def check_values(manifest: Manifest, tables: Tables) -> None:
                 raise BundleError(
                     f"stage {stage.name}: expected a value {port}; received {known.get(port.name, 'none')}. {AGAIN}"
                 )
-        known |= {port.name: port for port in stage.output_ports()}
+        for port in stage.output_ports():
+            if port.name in tables.values:
+                raise BundleError(f"the value {port.name!r} is both computed and a table. {AGAIN}")
+            known[port.name] = port
 
 
 def fits(port: Port, value: Array) -> bool:

@@ -6,30 +6,32 @@ import importlib.metadata
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
-import numpy as np
 from pydantic import AliasChoices, Field, JsonValue, field_validator, model_validator
 
+from ..loop.classes import check_unconditional
+from ..loop.errors import UsageError
 from ..loop.ports import InputPort, Port, Rate
 from ..loop.spec import LoopSpec, Role, Strict
+from ..loop.values import DTYPES, MOST_DIMENSIONS, Size
 
 FORMAT_VERSION = 1
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Calls = Annotated[int, Field(ge=0, le=1 << 20)]
+MOST_INDICES = 1 << 24  # of an embedding; a list of them fits memory
 
 
 class PortEntry(Strict):
     """A tensor of a stage: sizes with null for the batch, NumPy dtype name."""
 
     name: str
-    shape: tuple[int | None, ...]
+    shape: Annotated[tuple[Size | None, ...], Field(max_length=MOST_DIMENSIONS)]
     dtype: str
 
     @field_validator("dtype")
     @classmethod
     def _known_to_numpy(cls, value: str) -> str:
-        try:
-            np.dtype(value)
-        except TypeError:
-            raise ValueError(f"{value!r} is not a NumPy dtype") from None
+        if value not in DTYPES:
+            raise ValueError(f"expected one of {', '.join(DTYPES)}; received {value!r:.40}")
         return value
 
     @classmethod
@@ -46,7 +48,7 @@ class InputEntry(PortEntry):
     """An input of the program; `cardinality` is how many values of an index are valid."""
 
     role: Role
-    cardinality: int | None = Field(default=None, gt=0)
+    cardinality: int | None = Field(default=None, gt=0, le=MOST_INDICES)
 
     @classmethod
     def of_input(cls, port: InputPort) -> InputEntry:
@@ -74,7 +76,7 @@ class StageEntry(Strict):
     file: str
     inputs: tuple[PortEntry, ...]
     outputs: tuple[PortEntry, ...] = Field(min_length=1)
-    calls: tuple[Count, Count] | None = None
+    calls: tuple[Calls, Calls] | None = None
     exact_forms: dict[str, str] = Field(default_factory=dict)
     float_without_vnni: bool = False
 
@@ -266,6 +268,10 @@ class Manifest(Strict):
         produced = [entry.name for stage in self.stages if stage not in shared[1:] for entry in stage.outputs]
         _unique("stages", [stage.name for stage in self.stages])
         _unique("values", [*(entry.name for entry in self.inputs), *produced])
+        if self.loop is not None:
+            _require_roles(self.loop, [entry.input_port() for entry in self.inputs])
+        elif any(entry.role != "condition" for entry in self.inputs):
+            raise ValueError("a program without a loop has conditions only")
         missing = sorted(set(self.outputs) - set(produced))
         if missing:
             raise ValueError(f"outputs {missing} are computed by no stage")
@@ -279,6 +285,24 @@ class Manifest(Strict):
     def input_ports(self) -> tuple[InputPort, ...]:
         """The inputs of the program."""
         return tuple(entry.input_port() for entry in self.inputs)
+
+
+def _require_roles(loop: LoopSpec, inputs: Sequence[InputPort]) -> None:
+    """The inputs are those of the loop: its latent and timestep, and values that it has for the other branch."""
+    for role, name in (("state", loop.state), ("timestep", loop.timestep)):
+        named = [port.name for port in inputs if port.role == role]
+        if named != [name]:
+            raise ValueError(f"expected the input {name!r} as the only one of role {role}; received {named}")
+    for port in inputs:
+        if port.port.shape[:1] != (None,):
+            raise ValueError(f"input {port.name!r}: expected a batch that is free; received {port.port.shape_text}")
+    latent = next(port.port.shape[1:] for port in inputs if port.role == "state")
+    if latent != loop.latent.shape:
+        raise ValueError(f"expected the latent {list(loop.latent.shape)} of the loop; received {list(latent)}")
+    try:
+        check_unconditional(inputs, loop)
+    except UsageError as error:
+        raise ValueError(str(error)) from None
 
 
 def _partition(shared: Sequence[StageEntry]) -> None:

@@ -50,8 +50,15 @@ class Probe:
         outputs = {key.removeprefix("outputs/"): value for key, value in arrays.items() if key.startswith("outputs/")}
         if not inputs or not outputs or "tolerance" not in arrays:
             raise BundleError(f"{PROBE}: expected inputs, outputs and a tolerance; received {sorted(arrays)}.")
-        call = int(arrays["call"][0]) if "call" in arrays else None
-        return cls(inputs, outputs, float(arrays["tolerance"][0]), call)
+        tolerance, call = arrays["tolerance"], arrays.get("call")
+        if tolerance.shape != (1,) or not 0 < float(tolerance[0]) < np.inf:
+            raise BundleError(f"{PROBE}: expected one tolerance above 0; received {tolerance.tolist()!r:.60}.")
+        if call is not None and (call.shape != (1,) or call.dtype.kind != "i"):
+            raise BundleError(f"{PROBE}: expected the number of one call; received {call.tolist()!r:.60}.")
+        unfit = [name for name, value in arrays.items() if not np.isfinite(value).all()]
+        if unfit:
+            raise BundleError(f"{PROBE}: expected finite values; received others in {unfit[0]!r}.")
+        return cls(inputs, outputs, float(tolerance[0]), None if call is None else int(call[0]))
 
     def differences(self, received: Mapping[str, Array]) -> list[str]:
         """What of a replay is not as recorded, one line an output."""

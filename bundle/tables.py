@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..loop.errors import BundleError
-from ..loop.recurrence import Recurrence
+from ..loop.recurrence import Recurrence, one_number
 from ..loop.table import FoldedTable, fold
 
 Array = np.ndarray
@@ -88,6 +88,8 @@ class Tables:
         for name, value in self.values.items():
             if value.shape[:1] != (S,):
                 raise BundleError(f"{TABLES}: values/{name} must have {S} rows; received shape {list(value.shape)}.")
+        if not _finite(self.values):
+            raise BundleError(f"{TABLES}: the values of the calls are not all finite.")
 
 
 def _misfit(table: FoldedTable, S: int) -> str | None:
@@ -127,7 +129,7 @@ def _recurrence(arrays: Mapping[str, Array]) -> Recurrence:
         input_scale=arrays["input_scale"],
         state=arrays["state"],
         outputs=arrays["outputs"],
-        initial_scale=float(arrays["initial_scale"][0]),
+        initial_scale=one_number(arrays["initial_scale"]),
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..loop.errors import BundleError, StepfoldError, UsageError
-from ..loop.ports import BoundProgram, StageCallable
+from ..loop.ports import BoundProgram, InputPort, StageCallable
 from .bind import LoadSession, bind, check_values, fits
 from .files import AGAIN, unlisted
 from .manifest import Manifest
@@ -80,9 +80,19 @@ def _run(bundle: Bundle, load_session: LoadSession) -> tuple[list[str], list[str
     return problems + [line for probe in bundle.probes() for line in _replay(probe, program, tables)], not_checked_here
 
 
+def _fits(port: InputPort, probe: Probe) -> bool:
+    """Whether a probe holds an input: its shape and dtype, as many rows as the first, indices that its table has."""
+    value = probe.inputs.get(port.name)
+    if value is None or not fits(port.port, value):
+        return False
+    rows = len(next(iter(probe.inputs.values())))
+    inside = port.cardinality is None or bool(((value >= 0) & (value < port.cardinality)).all())
+    return inside and (port.port.shape[:1] != (None,) or 0 < len(value) == rows)
+
+
 def _replay(probe: Probe, program: BoundProgram, tables: Tables) -> list[str]:
     """Differences of a replay of a probe."""
-    missing = [p.name for p in program.inputs if p.name not in probe.inputs or not fits(p.port, probe.inputs[p.name])]
+    missing = [p.name for p in program.inputs if not _fits(p, probe)]
     calls = tables.recurrence.calls if tables.recurrence is not None else 0
     if missing or (program.by_call and (probe.call is None or not 0 <= probe.call < calls)):
         return [f"probe: expected inputs {missing or 'and a grid call'}; it does not hold them. {AGAIN}"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pydantic import Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from ..bundle.files import sha256_of
 from ..bundle.manifest import Count, FileEntry
@@ -18,6 +19,7 @@ STORE = "store.json"
 STATISTICS = "statistics.safetensors"
 SHARDS = "shards"
 CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"
+BRANCHES = ((CONDITIONAL,), (CONDITIONAL, UNCONDITIONAL))
 LARGEST_DOCUMENT_BYTES = 64 << 20
 REPAIR_DOCUMENT = "Delete it and run `stepfold calibrate` again, which keeps the finished shards."
 DOCUMENT = Expected("the JSON of a calibration store", StepfoldError, f"It is damaged. {REPAIR_DOCUMENT}")
@@ -78,6 +80,25 @@ class Memory(Strict):
         return self.accumulators + self.gram + self.rows + self.activations
 
 
+class PassPart(Strict):
+    """A pass that ran before, and the hash of what it did."""
+
+    name: str = Field(alias="pass")
+    sha256: str
+
+
+class Parts(BaseModel):
+    """Those parts of the key that are read again, among others."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: str
+    samples: int = Field(ge=1)
+    seed: int = Field(ge=0)
+    buckets: int = Field(ge=1)
+    passes: list[PassPart]
+
+
 class StoreDocument(Strict):
     """All of `store.json`.
 
@@ -104,6 +125,16 @@ class StoreDocument(Strict):
     finished: bool = False
     files: dict[str, FileEntry] = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _consistent(self) -> StoreDocument:
+        """What the figures of a store are read with: the parts that are named here, buckets and branches that exist."""
+        Parts.model_validate(self.parts)
+        if self.branches not in BRANCHES:
+            raise ValueError(f"branches: expected conditional, then maybe unconditional; received {self.branches}")
+        if self.buckets > self.calls:
+            raise ValueError(f"expected at most {self.calls} buckets, one for each call; received {self.buckets}")
+        return self
+
     @property
     def buckets(self) -> int:
         """Equal parts of the calls of the grid."""
@@ -117,7 +148,7 @@ class StoreDocument(Strict):
     def number(self, part: str) -> int:
         """A part of the key that is a number."""
         value = self.parts.get(part)
-        if not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, int):
             raise StepfoldError(f"{STORE}: expected a number for {part!r}; received {value!r}. {REPAIR_DOCUMENT}")
         return value
 
@@ -133,7 +164,7 @@ def bucket_of(call: int, calls: int, buckets: int) -> int:
 
 def is_store(path: Path) -> bool:
     """Whether a folder is a calibration store, finished or not."""
-    return (path / STORE).is_file()
+    return os.path.lexists(path / STORE)
 
 
 def read_document(folder: Path) -> StoreDocument:

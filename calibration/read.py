@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ..ir.program import Program
 
 Array = np.ndarray
+PER_CHANNEL = ("low", "high", "total", "magnitude", "square", "gram", "rows")
+PER_CELL = ("low", "high", "total", "magnitude", "square", "count", "histogram")
 ROWS_PER_CHANNEL = 4
 """Fewest rows of a Gram matrix for each of its channels: with fewer, GPTQ fits the samples instead of the model."""
 
@@ -212,7 +214,16 @@ class SiteStatistics:
         return array
 
     def _tensor(self, name: str) -> Array:
-        return self.calibration.tensor(f"{self.index:04d}.{name}")
+        array = self.calibration.tensor(f"{self.index:04d}.{name}")
+        document = self.calibration.document
+        cells = (document.buckets, len(document.branches))
+        leading, width = name in PER_CELL, name in PER_CHANNEL
+        if (leading and array.shape[:2] != cells) or (width and array.shape[-1:] != (self.entry.width,)):
+            raise StepfoldError(
+                f"{self.calibration.path / STATISTICS}: damaged: {name} of site {self.entry.name} has shape "
+                f"{list(array.shape)} for {cells[0]} buckets, {cells[1]} branches and {self.entry.width} channels. {REPAIR}"
+            )
+        return array
 
 
 def open_store(path: Path, program: Program) -> Calibration:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..loop.errors import StepfoldError
 from .document import Memory, StoreDocument, read_document
 from .read import Calibration, open_finished
 from .shards import open_shard
@@ -64,7 +65,12 @@ def _finished_shards(folder: Path, document: StoreDocument) -> list[TensorFile]:
 
 def _coverage(document: StoreDocument, shards: Sequence[TensorFile]) -> list[dict[str, Any]]:
     """Samples times calls of each timestep bucket and guidance branch."""
-    seen: Array = sum((shard.read("seen") for shard in shards), np.zeros((document.buckets, len(document.branches))))
+    seen = np.zeros((document.buckets, len(document.branches)))
+    for shard in shards:
+        counted = shard.read("seen")
+        if counted.shape != seen.shape:
+            raise StepfoldError(f"{shard.path}: expected counts of shape {list(seen.shape)}; received {counted.shape}.")
+        seen += counted
     rows = []
     for bucket in range(document.buckets):
         calls = document.calls_of(bucket)

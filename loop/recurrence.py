@@ -36,9 +36,9 @@ class Recurrence:
 
     def __post_init__(self) -> None:
         S = len(self.timesteps)
-        shapes = (self.input_scale.shape, self.state.shape, self.outputs.shape)
-        if shapes != ((S,), (S,), (S, S)):
-            raise ValueError(f"a recurrence of {S} calls needs shapes [S], [S], [S, S]; received {shapes}")
+        shapes = (self.timesteps.shape, self.input_scale.shape, self.state.shape, self.outputs.shape)
+        if shapes != ((S,), (S,), (S,), (S, S)):
+            raise ValueError(f"a recurrence of {S} calls needs shapes [S], [S], [S], [S, S]; received {shapes}")
         if not np.allclose(self.outputs, np.tril(self.outputs)):
             raise ValueError("a recurrence may only read outputs that exist: b must be lower triangular")
 
@@ -69,6 +69,13 @@ class Recurrence:
             A[i + 1] = self.state[i] * A[i]
             B[i + 1] = self.state[i] * B[i] + self.outputs[i]
         return A, B
+
+
+def one_number(array: Array) -> float:
+    """The number of an array [1]; raises ValueError for any other array."""
+    if array.shape != (1,):
+        raise ValueError(f"expected one number; received shape {list(array.shape)}")
+    return float(array[0])
 
 
 def as_timesteps(timesteps: Array, dtype: str) -> Array:

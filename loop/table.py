@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .recurrence import Array, Recurrence
+from .recurrence import Array, Recurrence, one_number
+
+LARGEST_WEIGHT = 1e30  # a product with it is still a float32 number
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +55,8 @@ class FoldedTable:
             if weights.shape != (N, N) or not np.allclose(weights, np.tril(weights)):
                 raise ValueError(f"{name} of a table of {N} evaluations must be lower triangular [{N}, {N}]")
         for name in ("state", "conditional", "unconditional"):
-            if not np.isfinite(getattr(self, name)).all():
-                raise ValueError(f"{name} weights of a table must be finite")
+            if not (np.abs(getattr(self, name)) <= LARGEST_WEIGHT).all():  # also NaN
+                raise ValueError(f"{name} weights of a table must be finite, at most {LARGEST_WEIGHT:g}")
         if self.unconditional[:, ~self.guided].any():
             raise ValueError("an unguided evaluation has no unconditional output to weigh")
 
@@ -98,7 +100,7 @@ class FoldedTable:
             state=arrays["state"],
             conditional=arrays["conditional"],
             unconditional=arrays["unconditional"],
-            initial_scale=float(arrays["initial_scale"][0]),
+            initial_scale=one_number(arrays["initial_scale"]),
             landings=arrays["landings"],
         )
 

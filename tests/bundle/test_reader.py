@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from stepfold.bundle import FORMAT_VERSION, Bundle, Manifest, read, write_manifest
+from stepfold.bundle.bind import check_values
 from stepfold.loop.errors import BundleError, UsageError
 from stepfold.loop.held import HeldFile
 
@@ -130,7 +131,33 @@ CHANGES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda m: m.pop("stages"), "stages: Field required"),
     (lambda m: m.update(surprise=1), "surprise: Extra inputs are not permitted"),
     (lambda m: m["stages"][0].update(rate="weekly"), "stages.0.rate: "),
-    (lambda m: m["inputs"][0].update(dtype="float33"), "'float33' is not a NumPy dtype"),
+    *[
+        (lambda m, kind=kind: m["inputs"][0].update(dtype=kind), "inputs.0.dtype: Value error, expected one of float32")
+        for kind in ("float33", "O", "U5", "i4,i4", "V99999", "(2,)f4", "complex64", "")
+    ],
+    *[
+        (lambda m, shape=shape: m["inputs"][0].update(shape=shape), "inputs.0.shape")
+        for shape in ([None, -1, 2, 2], [None, 10**30], [None, 1.5], [None] * 100)
+    ],
+    (lambda m: m["inputs"][0].update(shape=[7, 1, 2, 2]), "input 'hidden_states': expected a batch that is free"),
+    (
+        lambda m: m["inputs"][0].update(shape=[None, 1, 4, 4]),
+        "expected the latent [1, 2, 2] of the loop; received [1, 4",
+    ),
+    (lambda m: m["inputs"][0].update(role="condition"), "expected the input 'hidden_states' as the only one of role"),
+    (lambda m: m["inputs"][2].update(cardinality=10**15), "inputs.2.cardinality"),
+    (
+        lambda m: m["inputs"][2].update(cardinality=3),
+        "guidance.unconditional.class_labels: expected an index from 0 to 2",
+    ),
+    (lambda m: m["stages"][-1].update(calls=[0, 10**30]), "stages.1.calls.1"),
+    (lambda m: m["files"]["schedule.json"].update(bytes=10**30), "files.schedule.json.bytes"),
+    (lambda m: m["loop"]["guidance"].update(scale="nan"), "loop.guidance.scale"),
+    (
+        lambda m: m["loop"]["guidance"].update(unconditional={"class_labels": 1.5}),
+        "expected a whole number; received 1.5",
+    ),
+    (lambda m: m["loop"]["sampler"].update(steps=10**9), "loop.sampler.steps"),
     (lambda m: m["files"]["schedule.json"].update(sha256="no"), "files.schedule.json.sha256: "),
     (lambda m: m["stages"][0].update(name="step"), "two stages are called 'step'"),
     (lambda m: m["stages"][0]["outputs"][0].update(name="sample"), "two values are called 'sample'"),
@@ -165,6 +192,18 @@ TABLE_CHANGES: list[tuple[Callable[[dict[str, np.ndarray]], Any], str]] = [
     (lambda a: a["recurrence/state"].__setitem__(0, np.inf), "the recurrence has values that are not finite"),
     (lambda a: a.update({"recurrence/outputs": np.ones((4, 4))}), "b must be lower triangular"),
     (lambda a: a.update({"recurrence/timesteps": np.array(1.0)}), "received an unusable one"),
+    (
+        lambda a: a.update({"recurrence/timesteps": a["recurrence/timesteps"][:, None]}),
+        "needs shapes [S], [S], [S], [S, S]",
+    ),
+    (lambda a: a.update({"recurrence/timesteps": np.zeros(0)}), "a recurrence of 0 calls needs shapes"),
+    (lambda a: a.update({"recurrence/initial_scale": np.ones(2)}), "expected one number; received shape [2]"),
+    (lambda a: a.update({"scale=2.0/initial_scale": np.array(1.0)}), "expected one number; received shape []"),
+    (
+        lambda a: a.update({"scale=2.0/state": a["scale=2.0/state"] * 1e300}),
+        "state weights of a table must be finite, at",
+    ),
+    (lambda a: a.update({"values/x": np.full((4, 2), np.nan, "f4")}), "the values of the calls are not all finite"),
     (lambda a: a.update({"values/time": np.zeros((3, 1))}), "values/time must have 4 rows; received shape [3, 1]"),
     (lambda a: [a.pop(key) for key in list(a) if key.startswith("recurrence")], "needs positions that ascend"),
 ]
@@ -186,6 +225,39 @@ def test_tables_that_are_no_safetensors(bundle_folder: Path) -> None:
     (bundle_folder / "tables.safetensors").write_bytes(b"\xff" * 64)
     write_manifest(bundle_folder, read_again(bundle_folder).manifest)
     assert "tables.safetensors: expected a safetensors file" in refusal(bundle_folder)
+
+
+def test_values_that_a_stage_computes(bundle_folder: Path) -> None:
+    rewrite(bundle_folder, "tables.safetensors", lambda a: a.update({"values/sample": np.zeros((4, 1, 2, 2), "f4")}))
+    bundle = read(bundle_folder)
+    with pytest.raises(BundleError, match="the value 'sample' is both computed and a table"):
+        check_values(bundle.manifest, bundle.tables())
+
+
+def test_a_program_without_a_loop_has_conditions_only(bundle_folder: Path) -> None:
+    edit(bundle_folder, lambda m: m.update(loop=None))
+    assert "a program without a loop has conditions only" in refusal(bundle_folder)
+
+
+PROBES: list[tuple[str, np.ndarray]] = [
+    ("tolerance", np.zeros(0)),
+    ("tolerance", np.array(1.0)),
+    ("tolerance", np.array([np.nan])),
+    ("tolerance", np.array([-1.0])),
+    ("tolerance", np.zeros((2, 2))),
+    ("call", np.zeros(0, np.int64)),
+    ("call", np.array([np.inf])),
+    ("call", np.array(3)),
+    ("inputs/hidden_states", np.full((2, 1, 2, 2), np.nan, "f4")),
+    ("outputs/sample", np.full((2, 1, 2, 2), np.inf, "f4")),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), PROBES, ids=range(len(PROBES)))
+def test_a_damaged_probe(bundle_folder: Path, name: str, value: np.ndarray) -> None:
+    rewrite(bundle_folder, "probe.safetensors", lambda a: a.update({name: value}))
+    with pytest.raises(BundleError, match=r"^probe\.safetensors: expected "):
+        read(bundle_folder).probe()
 
 
 def test_a_probe_without_outputs(bundle_folder: Path) -> None:

@@ -255,3 +255,44 @@ def test_a_newer_format(store: Path, use: Callable) -> None:
     with pytest.raises(StepfoldError, match=r"expected format version 1; received 2, of a newer stepfold\. Update"):
         use(store)
     assert content(store) == before
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("parts.samples", None),
+        ("parts.seed", "x"),
+        ("parts.model", 5),
+        ("parts.passes", "x"),
+        ("parts.passes", [1]),
+        ("parts.passes", [{"a": 1}]),
+        ("parts.buckets", 0),
+        ("parts.buckets", -3),
+        ("parts.buckets", True),
+        ("parts.buckets", 10**12),
+        ("branches", []),
+        ("branches", ["conditional", "conditional"]),
+        ("branches", ["a", "b", "c"]),
+        ("timesteps", []),
+        ("timesteps", [1.0]),
+    ],
+)
+def test_a_document_that_contradicts_itself(store: Path, place: str, value: object) -> None:
+    document = json.loads((store / STORE).read_text())
+    *parents, last = place.split(".")
+    target = document
+    for parent in parents:
+        target = target[parent]
+    target[last] = value
+    (store / STORE).write_text(json.dumps(document))
+    with pytest.raises(StepfoldError, match=rf"^{store / STORE}: damaged: ") as caught:
+        read_document(store)
+    assert caught.value.exit_code == 1
+
+
+def test_sites_of_another_width(store: Path) -> None:
+    document = json.loads((store / STORE).read_text())
+    document["sites"][0]["width"] = 9999
+    (store / STORE).write_text(json.dumps(document))
+    with pytest.raises(StepfoldError, match=r"low of site .* has shape .* and 9999 channels"):
+        open_finished(store).statistics(0).low()

@@ -116,6 +116,14 @@ def test_wrong_words(stepfold, words: tuple[str, ...], message: str) -> None:
             ),
         ),
         (
+            OSError("1280 requested and 224 written"),
+            1,
+            (
+                "this command: expected a file or folder that can be used; received: 1280 requested and 224 written. "
+                "Check its place and its mode."
+            ),
+        ),
+        (
             OSError(28, "No space left on device", "out/x"),
             1,
             "out/x: expected room to write; the disk is full. Free some space and run the same command again.",

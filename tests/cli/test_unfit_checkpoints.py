@@ -76,11 +76,11 @@ def two_states(folder: Path) -> None:
 
 DAMAGES = {
     pickled: "the weights are pickled (diffusion_pytorch_model.bin)",
-    truncated: "damaged or truncated safetensors file",
+    truncated: "it is damaged or truncated: its tensors have",
     without_weights: "no weights",
     unknown_class: "no model class 'DiTTransformer3DModel'; did you mean 'DiTTransformer2DModel'?",
     another_size: "the weights do not fit DiTTransformer2DModel as config.json describes it",
-    without_config: "no config.json",
+    without_config: "config.json: expected the JSON of a model; there is no such file",
     without_loop: "no loop.yaml",
     stochastic: "EulerAncestralDiscreteScheduler",
     clipping: "clip_sample",

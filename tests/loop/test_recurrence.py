@@ -63,5 +63,7 @@ def test_update_may_not_read_the_future() -> None:
     ],
 )
 def test_shapes_are_checked(input_scale: np.ndarray, state: np.ndarray, outputs: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"a recurrence of 2 calls needs shapes \[S\], \[S\], \[S, S\]; received"):
+    with pytest.raises(
+        ValueError, match=r"a recurrence of 2 calls needs shapes \[S\], \[S\], \[S\], \[S, S\]; received"
+    ):
         Recurrence(np.arange(2.0), input_scale, state, outputs, 1.0)
