@@ -8,7 +8,7 @@ from ..loop.errors import StepfoldError
 from .document import REPAIR, SHARDS
 from .tensors import TensorFile, TensorFileError, open_tensors
 
-STAMP = "stepfold"
+STAMP, DIGEST = "stepfold", "sha256"
 
 
 def shard_name(index: int) -> str:
@@ -22,12 +22,24 @@ def stamp(key: str, index: int) -> str:
 
 
 def is_whole(folder: Path, key: str, index: int) -> bool:
-    """Whether a shard is there, of full length, and belongs to the store."""
+    """Whether a shard is there, belongs to the store, and holds what was written; reads all of it."""
     try:
-        open_shard(folder, key, index)
+        checked_shard(folder, key, index)
     except (StepfoldError, FileNotFoundError):
         return False
     return True
+
+
+def checked_shard(folder: Path, key: str, index: int) -> TensorFile:
+    """A shard whose content was compared with its digest; raises as `open_shard` does, and when it was changed."""
+    shard = open_shard(folder, key, index)
+    try:
+        received = shard.digest()
+    except OSError as error:
+        raise StepfoldError(f"{shard.path}: expected a shard that can be read; {error}. {REPAIR}") from None
+    if received != shard.metadata.get(DIGEST):
+        raise StepfoldError(f"{shard.path}: expected the content it was written with; it was changed. {REPAIR}")
+    return shard
 
 
 def open_shard(folder: Path, key: str, index: int) -> TensorFile:

@@ -24,9 +24,9 @@ from ..loop.errors import StepfoldError, UsageError
 from .document import REPAIR, SHARDS, STATISTICS, STORE, StoreDocument, is_store, read_document
 from .durable import LOCK, PARTIAL, locked, remove_partials, replacing
 from .key import differences
-from .shards import STAMP, is_whole, open_shard, shard_name, stamp
+from .shards import DIGEST, STAMP, checked_shard, is_whole, shard_name, stamp
 from .statistics import combine
-from .tensors import TensorFile, TensorFileError, shapes_of, write_tensors
+from .tensors import TensorFile, TensorFileError, digest_of, shapes_of, stored, write_tensors
 
 Array = np.ndarray
 
@@ -95,12 +95,14 @@ def write_shard(folder: Path, key: str, index: int, arrays: Mapping[str, Array])
     """
     ordered = dict(sorted(arrays.items()))
     with replacing(folder / shard_name(index)) as stream:
-        write_tensors(stream, shapes_of(ordered), ordered.values(), {STAMP: stamp(key, index)})
+        shapes = shapes_of(ordered)
+        metadata = {STAMP: stamp(key, index), DIGEST: digest_of(shapes, map(stored, ordered.values()))}
+        write_tensors(stream, shapes, ordered.values(), metadata)
 
 
 def finish(folder: Path, document: StoreDocument) -> StoreDocument:
     """Add the shards in their order, one tensor at a time, and say in `store.json` that the store is finished."""
-    shards = [open_shard(folder, document.key, i) for i in range(len(document.shards))]
+    shards = [checked_shard(folder, document.key, i) for i in range(len(document.shards))]
     assert all(shard.shapes.keys() == shards[0].shapes.keys() for shard in shards)
     shapes = {
         name: (dtype, _joined(name, [shard.shapes[name][1] for shard in shards]))

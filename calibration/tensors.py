@@ -6,6 +6,7 @@ a full disk is an `OSError`. What is written is read by the library, and the oth
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ TYPES = {"F64": "<f8", "F32": "<f4", "I64": "<i8"}
 NAMES = {np.dtype(kind): name for name, kind in TYPES.items()}
 LENGTH_BYTES = 8
 ALIGNMENT = 8
+CHUNK_BYTES = 1 << 20
 METADATA = "__metadata__"
 
 
@@ -49,7 +51,26 @@ def write_tensors(stream: IO[bytes], shapes: Shapes, arrays: Iterable[Array], me
     stream.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
     for (name, (dtype, shape)), array in zip(shapes.items(), arrays, strict=True):
         assert array.dtype == dtype and array.shape == shape, f"{name}: {array.dtype} {array.shape}"
-        stream.write(np.ascontiguousarray(array, dtype.newbyteorder("<")).data)
+        stream.write(stored(array))
+
+
+def stored(array: Array) -> memoryview:
+    """The bytes of an array as they stand in a file."""
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1).data.cast("B")
+
+
+def digest_of(shapes: Shapes, chunks: Iterable[Any]) -> str:
+    """SHA-256 over names, dtypes, shapes and data, which goes into the metadata of a file that has to be checked later.
+
+    Args:
+        shapes: dtype and shape by name, in the order of the file.
+        chunks: the data behind the header, as it stands in the file.
+    """
+    outline = [[name, NAMES[dtype], list(shape)] for name, (dtype, shape) in shapes.items()]
+    digest = hashlib.sha256(json.dumps(outline).encode())
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def shapes_of(arrays: Mapping[str, Array]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
@@ -66,12 +87,14 @@ class TensorFile:
         metadata: text.
         shapes: dtype and shape by name.
         offsets: first byte by name.
+        data: first byte behind the header.
     """
 
     path: Path
     metadata: Mapping[str, str]
     shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]]
     offsets: Mapping[str, int]
+    data: int
 
     def read(self, name: str) -> Array:
         """One tensor.
@@ -86,6 +109,16 @@ class TensorFile:
         if array.size != prod(shape):
             raise TensorFileError(f"tensor {name!r} is cut short")
         return array.reshape(shape)
+
+    def digest(self) -> str:
+        """See `digest_of`; reads the whole file.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        with self.path.open("rb") as stream:
+            stream.seek(self.data)
+            return digest_of(self.shapes, iter(lambda: stream.read(CHUNK_BYTES), b""))
 
 
 def open_tensors(path: Path) -> TensorFile:
@@ -112,7 +145,8 @@ def open_tensors(path: Path) -> TensorFile:
     if end != size:
         raise TensorFileError(f"expected {end} bytes; received {size}")
     shapes = {name: (dtype, shape) for name, (dtype, shape, _, _) in entries.items()}
-    return TensorFile(path, metadata, shapes, {name: data + start for name, (_, _, start, _) in entries.items()})
+    offsets = {name: data + start for name, (_, _, start, _) in entries.items()}
+    return TensorFile(path, metadata, shapes, offsets, data)
 
 
 def _entry(item: Mapping[str, Any]) -> tuple[np.dtype, tuple[int, ...], int, int]:

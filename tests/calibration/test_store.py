@@ -119,7 +119,7 @@ def swap(path: Path) -> None:
     shutil.copy(path.parent / "00000.safetensors", path)
 
 
-@pytest.mark.parametrize("harm", [truncate, swap, Path.unlink])
+@pytest.mark.parametrize("harm", [truncate, flip, swap, Path.unlink])
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_damaged_shard_is_collected_again(store: Path, whole: Path, harm: Callable, finished: bool) -> None:
     if not finished:
