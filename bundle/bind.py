@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from ..loop.errors import BundleError
-from ..loop.ports import BoundProgram, BoundStage, Port, StageCallable
+from ..loop.ports import BoundProgram, BoundStage, Port, Rate, StageCallable
+from ..loop.spec import Role
 from .files import AGAIN
 from .manifest import Manifest, StageEntry
 from .reader import Bundle
@@ -47,6 +48,9 @@ def bind(bundle: Bundle, tables: Tables, load_session: LoadSession) -> BoundProg
 def check_values(manifest: Manifest, tables: Tables) -> None:
     """Raise BundleError unless every stage finds each of its inputs computed before it, in the right shape."""
     known: dict[str, Port] = {entry.name: entry.port() for entry in manifest.inputs}
+    roles: dict[str, frozenset[Role]] = {entry.name: frozenset({entry.role}) for entry in manifest.inputs}
+    roles |= dict.fromkeys(tables.values, Rate.TIMESTEP.roles)
+    _check_calls(manifest, tables)
     for name, value in tables.values.items():
         if name in known:
             raise BundleError(f"the value {name!r} is both an input and a table. {AGAIN}")
@@ -57,10 +61,26 @@ def check_values(manifest: Manifest, tables: Tables) -> None:
                 raise BundleError(
                     f"stage {stage.name}: expected a value {port}; received {known.get(port.name, 'none')}. {AGAIN}"
                 )
+            if not roles[port.name] <= stage.rate.roles:
+                raise BundleError(
+                    f"stage {stage.name}: expected values of its rate, {stage.rate}; {port.name!r} changes more often. "
+                    f"{AGAIN}"
+                )
         for port in stage.output_ports():
+            roles[port.name] = stage.rate.roles
             if port.name in tables.values:
                 raise BundleError(f"the value {port.name!r} is both computed and a table. {AGAIN}")
             known[port.name] = port
+
+
+def _check_calls(manifest: Manifest, tables: Tables) -> None:
+    """Raise BundleError unless the stages that share the loop run at every call of it."""
+    spans = [stage.span for stage in manifest.stages if stage.span is not None]
+    calls = tables.recurrence.calls if tables.recurrence is not None else 0
+    if spans and max(span.stop for span in spans) < calls:
+        raise BundleError(
+            f"expected stages for {calls} calls; received those for {max(s.stop for s in spans)}. {AGAIN}"
+        )
 
 
 def fits(port: Port, value: Array) -> bool:

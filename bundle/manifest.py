@@ -272,6 +272,9 @@ class Manifest(Strict):
             _require_roles(self.loop, [entry.input_port() for entry in self.inputs])
         elif any(entry.role != "condition" for entry in self.inputs):
             raise ValueError("a program without a loop has conditions only")
+        for name in self.shared.stages if self.shared else ():
+            if name not in [stage.name for stage in self.stages]:
+                raise ValueError(f"shared: there is no stage {name!r}")
         missing = sorted(set(self.outputs) - set(produced))
         if missing:
             raise ValueError(f"outputs {missing} are computed by no stage")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -128,7 +129,10 @@ def open_tensors(path: Path) -> TensorFile:
         TensorFileError: it is not a whole safetensors file.
         OSError: it cannot be read.
     """
-    size = path.stat().st_size
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for its other end
+        raise TensorFileError("it is no regular file")
+    size = found.st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
         if size < LENGTH_BYTES or length > size - LENGTH_BYTES:

@@ -75,11 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 the work failed, 2 wrong use, 3 a gate failed.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = DEBUG in words
+    options = words[: words.index("--")] if "--" in words else words
+    debug = DEBUG in options
     mend_streams()
     with stopped_like_interrupted(), quiet_libraries(debug):
         try:
-            code = _run([word for word in words if word != DEBUG])
+            code = _run([word for word in options if word != DEBUG] + words[len(options) :])
             sys.stdout.flush()  # so that a closed pipe is noticed here
             return code
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (the one place where every error ends)

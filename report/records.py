@@ -111,7 +111,7 @@ class Report(Record):
 
     protocol: Protocol
     machine: Mapping[str, Any]
-    rows: tuple[Row, ...]
+    rows: tuple[Row, ...] = Field(min_length=1)
     skipped: tuple[Skipped, ...] = ()
 
     def document(self) -> dict[str, Any]:

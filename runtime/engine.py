@@ -83,12 +83,11 @@ def open_stage(
 ) -> StageCallable:
     """Open one stage of a bundle with the engine it was built for; raises as `load` does."""
     entry = bundle.manifest.backend
-    backend = get(entry.name)
-    require_allowed(bundle, allow_native)
     try:
-        backend = backend.with_options(entry.options)
+        backend = get(entry.name).with_options(entry.options)
     except UsageError as error:
         raise BundleError(f"{bundle.path}: {error} {AGAIN}") from error
+    require_allowed(bundle, allow_native)
     ports = stage.input_ports(), stage.output_ports()
     files = bundle.stage_files(stage)
     return backend.open_session(bundle.file(stage.file), *ports, threads=threads, device=device, files=files)

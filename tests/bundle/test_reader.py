@@ -139,6 +139,10 @@ CHANGES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
         (lambda m, shape=shape: m["inputs"][0].update(shape=shape), "inputs.0.shape")
         for shape in ([None, -1, 2, 2], [None, 10**30], [None, 1.5], [None] * 100)
     ],
+    (
+        lambda m: m.update(shared={"file": "stages/step.onnx", "stages": ["a", "b"], "saved_bytes": 1}),
+        "shared: there is no stage 'a'",
+    ),
     (lambda m: m["inputs"][0].update(shape=[7, 1, 2, 2]), "input 'hidden_states': expected a batch that is free"),
     (
         lambda m: m["inputs"][0].update(shape=[None, 1, 4, 4]),
@@ -231,6 +235,23 @@ def test_values_that_a_stage_computes(bundle_folder: Path) -> None:
     rewrite(bundle_folder, "tables.safetensors", lambda a: a.update({"values/sample": np.zeros((4, 1, 2, 2), "f4")}))
     bundle = read(bundle_folder)
     with pytest.raises(BundleError, match="the value 'sample' is both computed and a table"):
+        check_values(bundle.manifest, bundle.tables())
+
+
+UNRUNNABLE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "expected values of its rate, once; 'hidden_states' changes more often": lambda m: m["stages"][1].update(
+        rate="once"
+    ),
+    "expected values of its rate, once; 'timestep' changes more often": lambda m: m["stages"][0].update(rate="once"),
+    "expected stages for 4 calls; received those for 3": lambda m: m["stages"][1].update(calls=[0, 3]),
+}
+
+
+@pytest.mark.parametrize("reason", UNRUNNABLE)
+def test_a_manifest_that_cannot_run(bundle_folder: Path, reason: str) -> None:
+    edit(bundle_folder, UNRUNNABLE[reason])
+    bundle = read(bundle_folder)
+    with pytest.raises(BundleError, match=reason):
         check_values(bundle.manifest, bundle.tables())
 
 

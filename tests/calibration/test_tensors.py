@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -104,3 +105,9 @@ def test_a_file_that_shrinks_after_it_was_opened(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(TensorFileError, match="'a' is cut short"):
         file.read("a")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x")
+    with pytest.raises(TensorFileError, match="no regular file"):
+        open_tensors(tmp_path / "x")

@@ -298,7 +298,7 @@ def test_wrong_threads_and_backend(read_only_bundle: Path, bundle_folder: Path) 
     with pytest.raises(UsageError, match="device: expected a text; received int 0"):
         load(read_only_bundle, device=0)  # type: ignore[arg-type]
     backend = {"name": "onnxruntme", "version": "1", "device": "cpu"}
-    with pytest.raises(UsageError, match=r"received 'onnxruntme': did you mean 'onnxruntime'\?"):
+    with pytest.raises(BundleError, match=r"received 'onnxruntme': did you mean 'onnxruntime'\?"):
         load(rewritten(bundle_folder, backend=backend))
 
 
