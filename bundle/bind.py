@@ -83,6 +83,24 @@ def _check_calls(manifest: Manifest, tables: Tables) -> None:
         )
 
 
+def other_branch(bundle: Bundle) -> dict[str, Array]:
+    """Recorded conditions [B, ...] of the other guidance branch, by name; empty where no pipeline gave them.
+
+    Raises:
+        BundleError: one is no condition of the model, or has another shape or dtype than its input.
+    """
+    probe = bundle.probe()
+    ports = {port.name: port.port for port in bundle.manifest.input_ports() if port.role == "condition"}
+    found = dict(probe.unconditional) if probe is not None else {}
+    for name, value in found.items():
+        if name not in ports or not fits(ports[name], value):
+            raise BundleError(
+                f"probe: expected {ports.get(name, 'a condition of the model')} of the other guidance branch; received "
+                f"{name} {list(value.shape)} {value.dtype}. {AGAIN}"
+            )
+    return found
+
+
 def fits(port: Port, value: Array) -> bool:
     """Whether an array has the shape (any batch) and the dtype of a port."""
     return _agree(port, Port(port.name, value.shape, str(value.dtype)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -27,17 +27,21 @@ class Probe:
         outputs: name -> [B, ...] for every program output.
         tolerance: largest relative L2 error of a replay, see `TOLERANCE`.
         call: grid call of the evaluation, for programs with `values` tables.
+        unconditional: name -> [B, ...] conditions of the other guidance branch for the same rows, where a pipeline gave
+            them; what fits and measures the bundle again takes them from here.
     """
 
     inputs: Mapping[str, Array]
     outputs: Mapping[str, Array]
     tolerance: float
     call: int | None = None
+    unconditional: Mapping[str, Array] = field(default_factory=dict)
 
     def arrays(self) -> dict[str, Array]:
         """The probe as named arrays."""
         found = {f"inputs/{name}": value for name, value in self.inputs.items()}
         found |= {f"outputs/{name}": value for name, value in self.outputs.items()}
+        found |= {f"unconditional/{name}": value for name, value in self.unconditional.items()}
         found["tolerance"] = np.asarray([self.tolerance], np.float64)
         if self.call is not None:
             found["call"] = np.asarray([self.call], np.int64)
@@ -46,8 +50,10 @@ class Probe:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array]) -> Probe:
         """Rebuild a probe from `arrays()`; raises BundleError when parts are missing."""
-        inputs = {key.removeprefix("inputs/"): value for key, value in arrays.items() if key.startswith("inputs/")}
-        outputs = {key.removeprefix("outputs/"): value for key, value in arrays.items() if key.startswith("outputs/")}
+        inputs, outputs, unconditional = (
+            {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
+            for prefix in ("inputs/", "outputs/", "unconditional/")
+        )
         if not inputs or not outputs or "tolerance" not in arrays:
             raise BundleError(f"{PROBE}: expected inputs, outputs and a tolerance; received {sorted(arrays)}.")
         tolerance, call = arrays["tolerance"], arrays.get("call")
@@ -58,7 +64,7 @@ class Probe:
         unfit = [name for name, value in arrays.items() if not np.isfinite(value).all()]
         if unfit:
             raise BundleError(f"{PROBE}: expected finite values; received others in {unfit[0]!r}.")
-        return cls(inputs, outputs, float(tolerance[0]), None if call is None else int(call[0]))
+        return cls(inputs, outputs, float(tolerance[0]), None if call is None else int(call[0]), unconditional)
 
     def differences(self, received: Mapping[str, Array]) -> list[str]:
         """What of a replay is not as recorded, one line an output."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from ..bundle.bind import other_branch
 from ..bundle.reader import Bundle
 from ..loop.classes import class_conditions, class_input
 from ..loop.errors import StepfoldError, UsageError
@@ -28,11 +29,13 @@ class Work:
         loop: the loop, None for a component.
         inputs: what the model is called with.
         example: name -> [B, ...] recorded values, for inputs that are neither noise nor a class.
+        unconditional: name -> [B, ...] recorded conditions of the other guidance branch.
     """
 
     loop: LoopSpec | None
     inputs: tuple[InputPort, ...]
     example: Mapping[str, Array]
+    unconditional: Mapping[str, Array] = field(default_factory=dict)
 
     @property
     def guidance(self) -> float | None:
@@ -43,27 +46,32 @@ class Work:
         """Everything `count` samples need, by name, for `write`.
 
         Noise as `generate` draws it; sample i has class i modulo the number of classes; any other condition cycles
-        through the recorded rows. A component takes its recorded inputs in turn.
+        through the recorded rows, and so does that of the other branch where the caller gives it and a pipeline was
+        recorded; else it is zero, as it was for `optimize`. A component takes its recorded inputs in turn.
         """
         if self.loop is None:
-            return {INPUT + port.name: self._cycled(port, count) for port in self.inputs}
+            return {INPUT + port.name: self._cycled(port, self.example, count) for port in self.inputs}
         found = {NOISE: seeded_noise(seed, (count, *self.loop.latent.shape))}
-        if class_input(self.inputs, self.loop) is not None:
-            labels = class_conditions(self.inputs, self.loop, count)
-            return found | {CONDITION + name: value for name, value in labels.items()}
         conditions = [port for port in self.inputs if port.role == "condition"]
-        found |= {CONDITION + port.name: self._cycled(port, count) for port in conditions}
+        if class_input(self.inputs, self.loop) is not None:
+            values = class_conditions(self.inputs, self.loop, count)
+        else:
+            values = {port.name: self._cycled(port, self.example, count) for port in conditions}
+        found |= {CONDITION + name: value for name, value in values.items()}
         if self.loop.guidance is not None and self.loop.guidance.unconditional == "input":
-            found |= {UNCONDITIONAL + port.name: np.zeros_like(found[CONDITION + port.name]) for port in conditions}
+            zeros = {name: np.zeros_like(value) for name, value in values.items()}
+            recorded = [port for port in conditions if port.name in self.unconditional]
+            other = zeros | {port.name: self._cycled(port, self.unconditional, count) for port in recorded}
+            found |= {UNCONDITIONAL + name: value for name, value in other.items()}
         return found
 
-    def _cycled(self, port: InputPort, count: int) -> Array:
-        if port.name not in self.example:
+    def _cycled(self, port: InputPort, rows_by_name: Mapping[str, Array], count: int) -> Array:
+        if port.name not in rows_by_name:
             raise StepfoldError(
                 f"{port.name}: expected recorded values to run the model with; the bundle has none. Build it again "
                 "with `stepfold optimize --inputs FILE.safetensors`."
             )
-        rows = self.example[port.name]
+        rows = rows_by_name[port.name]
         if port.port.shape[:1] != (None,):
             return rows
         return np.ascontiguousarray(rows[np.arange(count) % len(rows)])
@@ -98,7 +106,7 @@ def _of_bundle(bundle: Bundle) -> Work:
     probe = bundle.probe()
     constants = bundle.tables().constants
     inputs = tuple(port for port in bundle.manifest.input_ports() if port.name not in constants)
-    return Work(bundle.manifest.loop, inputs, probe.inputs if probe is not None else {})
+    return Work(bundle.manifest.loop, inputs, probe.inputs if probe is not None else {}, other_branch(bundle))
 
 
 def _signature(work: Work) -> str:

@@ -228,16 +228,17 @@ def _schedule(program: Program) -> ScheduleEntry | None:
 
 def _write_probes(folder: Path, program: Program, bound: BoundProgram, computed: Sequence[Stage]) -> list[str]:
     """Record one evaluation by each step stage; returns the files."""
-    from ..ir.probe import probe_calls, probe_inputs
+    from ..ir.probe import ROWS, probe_calls, probe_inputs
 
     types = {str(tensor.dtype).removeprefix("torch.") for stage in computed for tensor in stage.tensors().values()}
     tolerance = max(TOLERANCE[name] for name in ("float32", *types) if name in TOLERANCE)
+    unconditional = {name: value.numpy()[:ROWS] for name, value in program.unconditional.items()}
     files = []
     for number, step in enumerate(program.steps):
         call = probe_calls(program)[0] if step.calls is None else step.calls.start
         inputs = probe_inputs(program, call)
         outputs = dict(zip(program.outputs, bound.evaluate(inputs, call), strict=True))
-        files.append(write_probe(folder, Probe(inputs, outputs, tolerance, call), number))
+        files.append(write_probe(folder, Probe(inputs, outputs, tolerance, call, unconditional), number))
     return files
 
 

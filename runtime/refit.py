@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..backends.registry import get
+from ..bundle.bind import other_branch
 from ..bundle.manifest import Manifest, QualityEntry, ScheduleEntry
 from ..bundle.tables import TABLES, Tables
 from ..bundle.writer import SCHEDULE, write_manifest, write_schedule, write_tables, writing
@@ -109,11 +110,13 @@ def _options(engine: Engine, min_psnr: float | None) -> ScheduleOptions:
 
 
 def _original(engine: Engine, checkpoint: Path) -> Program:
-    """The captured checkpoint with the loop, the sampler and the example conditions of the bundle.
+    """The captured checkpoint with the loop, the sampler and the example conditions of both branches of the bundle.
 
     Raises:
         UsageError: it is another model.
     """
+    import torch
+
     from ..frontend.load import load_checkpoint
 
     with tempfile.TemporaryDirectory(prefix="stepfold-") as folder:
@@ -125,7 +128,8 @@ def _original(engine: Engine, checkpoint: Path) -> Program:
             f"--reference {checkpoint}: expected the checkpoint the bundle was made from, with weights "
             f"{expected[:12]}...; received {received[:12]}... of class {loaded.class_name}."
         )
-    return replace(loaded.capture(), recurrence=engine.tables.recurrence)
+    unconditional = {name: torch.from_numpy(value) for name, value in other_branch(engine.bundle).items()}
+    return replace(loaded.capture(), recurrence=engine.tables.recurrence, unconditional=unconditional)
 
 
 def _calling(engine: Engine, folder: Path) -> tuple[Path, Path]:
