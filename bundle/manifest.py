@@ -12,7 +12,7 @@ from ..loop.classes import check_unconditional
 from ..loop.errors import UsageError
 from ..loop.ports import InputPort, Port, Rate
 from ..loop.spec import LoopSpec, Role, Strict
-from ..loop.values import DTYPES, MOST_DIMENSIONS, Size
+from ..loop.values import DTYPES, MOST_DIMENSIONS, ArrayLike, Size
 
 FORMAT_VERSION = 1
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -196,7 +196,7 @@ class PipelineEntry(Strict):
     tokenizers: tuple[TokenizerEntry, ...] = ()
     text: str | None = None
     decoder: str | None = None
-    given: dict[str, JsonValue] = Field(default_factory=dict)
+    given: dict[str, ArrayLike] = Field(default_factory=dict)
 
     @property
     def folders(self) -> tuple[str, ...]:

@@ -34,6 +34,12 @@ def check_out(out: Path, overwrite: bool) -> None:
     Raises:
         UsageError: `out` exists and may not be overwritten, is something else than a bundle, or cannot be written.
     """
+    try:
+        str(out.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"{out}: expected a path that is UTF-8 text, as engines read it. Choose another --out."
+        ) from None
     if not os.path.lexists(out):
         require_writable("--out", out)
         return

@@ -7,7 +7,6 @@ there is nothing to say: a component has no loop, a bench without a reference no
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle.files import MANIFEST
-from ..loop.errors import UsageError
+from ..bundle.files import AGAIN, MANIFEST
+from ..bundle.reader import MANIFEST_FILE
+from ..loop.errors import BundleError, UsageError
+from ..loop.reading import Expected, read_json
 from . import charts, images, prose
 from .compare import Comparison
 from .records import Report, write_text
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 Array = np.ndarray
 PAGE = "report.html"
 SCHEDULE = "schedule.json"
+SCHEDULE_FILE = Expected("the JSON of a schedule", BundleError, AGAIN)
 NEEDS = ("jinja2", "plotly")
 COLUMNS = (  # of the table, where any row has the figure
     ("speedup", "speedup"),
@@ -50,10 +52,10 @@ def describe_bundle(folder: Path, summary: Mapping[str, Any] | None = None) -> d
         folder: of the bundle, finished or in the making.
         summary: the object of `optimize --json`, which knows the FLOPs of each stage.
     """
-    described = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    described = read_json(folder / MANIFEST, MANIFEST_FILE)
     schedule = folder / SCHEDULE
     described["name"] = folder.resolve().name
-    described["schedule_file"] = json.loads(schedule.read_text(encoding="utf-8")) if schedule.is_file() else None
+    described["schedule_file"] = read_json(schedule, SCHEDULE_FILE) if schedule.is_file() else None
     flops = {stage["name"]: stage["flops"] for stage in summary["stages"]} if summary is not None else {}
     described["stages"] = [{**stage, "flops": flops.get(stage["name"])} for stage in described["stages"]]
     return described

@@ -259,3 +259,9 @@ def test_a_digest_that_was_checked_is_kept(bundle_folder: Path) -> None:
     files = writer.write_manifest(bundle_folder, manifest, kept).files
     assert files["stages/step.onnx"] == manifest.files["stages/step.onnx"]
     assert files["schedule.json"].bytes == len(b"something else")
+
+
+def test_a_path_that_engines_cannot_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="expected a path that is UTF-8 text"):
+        check_out(tmp_path / os.fsdecode(b"b\xff"), False)
+    assert list(tmp_path.iterdir()) == []
