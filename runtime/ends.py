@@ -10,6 +10,7 @@ import numpy as np
 
 from ..loop.errors import BundleError, UsageError
 from ..loop.ports import BoundProgram
+from .samples import finite
 
 Array = np.ndarray
 MISSING = "Prompts need the package tokenizers: pip install 'stepfold[prompts]'"
@@ -65,10 +66,15 @@ class Ends:
         return {name: np.stack([np.asarray(value, dtypes[name])] * count) for name, value in self.given.items()}
 
     def images(self, latents: Array) -> Array:
-        """Images [B, C, H, W] in [-1, 1] of latents [B, ...], one after the other: a decoder needs much memory."""
+        """Images [B, C, H, W] in [-1, 1] of latents [B, ...], one after the other: a decoder needs much memory.
+
+        Raises:
+            StepfoldError: an image has numbers that are not finite.
+        """
         if self.decoder is None:
             return latents
-        return np.concatenate([self.decoder.evaluate({"latents": latents[i : i + 1]})[0] for i in range(len(latents))])
+        rows = (latents[i : i + 1] for i in range(len(latents)))
+        return finite(np.concatenate([self.decoder.evaluate({"latents": row})[0] for row in rows]), "images")
 
     def _token_numbers(self, prompts: Sequence[str]) -> dict[str, Array]:
         """name -> int64 [B, T]."""

@@ -33,6 +33,7 @@ from .ends import Ends
 from .native import require_allowed
 from .prompts import draw
 from .request import build_request
+from .samples import finite
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +175,7 @@ class Engine:
 
         Raises:
             UsageError: the request does not fit the model; the message says what was expected.
+            StepfoldError: a sample has numbers that are not finite.
         """
         loop, _ = self._looped()
         if on_step is not None:
@@ -183,7 +185,7 @@ class Engine:
         guided = bool(table.guided.any())
         given = {**named("conditions", {} if conditions is None else conditions), **named_conditions}
         request = build_request(self.program.inputs, loop, noise, given, unconditional, guided)
-        return run_loop(self.program, loop, request, table, on_step)
+        return finite(run_loop(self.program, loop, request, table, on_step))
 
     def generate(
         self,

@@ -17,6 +17,7 @@ from ..loop.table import fold
 from .ends import Ends
 from .engine import guidance_scale
 from .request import build_request
+from .samples import finite
 
 if TYPE_CHECKING:
     from ..frontend.load import Checkpoint
@@ -63,11 +64,12 @@ class Unoptimized:
 
         Raises:
             UsageError: the request does not fit the model.
+            StepfoldError: a sample has numbers that are not finite.
         """
         table = fold(self._recurrence, guidance_scale(self.loop, guidance))
         guided = bool(table.guided.any())
         request = build_request(self.program.inputs, self.loop, noise, conditions or {}, unconditional, guided)
-        return run_loop(self.program, self.loop, request, table, on_step)
+        return finite(run_loop(self.program, self.loop, request, table, on_step))
 
 
 def load_unoptimized(checkpoint: Path) -> Unoptimized:
