@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..backends.capability import installed
+from ..backends.onnxruntime.session import own_content
 from ..bundle.bind import bind
 from ..bundle.manifest import StageEntry
 from ..bundle.reader import Bundle, read
@@ -60,6 +61,8 @@ def reduce_bundle(path: Path, folder: Path) -> list[Reduced]:
         )
     if not installed("onnx"):
         raise UsageError("--reduce needs the package onnx: pip install 'stepfold[compile]'")
+    for stage in bundle.manifest.stages:
+        own_content(bundle.file(stage.file), bundle.stage_files(stage))  # whatever else it names is not read
     return [found for stage, feed in _feeds(bundle).items() if (found := _reduced(bundle, stage, feed, folder))]
 
 

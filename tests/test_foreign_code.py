@@ -6,7 +6,9 @@ Each case makes a file that would write the marker, or another file, if what it 
 from __future__ import annotations
 
 import io
+import json
 import pickle
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,13 @@ from calibrated import calibrated, standard
 from checkpoints import LOOP, save_tiny_dit
 from folders import edit_config, hashes
 
+from stepfold.bundle import Manifest, write_manifest
 from stepfold.cli import main
 
 MARKER = "ran"
 Words = Sequence[object]
 Plant = Callable[[Path], Words]
-"""Writes the files of a case into a folder and returns the words of a command that reads them."""
+"""Writes the files of a case into a folder, where a bundle lies, and returns the words of a command that reads them."""
 
 
 class Pickled:
@@ -155,6 +158,49 @@ def report_of_code(folder: Path) -> Words:
     return "compare", folder / "report.json", folder / "report.json"
 
 
+def bundle(folder: Path, change: Callable[[Path, dict[str, Any]], object]) -> Path:
+    """A bundle with right digests behind a change of its files and of its manifest."""
+    made = folder / "bundle"
+    document = json.loads((made / "manifest.json").read_text())
+    change(made, document)
+    write_manifest(made, Manifest.model_validate(document))
+    return made
+
+
+def pickled_tables(folder: Path) -> Words:
+    def change(made: Path, document: dict[str, Any]) -> None:
+        (made / "tables.safetensors").write_bytes(pickle.dumps(Pickled(folder)))
+
+    return "generate", bundle(folder, change), "--npy", folder / "out.npy"
+
+
+def native_code(folder: Path) -> Words:
+    """A stage that the system's loader would run as soon as it is opened, had it the form of an object."""
+
+    def change(made: Path, document: dict[str, Any]) -> None:
+        (made / "stages" / "step.onnx").write_bytes(b"\x7fELF")
+        document["backend"] |= {"name": "inductor", "options": {}}
+
+    return "generate", bundle(folder, change), "--npy", folder / "out.npy"
+
+
+def tokenizer_code(folder: Path) -> Words:
+    """A tokenizer that is a pickle, as those of some libraries are."""
+
+    def change(made: Path, document: dict[str, Any]) -> None:
+        (made / "tokenizer.json").write_bytes(pickle.dumps(Pickled(folder)))
+        tokenizers = [{"input": "input_ids", "file": "tokenizer.json"}]
+        document["pipeline"] = {"class": "TinyPipeline", "tokenizers": tokenizers}
+
+    return "generate", bundle(folder, change), "--npy", folder / "out.npy", "--prompt", "a"
+
+
+def added_weights(folder: Path) -> Words:
+    made = folder / "bundle"
+    (made / "stages" / "step.bin").write_bytes(bytes(16))
+    return "generate", made, "--npy", folder / "out.npy"
+
+
 PLANTS: dict[str, Plant] = {
     "custom_generate": custom_generate,
     "save_config": saving_method("save_config"),
@@ -170,13 +216,22 @@ PLANTS: dict[str, Plant] = {
     "pickled_inputs": pickled_inputs,
     "pickled_statistics": pickled_statistics,
     "report_of_code": report_of_code,
+    "pickled_tables": pickled_tables,
+    "native_code": native_code,
+    "tokenizer_code": tokenizer_code,
+    "added_weights": added_weights,
 }
 
 
 @pytest.mark.parametrize("name", PLANTS)
 def test_nothing_is_run_and_nothing_is_written(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    read_only_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    shutil.copytree(read_only_bundle, tmp_path / "bundle")
     words = [str(word) for word in PLANTS[name](tmp_path)]
     monkeypatch.chdir(tmp_path)
     before = hashes(tmp_path)

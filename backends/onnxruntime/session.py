@@ -90,8 +90,12 @@ def open_session(
     return InParts(open_with, inputs, outputs, options.rows, threads)
 
 
-def _content(file: Path, files: StageFiles) -> bytes:
-    """The bytes of a model that reads no other files than these."""
+def own_content(file: Path, files: StageFiles) -> bytes:
+    """The bytes of a model that reads no other files than these.
+
+    Raises:
+        BundleError: it cannot be read, is no ONNX model, or names another file.
+    """
     try:
         model = files.open(file.name).read()
         wanted = external_files(model)
@@ -120,7 +124,7 @@ def _checked(
     settings = session_options(threads)
     settings.add_session_config_entry("session.load_model_format", "ONNX")  # its own format names files elsewhere
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
-    model = _content(file, files)
+    model = own_content(file, files)
     try:
         session = onnxruntime.InferenceSession(model, settings, **on(names))
     except Exception as error:  # ONNX Runtime has a dozen error classes without a common base

@@ -12,11 +12,14 @@ from onnx import TensorProto, helper
 
 from stepfold.backends.onnxruntime.external import external_files
 from stepfold.backends.registry import get
-from stepfold.bundle import read
+from stepfold.bundle import read, write_manifest
+from stepfold.bundle.reader import read_manifest
+from stepfold.bundle.verify import verify
 from stepfold.loop.errors import BundleError
 from stepfold.loop.held import HeldFile, StageFiles
 from stepfold.loop.ports import Port
-from stepfold.runtime.engine import open_stage
+from stepfold.runtime.engine import load, open_stage
+from stepfold.runtime.reduction import reduce_bundle
 
 PORTS = (Port("x", (None, 2), "float32"),), (Port("y", (None, 2), "float32"),)
 
@@ -102,6 +105,20 @@ def test_a_file_that_was_not_checked_is_not_read(tmp_path: Path, name: str) -> N
         BundleError, match=r"step\.onnx: expected weights in the files of the bundle beside it; it reads"
     ):
         get("onnxruntime").open_session(folder / "step.onnx", *PORTS, files=files)
+
+
+def test_a_bundle_that_reads_a_file_outside(bundle_folder: Path) -> None:
+    """Its digests are right; loading, checking and reducing it refuse the graph all the same."""
+    (bundle_folder.parent / "secret.data").write_bytes(bytes(16))
+    stage = bundle_folder / "stages" / "step.onnx"
+    stage.write_bytes(stage.read_bytes().replace(b"step.onnx.data", b"../secret.data"))
+    write_manifest(bundle_folder, read_manifest(bundle_folder))
+    assert external_files(stage.read_bytes()) == {"../secret.data"}
+    for use in (load, lambda path: reduce_bundle(path, bundle_folder.parent)):
+        with pytest.raises(BundleError, match=r"step\.onnx: expected weights in the files of the bundle beside it"):
+            use(bundle_folder)
+    (problem,), _ = verify(bundle_folder, open_stage)
+    assert problem.startswith("stage step: ") and "reads '../secret.data'" in problem
 
 
 def test_a_graph_that_is_replaced_behind_the_check(bundle_folder: Path) -> None:
