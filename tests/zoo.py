@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import yaml
 
 from stepfold.loop.spec import LoopSpec
+
+if TYPE_CHECKING:
+    from stepfold.ir.program import Program
 
 EULER = {"scheduler": "EulerDiscreteScheduler", "config": {}, "steps": 8}
 THOUSANDTH = {"timestep_scale": 0.001}
@@ -66,6 +70,13 @@ class ZooModel:
             model = getattr(module, self.class_name)(**self.config)
         _fill_zero_weights(model)
         return model.eval()
+
+    @cached_property
+    def program(self) -> Program:
+        """The captured model, captured once a process; passes leave it as it is."""
+        from stepfold.frontend.capture import capture
+
+        return capture(self.build(), self.kwargs(2), self.loop(), method=self.method)
 
     def kwargs(self, batch: int, seed: int = 0) -> dict[str, Any]:
         """Keyword arguments of the captured method for `batch` samples."""

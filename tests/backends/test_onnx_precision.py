@@ -9,7 +9,6 @@ from tensorrt_stages import block, stage_of, symmetric_int8
 from zoo import DIT, FLUX, SD3, UNET, ZooModel
 
 from stepfold.backends.onnx.precision import at_precision
-from stepfold.frontend.capture import capture
 from stepfold.ir.program import Stage, reference
 from stepfold.loop.errors import StepfoldError
 from stepfold.loop.metrics import drift
@@ -51,7 +50,7 @@ def test_float32_is_the_stage_itself() -> None:
 @pytest.mark.parametrize("model", [DIT, *(pytest.param(m, marks=pytest.mark.slow) for m in (SD3, FLUX, UNET))], ids=str)
 @pytest.mark.parametrize("dtype", COST)
 def test_models_keep_their_outputs(model: ZooModel, dtype: torch.dtype) -> None:
-    program = capture(model.build(), model.kwargs(2), model.loop())
+    program = model.program
     inputs = {name: value.numpy() for name, value in program.example.items()}
     half = at_precision(program.step, dtype)
     before, after = reference(program.step)(inputs)[0], reference(half)(inputs)[0]

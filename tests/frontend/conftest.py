@@ -8,21 +8,13 @@ from pathlib import Path
 import pytest
 from zoo import DIT, ZooModel
 
-from stepfold.frontend.capture import capture
 from stepfold.ir.program import Program
 
 
 @pytest.fixture(scope="session")
 def captured() -> Callable[[ZooModel], Program]:
-    """The program of a zoo model, captured once."""
-    programs: dict[str, Program] = {}
-
-    def get(model: ZooModel) -> Program:
-        if model.name not in programs:
-            programs[model.name] = capture(model.build(), model.kwargs(2), model.loop(), method=model.method)
-        return programs[model.name]
-
-    return get
+    """The program of a zoo model."""
+    return lambda model: model.program
 
 
 @pytest.fixture

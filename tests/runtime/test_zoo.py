@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints import load_captured
 from zoo import BERT, FLUX, PIXART, SD3, UNET, ZOO, ZooModel
 
 from stepfold.cli import main
@@ -42,9 +43,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory):
 
 
 def optimize(model: ZooModel, folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
-    """The object `optimize --json` prints for a saved folder of the model."""
+    """The object `optimize --json` prints for a saved folder of the model, which other tests load and capture."""
     checkpoint, bundle = model.save(folder / "checkpoint"), folder / "bundle"
-    code = main(["optimize", str(checkpoint), "--out", str(bundle), "--json", *arguments])
+    with pytest.MonkeyPatch.context() as patch:
+        load_captured(patch, checkpoint, model.program)
+        code = main(["optimize", str(checkpoint), "--out", str(bundle), "--json", *arguments])
     captured = capsys.readouterr()
     assert code == 0, captured.err
     return json.loads(captured.out)

@@ -279,9 +279,8 @@ def test_outputs_that_are_one_value_or_an_input(opened: Session) -> None:
 
 def captured(model: ZooModel) -> tuple[Program, Callable[[int], dict[str, np.ndarray]]]:
     from stepfold.frontend.calling import flatten
-    from stepfold.frontend.capture import capture
 
-    program = capture(model.build(), model.kwargs(2), model.loop(), method=model.method)
+    program = model.program
     names = [item.name for item in program.inputs]
 
     def inputs(batch: int) -> dict[str, np.ndarray]:

@@ -21,7 +21,6 @@ from stepfold.backends.tensorrt.options import TensorrtOptions
 from stepfold.bundle.manifest import Manifest
 from stepfold.bundle.probe import TOLERANCE, Probe
 from stepfold.bundle.reader import read
-from stepfold.frontend.capture import capture
 from stepfold.loop.errors import StepfoldError, UsageError
 from stepfold.passes.base import silent
 from stepfold.runtime.compiler import Job, optimize
@@ -178,7 +177,7 @@ def test_a_bundle_of_weights_in_blocks(scheme: str, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("model", [DIT, SD3, FLUX, PIXART, QWENIMAGE, UNET], ids=str)
 @pytest.mark.parametrize(("precision", "name"), [("fp32", "float32"), ("fp16", "float16"), ("bf16", "bfloat16")])
 def test_models_of_the_zoo(model: ZooModel, precision: str, name: str, tmp_path: Path) -> None:
-    stage = capture(model.build(), model.kwargs(2), model.loop()).step
+    stage = model.program.step
     (tmp_path / "stages").mkdir()
     options = TensorrtOptions.model_validate({**SM89, "precision": precision})
     plan = PlanDescription.read(lower(stage, tmp_path / "stages", options))

@@ -9,7 +9,6 @@ import pytest
 from programs import context_of, operators
 from zoo import FLUX, QWENIMAGE, SD3, WAN, ZooModel
 
-from stepfold.frontend.capture import capture
 from stepfold.ir.probe import outputs_drift, probe_outputs
 from stepfold.ir.program import Program
 from stepfold.passes.fuse.onnxruntime import FuseOnnxRuntime, FuseOptions
@@ -21,7 +20,7 @@ MASKED = ("attention", "it has a mask")
 
 def fused(model: ZooModel) -> tuple[Program, Program, dict[str, int], Counter]:
     """The program before and after, the counts of the rules, and why what is not fused was refused."""
-    before = capture(model.build(), model.kwargs(2), model.loop(), method=model.method)
+    before = model.program
     result = FuseOnnxRuntime(FuseOptions()).run(before, context_of(before, Path("unused")))
     refused = Counter((refusal.site.partition(":")[0], refusal.reason) for refusal in result.refused)
     return before, result.program, result.details["rules"], refused
