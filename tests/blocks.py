@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -44,8 +45,9 @@ class Block(torch.nn.Module):
         return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x)), approximate="tanh"))
 
 
+@cache
 def block(width: int = 32) -> Program:
-    """The program of one block."""
+    """The program of one block, captured once a process."""
     return component(Block(width), torch.randn(2, TOKENS, width, generator=torch.Generator().manual_seed(1)))
 
 
@@ -54,8 +56,8 @@ def tokens(batch: int, width: int = 32, seed: int = 2) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((batch, TOKENS, width)).astype(np.float32)
 
 
-def quantized(program: Program, activations: str, cache: Path) -> Stage:
+def quantized(program: Program, activations: str, kept: Path) -> Stage:
     """The stage that computes the output, with its linear layers in 8 bits."""
-    context = Context(program, Program.bind, program.bind, "openvino", 0, cache)
+    context = Context(program, Program.bind, program.bind, "openvino", 0, kept)
     options = QuantizeOptions.model_validate({"activations": activations})
     return Quantize(options).run(program, context).program.step

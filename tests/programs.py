@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,12 @@ def modulated_example(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch
     """x [B, 3, 5], t [B], c [B]."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(batch, 3, 5, generator=generator), torch.full((batch,), 500.0), torch.arange(batch) % 3
+
+
+@cache
+def modulated() -> Program:
+    """The program of `Modulated`, captured once a process; passes leave it as it is."""
+    return denoiser(Modulated(), *modulated_example())
 
 
 def context_of(program: Program, cache: Path, **changes: Any) -> Context:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -43,8 +44,9 @@ class Block(torch.nn.Module):
         return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x)), approximate="tanh"))
 
 
+@cache
 def block() -> Stage:
-    """A stage of one `Block`."""
+    """A stage of one `Block`, captured once a process."""
     generator = torch.Generator().manual_seed(1)
     x, shift = torch.randn(2, 8, 32, generator=generator), torch.randn(2, 32, generator=generator)
     return stage_of(Block(), x, shift, torch.tensor([700.5, 33.0]))

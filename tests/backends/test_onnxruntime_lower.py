@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import Modulated, component, denoiser, modulated_example, operators
+from programs import component, modulated, modulated_example, operators
 from stages import MASKS, STAGES, M, T, arrays
 
 from stepfold.backends.onnx import emit as emission
@@ -150,9 +150,14 @@ def test_a_norm_of_root_mean_squares_is_one_operator(tmp_path: Path) -> None:
 # -- the emitted files
 
 
-def test_ports_keep_their_names_and_a_dynamic_batch(tmp_path: Path) -> None:
-    program = denoiser(Modulated(), *modulated_example())
-    model = onnx.load(lower(program.step, tmp_path))
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of the step of `Modulated`."""
+    return lower(modulated().step, tmp_path_factory.mktemp("modulated"))
+
+
+def test_ports_keep_their_names_and_a_dynamic_batch(written: Path) -> None:
+    model = onnx.load(written)
     names = {item.name: item.type.tensor_type.shape.dim for item in [*model.graph.input, *model.graph.output]}
     assert list(names) == ["x", "t", "c", "y"]
     assert all(shape[0].dim_param and not shape[0].dim_value for shape in names.values())
@@ -161,16 +166,16 @@ def test_ports_keep_their_names_and_a_dynamic_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 20])
-def test_one_file_serves_any_batch(tmp_path: Path, batch: int) -> None:
-    stage = denoiser(Modulated(), *modulated_example()).step
-    session = open_session(lower(stage, tmp_path), stage.inputs, stage.outputs, threads=1)
+def test_one_file_serves_any_batch(written: Path, batch: int) -> None:
+    stage = modulated().step
+    session = open_session(written, stage.inputs, stage.outputs, threads=1)
     values = {item.name: value.numpy() for item, value in zip(stage.inputs, modulated_example(batch), strict=True)}
     np.testing.assert_allclose(session(values)[0], reference(stage)(values)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_no_inferred_shapes_are_left(tmp_path: Path) -> None:
+def test_no_inferred_shapes_are_left(written: Path) -> None:
     """Stale ones break the stock quantizer of ONNX Runtime."""
-    model = onnx.load(lower(denoiser(Modulated(), *modulated_example()).step, tmp_path))
+    model = onnx.load(written)
     computed = {name for node in model.graph.node for name in node.output}
     assert len(computed) > 3
     assert [item.name for item in model.graph.value_info if item.name in computed] == []
@@ -195,12 +200,8 @@ def test_large_weights_go_beside_the_file(tmp_path: Path, monkeypatch: pytest.Mo
     np.testing.assert_allclose(session({"input": x})[0], reference(stage)({"input": x})[0], rtol=1e-5, atol=1e-6)
 
 
-def test_the_same_stage_gives_the_same_bytes(tmp_path: Path) -> None:
-    stage = denoiser(Modulated(), *modulated_example()).step
-    first, second = ((tmp_path / name) for name in "ab")
-    for folder in (first, second):
-        folder.mkdir()
-    assert lower(stage, first).read_bytes() == lower(stage, second).read_bytes()
+def test_the_same_stage_gives_the_same_bytes(written: Path, tmp_path: Path) -> None:
+    assert lower(modulated().step, tmp_path).read_bytes() == written.read_bytes()
 
 
 # -- what has no form
@@ -249,7 +250,7 @@ def test_a_batch_that_the_exporter_fixes_is_refused(tmp_path: Path, monkeypatch:
 
 
 def test_where_names_module_and_line() -> None:
-    program = denoiser(Modulated(), *modulated_example())
+    program = modulated()
     node = next(node for node in program.step.graph.graph.nodes if node.target is torch.ops.aten.sin.default)
     assert where(node).startswith("node sin (top level; ") and "torch.sin" in where(node)
     linear = next(n for n in program.step.graph.graph.nodes if n.target is torch.ops.aten.linear.default)

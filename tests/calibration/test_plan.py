@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from calibrated import CALLS, WIDTH, network_program, standard
-from programs import Modulated, component, context_of, denoiser, modulated_example
+from programs import component, context_of, modulated
 
 from stepfold.calibration.collect import collect_shard
 from stepfold.calibration.document import bucket_of
@@ -137,7 +137,7 @@ def test_more_samples_at_once_take_more() -> None:
 
 def test_values_of_lower_rates_are_held_for_every_call(tmp_path: Path) -> None:
     """gain(c, t) [4 calls x 16 rows, 5] is computed once and stays; shift(t) is a table and counts as weights."""
-    program = denoiser(Modulated(), *modulated_example())
+    program = modulated()
     hoisted = Hoist(HoistOptions()).run(program, context_of(program, tmp_path)).program
     (stage,) = [stage for stage in hoisted.stages if stage.rate is Rate.ONCE_TIMESTEP]
     rows, made = 2 * SHARD_SAMPLES, plan(hoisted, samples=SHARD_SAMPLES)

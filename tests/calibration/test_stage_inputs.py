@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from programs import Modulated, Program, component, context_of, denoiser, modulated_example
+from programs import Program, component, context_of, modulated
 
 from stepfold.calibration.conditions import sample_request
 from stepfold.calibration.stage_inputs import step_inputs
@@ -17,7 +17,7 @@ SET = SampleSet("calibration", 0, 3)
 
 @pytest.fixture(scope="module")
 def program() -> Program:
-    return denoiser(Modulated(), *modulated_example())
+    return modulated()
 
 
 def test_every_evaluation_of_both_branches(program: Program) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from programs import Modulated, component, denoiser, modulated_example
+from programs import component, denoiser, modulated
 
 from stepfold.frontend.rates import input_roles, node_rates, node_roles, parameters_by_rate, read_values
 from stepfold.ir.edit import copy_graph, finish, output_nodes
@@ -126,7 +126,7 @@ def test_node_roles_follow_the_ports_not_the_placeholders() -> None:
 
 def test_weights_by_the_rate_that_reads_them() -> None:
     """classes 4 x 6 by c; time 1 x 6 + 6 and shift 6 x 5 + 5 by t; gain 6 x 5 + 5 by both; body 5 x 5 + 5 by x."""
-    program = denoiser(Modulated(), *modulated_example())
+    program = modulated()
     assert parameters_by_rate(program) == {
         Rate.CONST: 0,
         Rate.ONCE: 24,
@@ -195,7 +195,7 @@ def test_rates_of_the_tiny_dit(tiny_program: Program) -> None:
 
 
 def test_they_sum_to_all_parameters(tiny_program: Program) -> None:
-    models = [tiny_program, denoiser(Modulated(), *modulated_example()), component(torch.nn.Linear(3, 4), X)]
+    models = [tiny_program, modulated(), component(torch.nn.Linear(3, 4), X)]
     for program in models:
         assert sum(parameters_by_rate(program).values()) == program.parameters() > 0
 

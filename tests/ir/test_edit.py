@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from programs import Modulated, calls, component, denoiser, modulated_example, operators
+from programs import calls, component, denoiser, modulated, operators
 
 from stepfold.ir.edit import (
     add_buffer,
@@ -25,7 +25,7 @@ aten = torch.ops.aten
 
 @pytest.fixture(scope="module")
 def program() -> Program:
-    return denoiser(Modulated(), *modulated_example())
+    return modulated()
 
 
 def values_of(program: Program) -> dict[str, np.ndarray]:

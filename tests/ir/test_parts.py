@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from programs import Modulated, denoiser, modulated_example, samples_of
+from programs import modulated, samples_of
 
 from stepfold.ir.cost import program_flops, stage_flops
 from stepfold.ir.edit import add_buffer, copy_graph, finish
@@ -22,7 +22,7 @@ CALLS = 4
 
 @pytest.fixture(scope="module")
 def program() -> Program:
-    return denoiser(Modulated(), *modulated_example())
+    return modulated()
 
 
 def doubled(stage: Stage) -> Stage:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from programs import Modulated, component, denoiser, loop_around, modulated_example
+from programs import Modulated, component, denoiser, loop_around, modulated, modulated_example
 
 from stepfold.ir.probe import outputs_drift, probe_calls, probe_inputs, probe_outputs
 from stepfold.ir.program import Program, attribute, reference
@@ -15,7 +15,7 @@ from stepfold.loop.recurrence import Recurrence, as_timesteps
 
 @pytest.fixture(scope="module")
 def program() -> Program:
-    return denoiser(Modulated(), *modulated_example())
+    return modulated()
 
 
 def with_calls(program: Program, calls: int) -> Program:

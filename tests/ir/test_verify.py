@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from programs import Modulated, denoiser, modulated_example
+from programs import modulated
 
 from stepfold.ir.edit import copy_graph
 from stepfold.ir.program import Program, Stage
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 @pytest.fixture(scope="module")
 def program() -> Program:
-    return denoiser(Modulated(), *modulated_example())
+    return modulated()
 
 
 def restaged(program: Program, **changes) -> Program:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from analytic import euler
-from programs import FakePass, Modulated, component, context_of, denoiser, modulated_example, run
+from programs import FakePass, component, context_of, modulated, run
 from torch import fx
 
 from stepfold.ir.edit import copy_graph, finish
@@ -28,7 +28,7 @@ aten = torch.ops.aten
 
 @pytest.fixture(scope="module")
 def program() -> Program:
-    return denoiser(Modulated(), *modulated_example())
+    return modulated()
 
 
 class Limited(Options):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import MODEL_CODE, command
-from programs import Modulated, denoiser, modulated_example, samples_of
+from programs import modulated, samples_of
 
 import stepfold
 from stepfold.backends.inductor.capability import capability
@@ -27,7 +27,7 @@ EVALUATION = 1e-4  # relative, of one evaluation against eager PyTorch
 
 @pytest.mark.slow
 def test_samples_are_those_of_the_reference(tmp_path: Path) -> None:
-    program, _ = stepfold.apply(denoiser(Modulated(), *modulated_example()), {"passes": ["hoist"]}, backend="inductor")
+    program, _ = stepfold.apply(modulated(), {"passes": ["hoist"]}, backend="inductor")
     folder = stepfold.lower(program, "inductor", out=tmp_path / "bundle")
     engine = stepfold.load(folder, threads=1)
     assert {stage.file for stage in engine.manifest.stages} == {f"stages/{stage.name}.so" for stage in program.stages}

@@ -14,8 +14,9 @@ import torch
 from blocks import block, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import Modulated, component, denoiser, modulated_example
+from programs import component, modulated, modulated_example
 from stages import STAGES, arrays
+from torch import fx
 
 from stepfold.backends.export import lowered
 from stepfold.backends.inductor.capability import capability
@@ -25,8 +26,10 @@ from stepfold.backends.inductor.options import InductorOptions
 from stepfold.backends.inductor.session import open_session
 from stepfold.ir.operators import OPERATORS
 from stepfold.ir.program import Stage, reference
+from stepfold.ir.shapes import port, propagate
 from stepfold.loop.errors import StepfoldError
 from stepfold.loop.metrics import drift
+from stepfold.loop.ports import Rate
 
 pytestmark = pytest.mark.skipif(not capability().can_build, reason=capability().reason or "it builds here")
 
@@ -41,16 +44,54 @@ def opened(stage: Stage, folder: Path, options: InductorOptions = OPTIONS) -> An
     return open_session(lower(stage, folder, options=options), stage.inputs, stage.outputs, threads=1, options=options)
 
 
+def side_by_side(stages: list[Stage]) -> Stage:
+    """One stage of them all; their inputs and outputs have the number of their stage behind their names."""
+    root, graph = torch.nn.Module(), fx.Graph()
+    inputs, outputs = [], []
+    for i, stage in enumerate(stages):
+        root.add_module(f"stage{i}", stage.graph)
+        results = copied(stage.graph.graph, graph, i)
+        inputs += [replace(item, name=f"{item.name}_{i}") for item in stage.inputs]
+        outputs += [(node, f"{item.name}_{i}") for node, item in zip(results, stage.outputs, strict=True)]
+    graph.output(tuple(node for node, _ in outputs))
+    module = fx.GraphModule(root, graph)
+    propagate(module, inputs)
+    return Stage("all", Rate.STEP, module, tuple(inputs), tuple(port(node, name) for node, name in outputs))
+
+
+def copied(source: fx.Graph, target: fx.Graph, number: int) -> list[fx.Node]:
+    """Copy the nodes of a stage, and return those that are its outputs."""
+    made: dict[fx.Node, fx.Node] = {}
+    for node in source.nodes:
+        if node.op == "output":
+            return [made[result] for result in node.args[0]]
+        if node.op == "placeholder":
+            made[node] = target.placeholder(f"{node.target}_{number}")
+        else:
+            made[node] = target.node_copy(node, made.__getitem__)
+        if node.op == "get_attr":
+            made[node].target = f"stage{number}.{node.target}"
+    raise AssertionError("a graph ends with its output")
+
+
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Outputs of a stage in Inductor beside those of its reference."""
-    sessions: dict[str, Any] = {}
+    """Outputs of a stage in Inductor beside those of its reference.
+
+    All stages are compiled as one, because the compiler takes its ten seconds however little there is to compile.
+    """
+    together = side_by_side([stage for _, stage in STAGES.values()])
+    call = opened(together, tmp_path_factory.mktemp("stage"))
 
     def run(name: str, inputs: dict[str, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-        stage = STAGES[name][1]
-        if name not in sessions:
-            sessions[name] = opened(stage, tmp_path_factory.mktemp("stage"))
-        return list(zip(sessions[name](inputs), reference(stage)(inputs), strict=True))
+        number, stage = list(STAGES).index(name), STAGES[name][1]
+        batch = len(next(iter(inputs.values())))
+        shapes = {item: [batch if size is None else size for size in item.shape] for item in together.inputs}
+        values = {item.name: np.zeros(shape, item.dtype) for item, shape in shapes.items()}
+        outputs = call(values | {f"{key}_{number}": value for key, value in inputs.items()})
+        found = zip(together.outputs, outputs, strict=True)
+        received = [value for item, value in found if item.name.endswith(f"_{number}")]
+        return list(zip(received, reference(stage)(inputs), strict=True))
 
     return run
 
@@ -92,7 +133,7 @@ def test_operators_equal_their_reference(both: Run, name: str, data: st.DataObje
 
 @pytest.mark.slow
 def test_one_object_serves_any_batch(tmp_path: Path) -> None:
-    stage = denoiser(Modulated(), *modulated_example()).step
+    stage = modulated().step
     call = opened(stage, tmp_path)
     for batch in (1, 5, 2, 1):
         values = {item.name: value.numpy() for item, value in zip(stage.inputs, modulated_example(batch), strict=True)}
@@ -116,7 +157,7 @@ def test_a_transformer_block(tmp_path: Path, precision: str) -> None:
 
 @pytest.mark.slow
 def test_files_and_description(tmp_path: Path) -> None:
-    stage = denoiser(Modulated(), *modulated_example()).step
+    stage = modulated().step
     values = {item.name: value.numpy() for item, value in zip(stage.inputs, modulated_example(3), strict=True)}
     results = []
     for name in "ab":

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from programs import Modulated, denoiser, modulated_example
+from programs import modulated, modulated_example
 from stages import STAGES
 from threads import at_once
 
@@ -69,7 +69,7 @@ def test_an_unknown_provider() -> None:
 
 @pytest.fixture(scope="module")
 def stage() -> Stage:
-    return denoiser(Modulated(), *modulated_example()).step
+    return modulated().step
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_integers_have_no_kernel_on_a_gpu(tmp_path: Path, provider: str) -> None
 def test_a_bundle_for_a_gpu_is_built_without_one(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch stands in; the files are those of the CPU, and run there when asked to."""
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CPU])
-    program: Program = denoiser(Modulated(), *modulated_example())
+    program: Program = modulated()
     with workshop("onnxruntime", {"provider": "cuda"}) as shop:
         assert not shop.runs
     out = stepfold.lower(program, "onnxruntime", out=tmp_path / "bundle", options={"provider": "cuda"})

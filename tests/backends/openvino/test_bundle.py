@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from blocks import needs_vnni
 from commands import NOT_OF_THE_CORE, command
-from programs import Modulated, denoiser, modulated_example, samples_of
+from programs import modulated, samples_of
 
 import stepfold
 from stepfold.bundle.probe import TOLERANCE, Probe
@@ -30,7 +30,7 @@ QUICK = {"evaluations": EVALUATIONS, "samples": 16, "search_samples": 8, "moves"
 
 @pytest.mark.parametrize("passes", [[], ["hoist"]], ids=["captured", "hoisted"])
 def test_samples_are_those_of_the_reference(tmp_path: Path, passes: list[str]) -> None:
-    program = denoiser(Modulated(), *modulated_example())
+    program = modulated()
     if passes:
         program, _ = stepfold.apply(program, {"passes": passes}, backend="openvino")
     folder = stepfold.lower(program, "openvino", out=tmp_path / "bundle")
@@ -50,7 +50,7 @@ def test_samples_are_those_of_the_reference(tmp_path: Path, passes: list[str]) -
 def test_a_bundle_in_bfloat16(tmp_path: Path) -> None:
     if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this processor has no bfloat16")
-    program = denoiser(Modulated(), *modulated_example())
+    program = modulated()
     folder = stepfold.lower(program, "openvino", out=tmp_path / "bundle", options={"precision": "bf16"})
     engine = stepfold.load(folder, threads=1)
     assert engine.manifest.backend.options == {"precision": "bf16", "shapes": "dynamic"}
@@ -61,7 +61,7 @@ def test_a_bundle_in_bfloat16(tmp_path: Path) -> None:
 
 
 def test_an_unknown_option(tmp_path: Path) -> None:
-    program = denoiser(Modulated(), *modulated_example())
+    program = modulated()
     with pytest.raises(UsageError, match="option 'precision': expected 'fp32' or 'bf16'; received 'fp16'"):
         stepfold.lower(program, "openvino", out=tmp_path / "bundle", options={"precision": "fp16"})
 

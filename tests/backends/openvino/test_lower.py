@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from blocks import block, needs_vnni, quantized, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import Modulated, component, denoiser, modulated_example
+from programs import component, modulated, modulated_example
 from stages import BIAS, MASKS, STAGES, M, T, arrays, static_pair
 from zoo import BY_NAME, EACH, ZooModel
 
@@ -21,7 +22,7 @@ from stepfold.backends.openvino.lower import LOWERINGS, lower, prepare
 from stepfold.backends.openvino.options import OpenvinoOptions
 from stepfold.backends.openvino.session import open_session
 from stepfold.ir.operators import OPERATORS
-from stepfold.ir.program import Program, reference
+from stepfold.ir.program import Program, Stage, reference
 from stepfold.loop.errors import StepfoldError, UsageError
 from stepfold.loop.metrics import drift
 from stepfold.loop.ports import StageCallable
@@ -48,6 +49,7 @@ PAIRS = {
 }
 TRIED = ALONE | PAIRS
 Session = Callable[..., StageCallable]
+Integers = Callable[[str], tuple[Stage, StageCallable]]
 Run = Callable[[str, dict[str, np.ndarray]], list[tuple[np.ndarray, np.ndarray]]]
 
 
@@ -134,35 +136,46 @@ def test_attention_with_a_mask(opened: Session, name: str, scale: float | None) 
 # -- integer layers
 
 
+@pytest.fixture(scope="module")
+def integers(tmp_path_factory: pytest.TempPathFactory) -> Integers:
+    """The block with activations of a kind in 8 bits, and as the engine runs it."""
+
+    @cache
+    def made(activations: str) -> tuple[Stage, StageCallable]:
+        stage = quantized(block(), activations, tmp_path_factory.mktemp("cache"))
+        file = lower(stage, tmp_path_factory.mktemp("stage"), options=OPTIONS)
+        return stage, open_session(file, stage.inputs, stage.outputs, threads=1, options=OPTIONS)
+
+    return made
+
+
 @needs_vnni
-def test_dynamic_layers_are_those_of_the_prepared_stage(opened: Session, tmp_path: Path) -> None:
-    program = block()
-    stage = quantized(program, "dynamic", tmp_path)
-    call, groups, tensor = opened(stage), reference(prepare(stage, OPTIONS)), reference(stage)
+def test_dynamic_layers_are_those_of_the_prepared_stage(integers: Integers) -> None:
+    stage, call = integers("dynamic")
+    groups, tensor = reference(prepare(stage, OPTIONS)), reference(stage)
     for batch in (1, 5):
         values = {stage.inputs[0].name: tokens(batch)}
-        (received,), (exact,) = call(values), program.bind().evaluate(values)
+        (received,), (exact,) = call(values), block().bind().evaluate(values)
         assert drift(received, groups(values)[0]) < LEVEL < drift(received, exact)
         finer = drift(received, exact) < drift(tensor(values)[0], exact)
         assert finer, "a scale for each token is finer than one for the batch"
 
 
 @pytest.mark.parametrize("activations", ["static", "symmetric"])
-def test_stored_scales_are_those_of_the_reference(opened: Session, tmp_path: Path, activations: str) -> None:
-    program = block()
-    stage = quantized(program, activations, tmp_path)
-    call, run = opened(stage), reference(stage)
+def test_stored_scales_are_those_of_the_reference(integers: Integers, activations: str) -> None:
+    stage, call = integers(activations)
+    run = reference(stage)
     for batch in (1, 5):
         values = {stage.inputs[0].name: tokens(batch)}
         (received,) = call(values)
-        assert drift(received, run(values)[0]) < LEVEL < drift(received, program.bind().evaluate(values)[0])
+        assert drift(received, run(values)[0]) < LEVEL < drift(received, block().bind().evaluate(values)[0])
 
 
 @needs_vnni
 @pytest.mark.parametrize("activations", ["dynamic", "static"])
-def test_a_sample_does_not_depend_on_its_batch_mates(opened: Session, tmp_path: Path, activations: str) -> None:
-    stage = quantized(block(), activations, tmp_path)
-    name, call = stage.inputs[0].name, opened(stage)
+def test_a_sample_does_not_depend_on_its_batch_mates(integers: Integers, activations: str) -> None:
+    stage, call = integers(activations)
+    name = stage.inputs[0].name
     mates = tokens(3)
     louder = np.concatenate([mates[:1], 50 * mates[1:]])
     np.testing.assert_array_equal(call({name: mates})[0][:1], call({name: louder})[0][:1])
@@ -209,12 +222,11 @@ def test_float32_is_not_rounded_and_bfloat16_is(opened: Session) -> None:
 
 
 @needs_vnni
-def test_integer_layers_stay_integer_in_bfloat16(opened: Session, tmp_path: Path) -> None:
+def test_integer_layers_stay_integer_in_bfloat16(opened: Session, integers: Integers) -> None:
     """`lower` asks with the precision, so it would refuse a layer that bfloat16 takes out of the integers."""
-    program = block()
-    stage = quantized(program, "dynamic", tmp_path)
+    stage, _ = integers("dynamic")
     values = {stage.inputs[0].name: tokens(2)}
-    received, exact = opened(stage, bf16())(values)[0], program.bind().evaluate(values)[0]
+    received, exact = opened(stage, bf16())(values)[0], block().bind().evaluate(values)[0]
     assert drift(received, exact) < 2e-2
     stored = {value.dtype for value in prepare(stage, OpenvinoOptions(precision="bf16")).tensors().values()}
     assert torch.bfloat16 in stored and torch.int8 in stored
@@ -236,7 +248,7 @@ def test_a_precision_that_the_processor_lacks(tmp_path: Path, monkeypatch: pytes
 
 
 def test_files_and_ports(tmp_path: Path) -> None:
-    stage = denoiser(Modulated(), *modulated_example()).step
+    stage = modulated().step
     file = lower(stage, tmp_path, options=OPTIONS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step.bin", "step.xml"] and file.name == "step.xml"
     model = openvino.Core().read_model(file)
@@ -247,15 +259,15 @@ def test_files_and_ports(tmp_path: Path) -> None:
 
 
 def test_one_file_serves_any_batch(opened: Session) -> None:
-    stage = denoiser(Modulated(), *modulated_example()).step
+    stage = modulated().step
     call = opened(stage)
     for batch in (1, 5, 2):
         values = {item.name: value.numpy() for item, value in zip(stage.inputs, modulated_example(batch), strict=True)}
         np.testing.assert_allclose(call(values)[0], reference(stage)(values)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_the_same_stage_gives_the_same_bytes(tmp_path: Path) -> None:
-    stage = quantized(block(), "static", tmp_path)
+def test_the_same_stage_gives_the_same_bytes(integers: Integers, tmp_path: Path) -> None:
+    stage, _ = integers("static")
     for name in "ab":
         (tmp_path / name).mkdir()
         lower(stage, tmp_path / name, options=OPTIONS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,11 @@ from stepfold.backends.openvino.lower import GROUP_PROPERTY, lower
 from stepfold.backends.openvino.options import OpenvinoOptions
 from stepfold.backends.openvino.precision import IntegerSite, float_sites, integer_sites, rounds_activations
 from stepfold.backends.openvino.session import settings_of
-from stepfold.ir.program import Stage
 
 openvino = pytest.importorskip("openvino", reason="openvino is not installed: pip install 'stepfold[openvino]'")
 
 SETTINGS = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+Written = Callable[[str], Path]
 LAYERS = 6  # query, key, value, merge, up, down
 GROUP = 32  # of a block of width 32, whose layers read 32 and 128 features
 
@@ -27,9 +29,17 @@ def activations(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture
-def stage(activations: str, tmp_path: Path) -> Stage:
-    return quantized(block(), activations, tmp_path)
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """The file of the block, in float or with activations of a kind in 8 bits."""
+
+    @cache
+    def file(activations: str) -> Path:
+        folder = tmp_path_factory.mktemp(activations)
+        stage = block().step if activations == "float" else quantized(block(), activations, folder)
+        return lower(stage, folder, options=OpenvinoOptions())
+
+    return file
 
 
 def compiled(file: Path, **settings: Any) -> Any:
@@ -48,8 +58,8 @@ def layers(model: Any) -> Counter[tuple[str, str]]:
 
 
 @needs_vnni
-def test_every_quantized_layer_runs_in_integers(stage: Stage, activations: str, tmp_path: Path) -> None:
-    file = lower(stage, tmp_path, options=OpenvinoOptions())
+def test_every_quantized_layer_runs_in_integers(written: Written, activations: str) -> None:
+    file = written(activations)
     sites = integer_sites(openvino.Core().read_model(file))
     assert [site.dynamic for site in sites] == [activations == "dynamic"] * LAYERS
     assert sorted(site.width for site in sites) == [32] * 5 + [128]
@@ -60,16 +70,15 @@ def test_every_quantized_layer_runs_in_integers(stage: Stage, activations: str, 
 
 
 @needs_vnni
-def test_the_group_is_stored_in_the_file(stage: Stage, activations: str, tmp_path: Path) -> None:
-    model = compiled(lower(stage, tmp_path, options=OpenvinoOptions()))
+def test_the_group_is_stored_in_the_file(written: Written, activations: str) -> None:
+    model = compiled(written(activations))
     assert (model.get_property(GROUP_PROPERTY) == GROUP) or activations == "static"
 
 
 @needs_vnni
-def test_layers_in_float_are_found(tmp_path: Path) -> None:
+def test_layers_in_float_are_found(written: Written) -> None:
     """Without groups the plugin unpacks the weights and multiplies in float; what it reports is the same."""
-    stage = quantized(block(), "dynamic", tmp_path)
-    file = lower(stage, tmp_path, options=OpenvinoOptions())
+    file = written("dynamic")
     sites = integer_sites(openvino.Core().read_model(file))
     model = compiled(file, **{GROUP_PROPERTY: 0})
     assert {precision for kind, precision in layers(model) if kind == "FullyConnected"} == {"i8"}
@@ -78,26 +87,25 @@ def test_layers_in_float_are_found(tmp_path: Path) -> None:
     assert "keeps activations in float" in next(iter(found.values()))
 
 
-def test_a_layer_that_the_compiled_model_lacks(tmp_path: Path) -> None:
-    stage = quantized(block(), "static", tmp_path)
-    model = compiled(lower(stage, tmp_path, options=OpenvinoOptions()))
+def test_a_layer_that_the_compiled_model_lacks(written: Written) -> None:
+    model = compiled(written("static"))
     lost = IntegerSite("no_such_weight", 32, False)
     assert float_sites(model, [lost], SETTINGS, GROUP) == {
         "no_such_weight": "no product of the compiled model reads its weight"
     }
 
 
-def test_a_model_in_float_has_no_integer_site(tmp_path: Path) -> None:
-    file = lower(block().step, tmp_path, options=OpenvinoOptions())
+def test_a_model_in_float_has_no_integer_site(written: Written) -> None:
+    file = written("float")
     assert integer_sites(openvino.Core().read_model(file)) == []
     assert {precision for _, precision in layers(compiled(file))} <= {"f32", "i32", "i64"}
 
 
-def test_attention_is_one_layer(tmp_path: Path) -> None:
+def test_attention_is_one_layer(written: Written) -> None:
     """Its products and its softmax are in one kernel, as are the head split and merge."""
-    model = openvino.Core().read_model(lower(block().step, tmp_path, options=OpenvinoOptions()))
+    model = openvino.Core().read_model(written("float"))
     assert [node.get_type_name() for node in model.get_ops()].count("ScaledDotProductAttention") == 1
-    kinds = Counter(kind for kind, _ in layers(compiled(tmp_path / "forward.xml")).elements())
+    kinds = Counter(kind for kind, _ in layers(compiled(written("float"))).elements())
     assert "Softmax" not in kinds and "MatMul" not in kinds
     assert kinds["Subgraph"] + kinds["ScaledDotProductAttention"] == 1
 

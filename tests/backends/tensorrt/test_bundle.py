@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from programs import Modulated, denoiser, modulated_example
+from programs import denoiser, modulated
 from tensorrt_stages import needs_rtx
 from zoo import DIT, FLUX, PIXART, QWENIMAGE, SD3, UNET, ZooModel
 
@@ -41,7 +41,7 @@ def types(folder: Path, stage: str) -> set[str]:
 @no_gpu
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_bundle_is_packed_and_not_run(tmp_path: Path, precision: str) -> None:
-    program = denoiser(Modulated(), *modulated_example())
+    program = modulated()
     hoisted, _ = stepfold.apply(program, {"passes": ["hoist"]}, backend="tensorrt", options=SM89)
     options = {**SM89, "precision": precision}
     folder = Path(stepfold.lower(hoisted, "tensorrt", out=tmp_path / "bundle", options=options))
@@ -60,7 +60,7 @@ def test_a_bundle_is_packed_and_not_run(tmp_path: Path, precision: str) -> None:
 @needs_rtx
 @no_gpu
 def test_the_stand_in_rounds_as_the_engine_does(tmp_path: Path) -> None:
-    program = denoiser(Modulated(), *modulated_example())
+    program = modulated()
     inputs = {name: value.numpy() for name, value in program.example.items()}
     outputs = {}
     for precision in ("fp32", "bf16"):
@@ -84,7 +84,7 @@ def test_engines_that_run_are_not_replaced(monkeypatch: pytest.MonkeyPatch) -> N
     prepared = []
     monkeypatch.setattr(Backend, "prepared", lambda self, stage: prepared.append(stage) or stage)
     with workshop("onnxruntime") as shop:
-        program = denoiser(Modulated(), *modulated_example())
+        program = modulated()
         shop.measured(program)
         assert shop.runs and prepared == [] and len(list(shop.folder.iterdir())) == 1
 

@@ -9,15 +9,7 @@ import numpy as np
 import pytest
 import torch
 from hoisting import EXACT, assert_same_samples, by_rate, hoist
-from programs import (
-    Modulated,
-    calls,
-    component,
-    context_of,
-    denoiser,
-    modulated_example,
-    operators,
-)
+from programs import Modulated, calls, component, context_of, denoiser, modulated, operators
 
 from stepfold.frontend.rates import node_rates, parameters_by_rate
 from stepfold.ir.cost import program_flops
@@ -33,7 +25,7 @@ from stepfold.passes.schedule.hoist import Hoist, HoistOptions
 
 @pytest.fixture(scope="module")
 def program() -> Program:
-    return denoiser(Modulated(), *modulated_example())
+    return modulated()
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from programs import Modulated, Program, component, denoiser, modulated_example
+from programs import Program, component, modulated
 
 from stepfold.backends.onnxruntime.lower import LOWERINGS
 from stepfold.backends.onnxruntime.session import open_session
@@ -35,7 +35,7 @@ class Rows(torch.nn.Module):
 @pytest.mark.parametrize("case", ["rows", "tokens", "denoiser"])
 def test_products_have_the_names_of_the_layers(case: str, tmp_path: Path) -> None:
     if case == "denoiser":
-        program: Program = denoiser(Modulated(), *modulated_example())
+        program: Program = modulated()
     else:
         program = component(Rows(), torch.randn(2, 4) if case == "rows" else torch.randn(2, 3, 4))
     stage = program.step
