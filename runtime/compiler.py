@@ -103,7 +103,7 @@ def optimize(job: Job, progress: Progress, finish: Finish | None = None) -> dict
     check_out(job.out, job.overwrite)
     recipe = _recipe(job)
     steps = recipe.steps()
-    engine = registry.get(job.backend or recipe.backend or DEFAULT_BACKEND).name
+    engine = registry.get(recipe.backend or DEFAULT_BACKEND if job.backend is None else job.backend).name
     statistics = open_finished(job.calibration) if job.calibration is not None else None
     with workshop(engine, _backend_options(job, engine), compiled_stages()) as shop:
         progress("loading", 0, 1)
@@ -231,7 +231,9 @@ def apply(
     seed = whole("seed", seed, 0)
     loaded = load_recipe(recipe)
     statistics = open_store(place("calibration", calibration), program) if calibration is not None else None
-    with workshop(backend or loaded.backend or DEFAULT_BACKEND, options, compiled_stages()) as shop:
+    with workshop(
+        loaded.backend or DEFAULT_BACKEND if backend is None else backend, options, compiled_stages()
+    ) as shop:
         result = run_passes(program, loaded.steps(), make_context(program, shop, seed, None, silent, statistics))
     return result, result.records[len(program.records) :]
 

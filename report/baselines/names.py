@@ -26,6 +26,7 @@ ALIASES = {  # short names of diffusers schedulers
     "unipc": "UniPCMultistepScheduler",
 }
 MOST_STEPS = 10_000
+LONGEST_STEPS = 20  # digits; Python converts no number of thousands of them
 PATTERN = re.compile(r"(?P<engine>[^@:]+)(?:@(?P<steps>[0-9]+))?(?::(?P<solver>[A-Za-z0-9_+-]+))?")
 
 
@@ -73,8 +74,8 @@ def parse(text: str) -> Baseline:
     engine, steps, solver = match["engine"], match["steps"], match["solver"]
     if engine not in NEEDS:
         raise UsageError(f"--baselines: unknown baseline {engine!r} in {text!r}; {nearest(engine, list(NEEDS))}")
-    if steps is not None and not 1 <= int(steps) <= MOST_STEPS:
-        raise UsageError(f"--baselines: expected 1 to {MOST_STEPS} steps; received {steps} in {text!r}.")
+    if steps is not None and (len(steps) > LONGEST_STEPS or not 1 <= int(steps) <= MOST_STEPS):
+        raise UsageError(f"--baselines: expected 1 to {MOST_STEPS} steps; received {steps:.20} in {text!r:.80}.")
     return Baseline(text, engine, None if steps is None else int(steps), solver)
 
 

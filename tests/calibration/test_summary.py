@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 from calibrated import CALLS, TOKENS, calibrated, standard
+from mutations import check
 
 from stepfold.calibration.document import STATISTICS, STORE
 from stepfold.calibration.read import SiteStatistics, open_finished
 from stepfold.calibration.shards import shard_name
 from stepfold.calibration.summary import plan_bytes, store_summary
+from stepfold.cli.inspect_store import print_store
 from stepfold.loop.errors import StepfoldError
 
 SAMPLES = 20
@@ -75,3 +77,11 @@ def test_bytes_of_the_plan(store: Path) -> None:
     assert sizes["planned"] == sum(sizes[name] for name in parts)
     on_disk = sum(path.stat().st_size for path in store.rglob("*.safetensors"))
     assert on_disk <= sizes["disk"] * 1.1 and sizes["disk"] <= on_disk * 1.5
+
+
+def test_changed_documents_are_shown_or_refused(store: Path) -> None:
+    def use(document: object) -> None:
+        (store / STORE).write_text(json.dumps(document))
+        print_store(store_summary(store))
+
+    check(json.loads((store / STORE).read_text()), use)

@@ -127,6 +127,7 @@ WRONG = {
     "recipe": (("--recipe", "defaul"), "recipe 'defaul': no such recipe or file; did you mean 'default'?"),
     "recipe file": (("--recipe", "none.yaml"), "none.yaml: expected a recipe, YAML; there is no such file."),
     "backend": (("--backend", "onnxruntim"), "did you mean 'onnxruntime'?"),
+    "no backend": (("--backend", ""), "backend: expected one that this stepfold has; received"),
     "budget": (("--min-psnr", "nan"), "--min-psnr: expected a number of decibels, 0 or more; received nan."),
     "no budget": (("--min-psnr", "-3"), "--min-psnr: expected a number of decibels, 0 or more; received -3."),
     "loop": (("--loop", "none.yaml"), "none.yaml: expected a loop file, YAML; there is no such file."),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mutations import check
 
 from stepfold.loop.errors import UsageError
 from stepfold.report.compare import RESAMPLES, compare, latency_ratio_interval
@@ -158,3 +159,15 @@ def test_wrong_use(write: Any, reports: int, limits: dict[str, float], message: 
     base = write("base", row("a", 100.0))
     with pytest.raises(UsageError, match=message):
         compare([base] * reports, **limits)
+
+
+def test_changed_reports_are_compared_or_refused(tmp_path: Path) -> None:
+    good = report(row("bundle", 10.0, 40.0), row("eager", 30.0, kind="baseline"))
+
+    def use(document: Any) -> None:
+        for name, content in (("a", document), ("b", good)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "report.json").write_text(json.dumps(content))
+        compare([tmp_path / "a", tmp_path / "b"], 5.0, 1.0).document()
+
+    check(good, use)

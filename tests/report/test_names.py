@@ -56,9 +56,9 @@ def test_another_form_is_refused(text: str) -> None:
         parse(text)
 
 
-@pytest.mark.parametrize("steps", ["0", "10001"])
+@pytest.mark.parametrize("steps", ["0", "10001", "9" * 5000])
 def test_impossible_steps_are_refused(steps: str) -> None:
-    with pytest.raises(UsageError, match=f"expected 1 to 10000 steps; received {steps}"):
+    with pytest.raises(UsageError, match=f"expected 1 to 10000 steps; received {steps[:20]}"):
         parse(f"eager@{steps}")
 
 
