@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,11 @@ class Trajectories:
 
     request: Request
     latents: Array
+
+    @cached_property
+    def pieces(self) -> list[Request]:
+        """The request in batches of at most `BATCH` samples, the same objects each time."""
+        return slices(self.request, BATCH)
 
 
 def trajectories(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -39,6 +40,24 @@ class Request:
     conditions: Mapping[str, Array]
     unconditional: Mapping[str, Array] | None
 
+    @cached_property
+    def branches(self) -> dict[str, Array]:
+        """Name -> [2 B, ...]: conditional rows first, unconditional rows after them; [B, ...] without guidance.
+
+        So an unguided evaluation takes the first B.
+        """
+        if self.unconditional is None:
+            return dict(self.conditions)
+        return {name: np.concatenate([value, self.unconditional[name]]) for name, value in self.conditions.items()}
+
+    @cached_property
+    def distinct(self) -> tuple[dict[str, Array], Array]:
+        """The R distinct rows of `branches`, and for each of the rows which of them it is.
+
+        Found once for a request, because a search runs the same request for every schedule that it tries.
+        """
+        return _distinct_rows(self.branches)
+
 
 class LoopRun:
     """One request on its way from noise to samples.
@@ -66,9 +85,8 @@ class LoopRun:
         if plan.guided.any() and request.unconditional is None:
             raise ValueError("the table has guided evaluations, so the request needs unconditional conditions")
         self._times = as_timesteps(plan.timesteps, self._timestep_dtype())  # [N]
-        branches = _branches(request)
-        self._rows, self._inverse = _distinct_rows(branches)
-        self._conditions = branches
+        self._conditions = request.branches
+        self._rows, self._inverse = request.distinct
         self._fixed: dict[str, Array] = {}  # rate once: [R, ...]
         self._by_call: dict[str, Array] = {}  # rate once×timestep: [N, R, ...]
         self._tables = {name: table[plan.positions] for name, table in program.tables.items()}  # [N, ...]
@@ -182,13 +200,6 @@ def run_loop(
         if on_step is not None:
             on_step(k + 1, table.evaluations)
     return run.latent
-
-
-def _branches(request: Request) -> dict[str, Array]:
-    """Conditional rows first, unconditional rows behind, so that an unguided evaluation takes the first B."""
-    if request.unconditional is None:
-        return dict(request.conditions)
-    return {name: np.concatenate([value, request.unconditional[name]]) for name, value in request.conditions.items()}
 
 
 def _distinct_rows(conditions: Mapping[str, Array]) -> tuple[dict[str, Array], Array]:

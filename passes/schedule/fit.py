@@ -14,7 +14,7 @@ from itertools import takewhile
 
 import numpy as np
 
-from ...calibration.trajectories import BATCH, Trajectories, slices
+from ...calibration.trajectories import Trajectories
 from ...loop.driver import LoopRun, run_loop
 from ...loop.ports import BoundProgram
 from ...loop.recurrence import Array, Recurrence
@@ -118,12 +118,12 @@ class Fitter:
 
     def runs(self, table: FoldedTable) -> list[LoopRun]:
         """The samples of the data at the start of a table's loop, in batches."""
-        return [LoopRun(self.bound, self.loop, piece, table) for piece in slices(self.data.request, BATCH)]
+        return [LoopRun(self.bound, self.loop, piece, table) for piece in self.data.pieces]
 
     def samples(self, table: FoldedTable, data: Trajectories | None = None) -> Array:
         """The samples a table makes from the noise of `data`."""
-        request = (data or self.data).request
-        return np.concatenate([run_loop(self.bound, self.loop, piece, table) for piece in slices(request, BATCH)])
+        pieces = (data or self.data).pieces
+        return np.concatenate([run_loop(self.bound, self.loop, piece, table) for piece in pieces])
 
     def _solve(self, runs: Sequence[LoopRun], chosen: list[Term], target: Array, prior: FoldedTable, k: int) -> Array:
         """Ridge least squares over all samples, in float64: minimize |terms w - target|^2 + ridge |w - w0|^2."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from ...ir.program import Program
@@ -149,15 +151,24 @@ class ScheduleSearch:
         self._refined[evaluations] = self._refine(start)
         plans = [Plan(positions) for positions in dict.fromkeys((self._refined[evaluations], coarse))]
         fits = {plan: self.trials.fitted(plan) for plan in plans}
-        best = max(fits.values(), key=lambda candidate: candidate.mean)
-        missing = np.inf if self._budget is None else self._budget - choice(fits.values(), self._budget).low
-        if not sparing or 0 < missing < POLISH_REACH:
-            for plan, fit in fits.items():
-                if fit.mean > best.mean - RIVAL_DB:
-                    self.trials.polished(plan)
+        self._polish(fits, sparing)
         self.trials.unfitted(even)
         same = [one for one in self.trials.tried if one.table.evaluations == evaluations and not one.thinned]
         return choice(same, self._budget)
+
+    def _polish(self, fits: Mapping[Plan, Candidate], sparing: bool) -> None:
+        """Polish the fits that may end in front, the best first.
+
+        A sparing search stops where the budget is met, or so far away that a further polish would not reach it.
+        """
+        ranked = sorted(fits.items(), key=lambda item: item[1].mean, reverse=True)
+        found, reach = list(fits.values()), POLISH_REACH
+        for plan, fit in ranked:
+            missing = np.inf if self._budget is None else self._budget - choice(found, self._budget).low
+            if fit.mean <= ranked[0][1].mean - RIVAL_DB or (sparing and not 0 < missing < reach):
+                return
+            found.append(self.trials.polished(plan))
+            reach = RIVAL_DB
 
     def _thinned(self, best: Candidate, budget: float) -> Candidate | None:
         """The table without the unconditional branch at as many evaluations as the budget allows, if at any.

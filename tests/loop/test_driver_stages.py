@@ -30,6 +30,7 @@ from loops import (
     request,
 )
 
+from stepfold.loop import driver
 from stepfold.loop.driver import Request, run_loop
 from stepfold.loop.noise import noise
 from stepfold.loop.ports import BoundProgram, BoundStage, InputPort, Rate
@@ -163,6 +164,16 @@ def test_stages_of_both_rates_run_in_batches_of_a_bounded_size(texts: Request, m
     cut = replace(program, stages=(program.stages[0], spy, program.stages[2]))
     np.testing.assert_array_equal(run_loop(cut, spec, texts, table), whole)
     assert sizes == [8, 8, 8]
+
+
+def test_the_rows_of_a_request_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search runs one request for hundreds of schedules, and a text of 4 MiB takes a while to hash."""
+    compared, real = list[int](), driver._distinct_rows
+    monkeypatch.setattr(driver, "_distinct_rows", lambda rows: (compared.append(1), real(rows))[1])
+    req = request(3)
+    for positions in ([0, 2], [0, 3]):
+        run_loop(plain(), LOOP, req, fold(recurrence(), SCALE, positions))
+    assert compared == [1]
 
 
 # --- ports: what the driver runs ------------------------------------------------------------------------------------
