@@ -11,7 +11,6 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 
 from ..loop.errors import StepfoldError, UsageError
 
@@ -27,24 +26,29 @@ def missing() -> str | None:
     return None if shutil.which(EMULATOR) else f"{EMULATOR} is missing: apt-get install qemu-user"
 
 
-def without_vnni(arguments: Sequence[str]) -> str:
-    """Run this Python with arguments on an emulated processor.
+def command(*arguments: str) -> tuple[str, ...]:
+    """The command that runs this Python with arguments on an emulated processor.
+
+    Raises:
+        UsageError: the emulator is missing.
+    """
+    reason = missing()
+    if reason is not None:
+        raise UsageError(f"{reason}.")
+    return (EMULATOR, "-cpu", PROCESSOR, sys.executable, *arguments)
+
+
+def without_vnni(*arguments: str) -> str:
+    """What this Python writes to its standard output on an emulated processor.
 
     Args:
-        arguments: command-line arguments of the interpreter, `-c` and a program for example.
-
-    Returns:
-        What it wrote to its standard output.
+        *arguments: command-line arguments of the interpreter, `-c` and a program for example.
 
     Raises:
         UsageError: the emulator is missing.
         StepfoldError: the program failed.
     """
-    reason = missing()
-    if reason is not None:
-        raise UsageError(f"{reason}.")
-    command = [EMULATOR, "-cpu", PROCESSOR, sys.executable, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if not line.startswith(EMULATOR)]
         raise StepfoldError(f"emulated {PROCESSOR}: exit {done.returncode}: {' '.join(lines[-3:])}")

@@ -33,5 +33,5 @@ def drawn_without_vnni(bundles: Mapping[str, Path], request: Mapping[str, np.nda
     paths = [str(path) for path in bundles.values()]
     file = f"{paths[0]}.npz"
     np.savez(file, **request)
-    without_vnni(["-c", DRAW, file, json.dumps(paths)])
+    without_vnni("-c", DRAW, file, json.dumps(paths))
     return {name: np.load(f"{path}.npy") for name, path in bundles.items()}

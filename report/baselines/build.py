@@ -22,6 +22,7 @@ SOURCES: dict[str, str | None] = {
     "compile": None,
     "onnxruntime": None,
     "onnxruntime-int8": "onnxruntime",
+    "onnxruntime-int8-reduced": "onnxruntime",
     "openvino": "onnxruntime",
     "openvino-int8": "openvino",
 }
@@ -90,10 +91,11 @@ def _build(
         from .onnx_engines import export
 
         export(Path(message["checkpoint"]), model_work.loop, target)
-    elif artifact == "onnxruntime-int8":
+    elif artifact.startswith("onnxruntime-int8"):
         from . import onnx_engines
 
-        onnx_engines.quantize(folder / "onnxruntime", target)
+        reduced = artifact == "onnxruntime-int8-reduced"
+        onnx_engines.quantize(folder / "onnxruntime", target, reduce_range=reduced)
     elif artifact == "openvino":
         from .openvino_engines import convert
 

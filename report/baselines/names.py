@@ -15,6 +15,7 @@ NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
     "compile": (("torch", "diffusers"), "compile"),
     "onnxruntime": (("torch", "diffusers", "onnx", "onnxscript"), "compile"),
     "onnxruntime-int8": (("torch", "diffusers", "onnx", "onnxscript"), "compile"),
+    "onnxruntime-int8-reduced": (("torch", "diffusers", "onnx", "onnxscript"), "compile"),
     "openvino": (("torch", "diffusers", "openvino"), "openvino"),
     "openvino-bf16": (("torch", "diffusers", "openvino"), "openvino"),
     "openvino-int8": (("torch", "diffusers", "openvino", "nncf"), "openvino"),

@@ -48,8 +48,10 @@ def export(checkpoint: Path, loop: LoopSpec | None, folder: Path) -> None:
         raise StepfoldError(f"torch.onnx.export failed: {lines[0] if lines else type(error).__name__}") from error
 
 
-def quantize(source: Path, folder: Path) -> None:
+def quantize(source: Path, folder: Path, reduce_range: bool = False) -> None:
     """Quantize `model.onnx` of `source` by `quantize_dynamic`: signed weights, per channel.
+
+    `reduce_range` is the tool's own remedy for processors without VNNI: weights of 7 bits.
 
     The exporter's `value_info` is removed first: the quantizer transposes weights of Gemm, trips over the stale
     shapes and fails. Convolutions stay: ONNX Runtime has no kernel for signed dynamic ones on a CPU.
@@ -64,6 +66,7 @@ def quantize(source: Path, folder: Path) -> None:
         model,
         folder / MODEL,
         per_channel=True,
+        reduce_range=reduce_range,
         weight_type=QuantType.QInt8,
         op_types_to_quantize=["MatMul", "Gemm"],
         use_external_data_format=large,

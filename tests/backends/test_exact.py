@@ -125,7 +125,7 @@ def test_engines_are_exact_without_vnni(tmp_path: Path) -> None:
             assert len(entry.exact_forms) == 3
             np.save(f"{out}.npy", largest(zero))
             jobs.append((str(out), f"{out}.npy", reference(stage)({"x": largest(zero)})))
-    without_vnni(["-c", RUN, json.dumps([job[:2] for job in jobs])])
+    without_vnni("-c", RUN, json.dumps([job[:2] for job in jobs]))
     for path, array, wanted in jobs:
         received = np.load(f"{array}.out.npz")
         for i, value in enumerate(wanted):
@@ -151,4 +151,4 @@ def test_the_emulated_processor_saturates(tmp_path: Path) -> None:
         "import sys, numpy as np, onnxruntime; print(onnxruntime.InferenceSession(sys.argv[1])"
         ".run(None, {'q': np.full((4, 64), 255, np.uint8)})[0][0, 0])"
     )
-    assert int(without_vnni(["-c", program, str(tmp_path / "one.onnx")])) == 64 // 2 * 32767 < 64 * 255 * 127
+    assert int(without_vnni("-c", program, str(tmp_path / "one.onnx"))) == 64 // 2 * 32767 < 64 * 255 * 127
