@@ -33,11 +33,13 @@ class Scheme(ABC):
         source: paper or engine it comes from.
         reads: options of `quantize` that it reads beside those that choose layers, with the values it takes; nothing
             listed means any.
+        saves_time: whether its layers are there to be faster than in floats, and not only smaller.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
     reads: ClassVar[Mapping[str, tuple[str, ...]]]
+    saves_time: ClassVar[bool] = False
 
     def __init__(self, options: QuantizeOptions):
         self.options = options

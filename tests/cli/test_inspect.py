@@ -3,6 +3,10 @@
 import json
 from pathlib import Path
 
+import pytest
+
+from stepfold.backends import instructions
+
 
 def test_a_bundle_prints_its_manifest(stepfold, read_only_bundle: Path) -> None:
     document = stepfold("inspect", read_only_bundle, "--json").document()
@@ -26,6 +30,18 @@ def test_a_checkpoint(stepfold, tiny_checkpoint: Path) -> None:
     assert [entry["role"] for entry in document["inputs"]] == ["state", "timestep", "condition"]
     assert sum(entry["parameters"] for entry in document["rates"]) == document["parameters"]
     assert document["sites"]["attention"] == 1
+
+
+def test_a_bundle_of_another_processor(stepfold, bundle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The JSON stays the manifest; people, and `verify`, are told what differs."""
+    document = json.loads((bundle_folder / "manifest.json").read_text())
+    document["backend"]["instructions"] = ["avx2"]
+    (bundle_folder / "manifest.json").write_text(json.dumps(document))
+    monkeypatch.setattr(instructions, "processor", lambda: {"instructions": "avx2 avx512_vnni"})
+    line = "speed: measured on a processor with avx2; this processor has avx512_vnni"
+    assert f"differs here: {line}" in stepfold("inspect", bundle_folder).out
+    assert stepfold("inspect", bundle_folder, "--json").document() == document
+    assert stepfold("verify", bundle_folder, "--json").document()["not_checked_here"][0].startswith(line)
 
 
 def test_a_checkpoint_as_text(stepfold, tiny_checkpoint: Path) -> None:

@@ -49,6 +49,7 @@ class Int8(RoundingScheme):
         "rounding": ("nearest", "gptq"),
         "repair": (),
     }
+    saves_time = True
 
     @property
     def need(self) -> Need:

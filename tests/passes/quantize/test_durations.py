@@ -17,6 +17,7 @@ from stepfold.passes.base import Context
 from stepfold.passes.quantize.durations import Durations, Formats, lone_stage
 from stepfold.passes.quantize.layers import Group, Selection, find_groups
 from stepfold.passes.quantize.options import QuantizeOptions
+from stepfold.passes.quantize.quantize import Quantize
 from stepfold.passes.quantize.schemes.blocks import Int8Weights
 
 
@@ -118,3 +119,48 @@ def test_an_engine_that_does_not_run_here(program: Program, tmp_path: Path) -> N
     context, _ = counting(program, tmp_path)
     with pytest.raises(UsageError, match=r"option 'time': expected an engine that runs on this machine; reference"):
         Durations(replace(context, fitted_on="reference"))
+
+
+# -- whether integers pay
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, times: dict[str, int]) -> list[str]:
+    """Let every measurement give these times; returns the groups that were measured."""
+    groups: list[str] = []
+
+    def of(self: Durations, group: Group, formats: Formats) -> dict[str, int]:
+        groups.append(group.name)
+        return times
+
+    monkeypatch.setattr(Durations, "of", of)
+    return groups
+
+
+def test_integers_that_are_slower_than_floats_are_said_to_be(
+    program: Program, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """The group with most products, q and k, stands for all."""
+    measured = asked(monkeypatch, {"float": 2_000_000, "int8": 3_200_000})
+    context = replace(context_of(program, tmp_path), fitted_on="engine", engine_name="openvino")
+    details = Quantize(QuantizeOptions()).run(program, context).details
+    assert details["slower_than_float"] == {"layers": "q", "times": 1.6} and measured == ["q"]
+    assert "int8 is slower than float on openvino on this processor: q took 3.2 ms against 2.0 ms" in caplog.text
+
+
+@pytest.mark.parametrize(("fitted_on", "int8", "count"), [("engine", 2_100_000, 1), ("reference", 9_000_000, 0)])
+def test_nothing_is_said_where_they_pay_or_where_the_engine_cannot_run(
+    program: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fitted_on: str, int8: int, count: int
+) -> None:
+    measured = asked(monkeypatch, {"float": 2_000_000, "int8": int8})
+    context = replace(context_of(program, tmp_path), fitted_on=fitted_on)  # type: ignore[arg-type]
+    assert "slower_than_float" not in Quantize(QuantizeOptions()).run(program, context).details
+    assert len(measured) == count
+
+
+def test_only_schemes_that_are_there_for_speed_are_timed(
+    program: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    measured = asked(monkeypatch, {})
+    context = replace(context_of(program, tmp_path), fitted_on="engine")
+    Quantize(QuantizeOptions(scheme="int8-weights", group=16)).run(program, context)
+    assert measured == []
