@@ -177,10 +177,14 @@ def _copy_stage(folder: Path, shop: Workshop, stage: Stage) -> StageEntry:
 def _exact_forms(shop: Workshop, stage: Stage) -> dict[str, str]:
     """The form of each layer whose codes would saturate on some processors."""
     from ..backends.exact import saturating_layers
+    from ..backends.quantizers import saturating_products
     from ..ir.names import module_path
 
     form = shop.backend.exact_form()
-    return {} if form is None else {module_path(node): form for node in saturating_layers(stage)}
+    if form is None:
+        return {}
+    layers = {module_path(node): form for node in saturating_layers(stage)}
+    return layers | {module_path(node): "float" for node in saturating_products(stage)}
 
 
 def _share(folder: Path, shop: Workshop, stages: Sequence[StageEntry]) -> SharedEntry | None:

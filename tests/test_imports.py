@@ -85,7 +85,7 @@ def _for_types_only(node: ast.AST) -> bool:
 
 def may_use_ir(file: str) -> bool:
     """Of backends, export, emission, lowerings and what checks them read programs; sessions run where there are none."""
-    shared = ("backends/onnx/", "backends/export.py", "backends/exact.py")
+    shared = ("backends/onnx/", "backends/export.py", "backends/exact.py", "backends/quantizers.py")
     return file.startswith(shared) or file.endswith(("/lower.py", "/census.py"))
 
 

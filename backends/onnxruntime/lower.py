@@ -18,6 +18,7 @@ from ..onnx.blocks import matmul_nbits
 from ..onnx.decoded import DECODED
 from ..onnx.emit import emit
 from ..onnx.share import share  # noqa: F401  (see Backend.share)
+from ..quantizers import in_floats
 from .census import require_integer_products
 from .options import OnnxruntimeOptions
 from .session import DEFAULTS
@@ -138,7 +139,7 @@ def lower(stage: Stage, folder: Path, *, options: OnnxruntimeOptions = DEFAULTS)
     """
     if options.provider != "cpu":
         _refuse_integers(stage, options)
-    stage = with_unsigned_weights(stage)
+    stage = in_floats(with_unsigned_weights(stage))
     path = folder / f"{stage.name}.onnx"
     emit(stage, path, LOWERINGS)
     require_integer_products(stage, path)

@@ -21,6 +21,7 @@ from ..onnx.blocks import BLOCKED_LINEAR, block_size, blocked_layers, in_blocks_
 from ..onnx.emit import emit
 from ..onnx.precision import at_precision
 from ..onnx.token_groups import GROUP_QLINEAR, by_token_groups, dynamic_widths, group_size
+from ..quantizers import in_floats
 from .blocks import BlockedSite, blocked_sites, misfits
 from .options import OpenvinoOptions
 from .precision import IntegerSite, float_sites, integer_sites
@@ -116,6 +117,7 @@ def _grouped(stage: Stage) -> Stage:
     """
     widths = dynamic_widths(stage)
     blocks = [block_size(node) for node in blocked_layers(stage) if rounds(node)]
+    stage = in_floats(stage)
     if not widths and not blocks:
         return in_two_layers(stage)
     exact = [node for node in blocked_layers(stage) if not rounds(node)]

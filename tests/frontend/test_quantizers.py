@@ -36,7 +36,7 @@ class Quantized(torch.nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.up, self.down = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
-        self.register_buffer("weight_scale", self.up.weight.detach().abs().amax(1) / 127)
+        self.register_buffer("weight_scale", self.up.weight.detach().abs().amax(1) / 64)  # no pair saturates
         self.register_buffer("weight_zero", torch.zeros(16, dtype=torch.int32))
         self.register_buffer("scale", torch.tensor(0.03))
         self.register_buffer("zero", torch.tensor(7, dtype=torch.int32))
@@ -143,7 +143,7 @@ def test_modelopt_quantizers_become_the_operators(tmp_path: Path) -> None:
         torch.testing.assert_close(model(X), wanted, rtol=0, atol=0)
     assert "forward" not in model.input_quantizer.__dict__
     received, kinds = run_in_onnxruntime(program, tmp_path, X)
-    assert kinds.count("QuantizeLinear") == 2
+    assert kinds.count("QuantizeLinear") == 1, "the codes of the weight saturate without VNNI, so it is decoded"
     np.testing.assert_allclose(received, wanted.numpy(), atol=1e-4)
 
 
