@@ -10,15 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from ..backends.cores import physical_cores
+from ..bundle.cache import Cache
 from ..bundle.reader import Bundle, read
 from ..loop.errors import StepfoldError, UsageError
 from ..runtime.native import require_allowed
 from . import work
 from .baselines.names import Baseline, parse_all
 from .machine import describe_machine
-from .measure import WARMUP, Measured, Measurement, Settings, reference_file
+from .measure import WARMUP, KeptReference, Measured, Measurement, Settings
 from .page import PAGE, build_page, describe_bundle, missing_packages, write_page
-from .plan import Prepared, RowPlan, baseline_plans, bundle_name, bundle_plans, inspected, prepare, reference_plan
+from .plan import (
+    Models,
+    Prepared,
+    RowPlan,
+    baseline_plans,
+    bundle_name,
+    bundle_plans,
+    inspected,
+    prepare,
+    reference_plan,
+)
 from .processes import COMMAND, Workers
 from .records import Protocol, Report, Row, Skipped, write_report
 from .work import Work
@@ -124,9 +135,10 @@ class _Session:
         self.progress("reading the checkpoint", 0, 1)
         prepared = prepare(self.workers, reference, self.baselines, self.bundles, self.folder)
         model = inspected(self.workers, prepared) if with_model else None
-        kept = (self.cache or self.folder) / f"baselines-{prepared.key}"
+        kept = None if self.cache is None else Cache(self.cache / "baselines", "baseline")
+        models = Models(self.folder / "baselines", kept)
         more, skipped = baseline_plans(
-            self.workers, prepared, self.baselines, kept, self.settings.threads, self.progress
+            self.workers, prepared, self.baselines, models, self.settings.threads, self.progress
         )
         plans = [*bundle_plans(self.bundles, prepared.work.guidance, self.allow_native), *more]
         return _Outcome(self._measure(plans, prepared.work, prepared), skipped, prepared.work, prepared, model)
@@ -135,7 +147,7 @@ class _Session:
         request = self.folder / REQUEST
         work.write(request, model_work.arrays(self.settings.total, self.seed))
         measurement = Measurement(self.workers, request, self.settings, self.folder, self.progress)
-        cached = reference_file(self.cache, prepared.key, request) if self.cache and prepared else None
+        cached = KeptReference.of(self.cache, prepared.key, request) if self.cache and prepared else None
         reference = reference_plan(prepared) if prepared else None
         return measurement.run(plans, reference, cached, model_work.loop is not None)
 

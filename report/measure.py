@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+import io
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import JsonValue
 
+from ..bundle.cache import Cache, key_of
+from ..bundle.files import sha256_of
 from ..loop.metrics import drift, psnr, ssim
-from ..loop.writing import replacing
 from .plan import RowPlan
 from .processes import Worker, WorkerError, Workers
 from .records import Latency, Psnr, Row, Skipped
@@ -91,7 +93,9 @@ class Measurement:
         self._live: list[_Live] = []
         self._reference: Array | None = None
 
-    def run(self, plans: Sequence[RowPlan], reference: RowPlan | None, cached: Path | None, is_loop: bool) -> Measured:
+    def run(
+        self, plans: Sequence[RowPlan], reference: RowPlan | None, cached: KeptReference | None, is_loop: bool
+    ) -> Measured:
         """Measure.
 
         Args:
@@ -131,10 +135,11 @@ class Measurement:
         self._live.remove(live)
         self._skipped.append(Skipped(name=live.plan.name, reason=reason))
 
-    def _reference_samples(self, plan: RowPlan, cached: Path | None) -> Array:
+    def _reference_samples(self, plan: RowPlan, cached: KeptReference | None) -> Array:
         """[quality_count, ...]: from the cache, from the row that computes the same, or from a process of its own."""
-        if cached is not None and cached.is_file():
-            return np.load(cached, allow_pickle=False)[: self._settings.quality_count]
+        kept = None if cached is None else cached.read()
+        if kept is not None:
+            return kept[: self._settings.quality_count]
         shared = next((live for live in self._live if live.plan.is_reference), None)
         worker = shared.worker if shared else self._workers.start(plan.name)
         try:
@@ -148,7 +153,7 @@ class Measurement:
             if shared is None:
                 worker.close()
         if cached is not None:
-            _keep(cached, samples)
+            cached.write(samples)
         return samples
 
     def _sample_all(self) -> None:
@@ -240,12 +245,37 @@ def quality(samples: Array | None, reference: Array | None, is_loop: bool) -> di
     return found
 
 
-def reference_file(cache: Path, key: str, request: Path) -> Path:
-    """Where the reference samples of a request are kept."""
-    digest = hashlib.sha256(request.read_bytes()).hexdigest()[:24]
-    return cache / f"reference-{key}-{digest}.npy"
+@dataclass(frozen=True)
+class KeptReference:
+    """The reference samples of a request, kept for the next bench.
 
+    Attributes:
+        cache: where results of earlier runs are kept.
+        parts: what the samples depend on.
+    """
 
-def _keep(path: Path, samples: Array) -> None:
-    with replacing(path) as stream:
-        np.save(stream, samples, allow_pickle=False)
+    cache: Cache
+    parts: Mapping[str, JsonValue]
+
+    @classmethod
+    def of(cls, folder: Path, key: str, request: Path) -> KeptReference:
+        """Those of a request.
+
+        Args:
+            folder: of all caches.
+            key: of the checkpoint and how it is called.
+            request: the file with the noise and the conditions.
+        """
+        parts: dict[str, JsonValue] = {"checkpoint": key, "request": sha256_of(request)}
+        return cls(Cache(folder / "references", "reference sample"), parts)
+
+    def read(self) -> Array | None:
+        """[quality_count, ...], None where there are none."""
+        content = self.cache.read(key_of(self.parts))
+        return None if content is None else np.load(io.BytesIO(content), allow_pickle=False)
+
+    def write(self, samples: Array) -> None:
+        """Keep the samples."""
+        content = io.BytesIO()
+        np.save(content, samples, allow_pickle=False)
+        self.cache.write(key_of(self.parts), "of a bench", self.parts, "samples.npy", content.getvalue())

@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import JsonValue
+
+from ..bundle.cache import Cache, key_of
 from ..bundle.reader import Bundle
 from ..loop.errors import StepfoldError, UsageError
 from ..loop.spec import LoopSpec
@@ -167,11 +170,45 @@ def reference_plan(prepared: Prepared) -> RowPlan:
     return RowPlan(REFERENCE, "baseline", _baseline_row(prepared, Baseline(REFERENCE, "eager"), Path()), True)
 
 
+@dataclass(frozen=True)
+class Models:
+    """Where the model files of baselines lie.
+
+    Attributes:
+        folder: of this bench, with a folder for each artifact.
+        cache: keeps them for the next bench; None keeps nothing.
+    """
+
+    folder: Path
+    cache: Cache | None
+
+    def take(self, artifact: str, key: str) -> bool:
+        """Whether the files of an artifact were in the cache, and are in the folder now."""
+        target = self.folder / artifact
+        target.mkdir(parents=True)
+        if self.cache is not None and self.cache.take(key_of(_parts(artifact, key)), target) is not None:
+            return True
+        target.rmdir()
+        return False
+
+    def keep(self, artifact: str, key: str) -> None:
+        """Keep the files of an artifact."""
+        files = sorted((self.folder / artifact).iterdir())
+        if self.cache is not None and files and all(file.is_file() for file in files):
+            parts = _parts(artifact, key)
+            self.cache.keep(key_of(parts), artifact, parts, files)
+
+
+def _parts(artifact: str, key: str) -> dict[str, JsonValue]:
+    """What the files of an artifact depend on; `key` is that of the checkpoint and how it is called."""
+    return {"checkpoint": key, "artifact": artifact}
+
+
 def baseline_plans(
     workers: Workers,
     prepared: Prepared,
     baselines: Sequence[Baseline],
-    folder: Path,
+    models: Models,
     threads: int,
     progress: Progress,
 ) -> tuple[list[RowPlan], list[Skipped]]:
@@ -181,11 +218,11 @@ def baseline_plans(
         workers: start the processes that build.
         prepared: the checkpoint.
         baselines: what was asked for.
-        folder: where model files go; those that lie there are used again.
+        models: where model files go; those that are kept are used again.
         threads: of calibration.
         progress: called with (task, done, total).
     """
-    builder = _Builder(workers, prepared, folder, threads, progress)
+    builder = _Builder(workers, prepared, models, threads, progress)
     plans, skipped = [], []
     for baseline in baselines:
         reason = missing_packages(baseline.engine) or prepared.reasons.get(baseline.name)
@@ -193,7 +230,7 @@ def baseline_plans(
         if reason is not None:
             skipped.append(Skipped(name=baseline.name, reason=reason))
             continue
-        row = _baseline_row(prepared, baseline, folder)
+        row = _baseline_row(prepared, baseline, models.folder)
         exact = baseline.engine == "eager" and baseline.is_full_loop
         plans.append(RowPlan(baseline.name, "baseline", row, exact))
     return plans, skipped
@@ -202,8 +239,8 @@ def baseline_plans(
 class _Builder:
     """Builds each artifact at most once, in a process of its own, and remembers what failed."""
 
-    def __init__(self, workers: Workers, prepared: Prepared, folder: Path, threads: int, progress: Progress):
-        self._workers, self._prepared, self._folder = workers, prepared, folder
+    def __init__(self, workers: Workers, prepared: Prepared, models: Models, threads: int, progress: Progress):
+        self._workers, self._prepared, self._models = workers, prepared, models
         self._threads, self._progress = threads, progress
         self._reasons: dict[str, str | None] = {}
 
@@ -218,13 +255,14 @@ class _Builder:
 
     def _build(self, artifact: str) -> str | None:
         task = f"building {artifact}"
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._progress(task, 0, 1)
+        if self._models.take(artifact, self._prepared.key):
+            return None
         message = {
             "do": "build",
             "artifact": artifact,
             "checkpoint": str(self._prepared.checkpoint),
-            "folder": str(self._folder),
+            "folder": str(self._models.folder),
             "threads": self._threads,
             "table": self._prepared.tables.get(REFERENCE),
             "example": str(self._prepared.example),
@@ -234,6 +272,7 @@ class _Builder:
             self._workers.once(f"build-{artifact}", message, lambda done, total: self._progress(task, done, total))
         except WorkerError as error:
             return str(error)
+        self._models.keep(artifact, self._prepared.key)
         self._progress(task, 1, 1)
         return None
 

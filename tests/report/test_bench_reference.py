@@ -56,6 +56,10 @@ def test_bench_with_baselines(
     again = run(compiled_bundle, tiny_checkpoint, ["onnxruntime"], cache=tmp_path / "cache")
     assert again.rows[0].psnr_db == rows[compiled_bundle.name].psnr_db
     assert "reference" not in seen  # its samples come from the cache
+    assert {path.parent.parent.name for path in (tmp_path / "cache").glob("*/*/entry.json")} == {
+        "references",
+        "baselines",
+    }
 
 
 @pytest.mark.slow
@@ -68,7 +72,7 @@ def test_quality_is_measured_over_the_samples_of_the_seed(
 
     cache = tmp_path / "cache"
     report = run(compiled_bundle, tiny_checkpoint, [], cache=cache)
-    (kept,) = cache.glob("reference-*.npy")
+    (kept,) = cache.glob("references/*/samples.npy")
     reference = np.load(kept)
     assert reference.shape == (QUALITY, 1, 8, 8)
     engine = load(compiled_bundle)
