@@ -32,7 +32,7 @@ from .load import (
 from .recorder import Recording, recording
 from .roles import infer
 from .surroundings import SURROUNDINGS
-from .weights import find_weights, first_line, read_model
+from .weights import find_weights, first_line, read_model, without_progress_bars
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ def _pipeline(path: Path, name: str, parts: Mapping[str, Any], denoiser: torch.n
         raise UsageError(f"{path / PIPELINE_FILE}: diffusers has no pipeline {name!r}; {nearest(name, known)}")
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "torch_dtype": torch.float32}
     expected = inspect.signature(cls.__init__).parameters
-    with _runs(path, name, denoiser):
+    with _runs(path, name, denoiser), without_progress_bars("diffusers"), without_progress_bars("transformers"):
         pipeline = cls.from_pretrained(str(path), **{k: v for k, v in parts.items() if k in expected}, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -174,7 +174,7 @@ def read_model(folder: Path, class_name: str, library: str, files: WeightFiles) 
     else:
         options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
     _require_sizes(folder / "config.json", files)
-    with _staged(folder, library, files) as stage, _without_progress_bars(library), _built(folder, stage, class_name):
+    with _staged(folder, library, files) as stage, without_progress_bars(library), _built(folder, stage, class_name):
         _compare(folder, stage, cls, library, files)
         if library == "transformers":
             options["config"] = _plain_config(cls, stage)
@@ -264,7 +264,7 @@ def _plain_config(cls: Any, folder: Path) -> Any:
 
 
 @contextmanager
-def _without_progress_bars(library: str) -> Iterator[None]:
+def without_progress_bars(library: str) -> Iterator[None]:
     """The command line draws its own; and what is wrong with the weights is an error here, no coloured report."""
     switches = import_module(f"{library}.utils.logging")
     was_on, verbosity = switches.is_progress_bar_enabled(), switches.get_verbosity()

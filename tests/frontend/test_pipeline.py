@@ -282,7 +282,9 @@ def test_bad_pipeline(name: str, tmp_path: Path) -> None:
         load_checkpoint(folder)
 
 
-def test_weights_of_a_variant_and_components_that_are_not_compiled(tmp_path: Path) -> None:
+def test_weights_of_a_variant_and_components_that_are_not_compiled(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Every component has half precision weights only, and the safety checker cannot be loaded at all."""
     folder = stable_diffusion(tmp_path / "sd")
     edit_index(
@@ -296,7 +298,9 @@ def test_weights_of_a_variant_and_components_that_are_not_compiled(tmp_path: Pat
         file.unlink()
     steps = torch.tensor(7)  # an argument of the call that is a number
     save_file({"num_inference_steps": steps}, tmp_path / "steps.safetensors")
+    capfd.readouterr()
     checkpoint = load_checkpoint(folder, inputs=tmp_path / "steps.safetensors")
+    assert "it/s" not in capfd.readouterr().err, "no progress bars of the libraries"
     assert checkpoint.loop is not None and checkpoint.loop.sampler.steps == 7
     assert checkpoint.around is not None and checkpoint.around.surroundings.has("vae", "text_encoder")
 
