@@ -12,13 +12,16 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from stepfold.backends.onnxruntime.session import on, session_options
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 WIDTHS = (192, 768, 3072)
 VALUES = 250_000
@@ -27,6 +30,8 @@ CPU = ("CPUExecutionProvider",)
 
 def open_model(nodes: Sequence[onnx.NodeProto], width: int) -> onnxruntime.InferenceSession:
     """A session over x and y [rows, width] with weights of a norm."""
+    import onnxruntime
+
     weights = [numpy_helper.from_array(np.full(width, v, np.float32), name) for name, v in (("one", 1), ("zero", 0))]
     inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, "rows", width]) for name in ("x", "y")]
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("normed", "sum")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from folders import hashes
 
 TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 PROGRAM = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
@@ -49,6 +51,18 @@ def run(body: str, home: Path, *words: object) -> subprocess.CompletedProcess[st
     environment = kept | {"HOME": str(home), "TMPDIR": str(home), "USER": "nobody", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-c", PROGRAM.format(body=body), TESTS, *words]
     return subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True, check=False)
+
+
+def early(source: str) -> list[str]:
+    """The imports of ONNX Runtime that run before anything of stepfold can switch its telemetry off."""
+    imports = [node for node in ast.parse(source).body if isinstance(node, ast.Import)]
+    return [alias.name for node in imports for alias in node.names if alias.name.split(".")[0] == "onnxruntime"]
+
+
+def test_programs_import_stepfold_first() -> None:
+    programs = [path for folder in ("benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
+    assert programs and {path.name: early(path.read_text()) for path in programs if early(path.read_text())} == {}
+    assert early("import numpy\nimport onnxruntime\nimport stepfold") == ["onnxruntime"]
 
 
 @needs_filter
