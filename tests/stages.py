@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import operator as python_operator
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from programs import component
 from torch import fx
 
 from stepfold.ir import operators  # noqa: F401  (registers them)
@@ -149,3 +151,22 @@ MASKS = {
     "of heads": torch.ones(2, 2, T, 4, dtype=torch.bool).triu(diagonal=-1),
     "added": torch.linspace(-3, 3, 2 * T * 4).reshape(2, 1, T, 4),
 }
+
+
+@cache
+def masked_attention() -> tuple[Stage, dict[str, np.ndarray]]:
+    """Attention with each mask, with its own scale and another: a stage of one output for each, and its inputs."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, size, 4, generator=generator) for size in (T, 4, 4))
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def all_of_them(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        keys: torch.Tensor, queries: torch.Tensor, heads: torch.Tensor, added: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        masks = (keys, queries, heads, added)
+        return tuple(attend(q, k, v, mask, scale=scale) for mask in masks for scale in (None, 0.3))
+
+    examples = (q, k, v, *MASKS.values())
+    stage = component(all_of_them, *examples).step
+    return stage, {item.name: value.numpy() for item, value in zip(stage.inputs, examples, strict=True)}

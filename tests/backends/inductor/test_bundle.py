@@ -13,7 +13,6 @@ from programs import modulated, samples_of
 import stepfold
 from stepfold.backends.inductor.capability import capability
 from stepfold.bundle.verify import verify
-from stepfold.frontend.load import load_checkpoint
 from stepfold.ir.program import Program, reference
 from stepfold.loop.metrics import drift
 from stepfold.loop.noise import noise
@@ -21,7 +20,6 @@ from stepfold.runtime.engine import open_stage
 
 pytestmark = pytest.mark.skipif(not capability().can_build, reason=capability().reason or "it builds here")
 
-MNIST = Path(__file__).resolve().parents[3] / "examples" / "mnist_dit"
 EVALUATION = 1e-4  # relative, of one evaluation against eager PyTorch
 
 
@@ -40,14 +38,9 @@ def test_samples_are_those_of_the_reference(tmp_path: Path) -> None:
     assert verify(folder, open_stage) == ([], [])
 
 
-@pytest.fixture(scope="module")
-def mnist() -> Program:
-    return load_checkpoint(MNIST).capture()
-
-
 @pytest.mark.slow
-def test_the_step_stage_of_the_reference_checkpoint(mnist: Program, tmp_path: Path) -> None:
-    program, _ = stepfold.apply(mnist, {"passes": ["hoist"]}, backend="inductor")
+def test_the_step_stage_of_the_reference_checkpoint(reference_program: Program, tmp_path: Path) -> None:
+    program, _ = stepfold.apply(reference_program, {"passes": ["hoist"]}, backend="inductor")
     folder = stepfold.lower(program, "inductor", out=tmp_path / "bundle")
     engine = stepfold.load(folder, threads=1)
     step = next(stage for stage in engine.program.stages if stage.name == program.step.name)

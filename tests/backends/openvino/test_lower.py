@@ -14,7 +14,7 @@ from blocks import block, needs_vnni, quantized, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import component, modulated, modulated_example
-from stages import BIAS, MASKS, STAGES, M, T, arrays, static_pair
+from stages import BIAS, STAGES, M, T, arrays, masked_attention, static_pair
 from zoo import BY_NAME, EACH, ZooModel
 
 from stepfold.backends.onnx.token_groups import GROUP_QLINEAR
@@ -122,14 +122,8 @@ def test_an_integer_layer_whose_scale_changes_with_the_timestep_runs_in_float(tm
         lower(stage, tmp_path, options=OPTIONS)
 
 
-@pytest.mark.parametrize("scale", [None, 0.3])
-@pytest.mark.parametrize("name", MASKS)
-def test_attention_with_a_mask(opened: Session, name: str, scale: float | None) -> None:
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 2, size, 4, generator=generator) for size in (T, 4, 4))
-    attend = torch.nn.functional.scaled_dot_product_attention
-    stage = component(lambda q, k, v, m: attend(q, k, v, m, scale=scale), q, k, v, MASKS[name]).step
-    values = {item.name: value.numpy() for item, value in zip(stage.inputs, (q, k, v, MASKS[name]), strict=True)}
+def test_attention_with_a_mask(opened: Session) -> None:
+    stage, values = masked_attention()
     assert_same(list(zip(opened(stage)(values), reference(stage)(values), strict=True)))
 
 

@@ -19,14 +19,19 @@ from stepfold.backends.onnxruntime.session import open_session
 from stepfold.backends.tensorrt.lower import LOWERINGS
 from stepfold.ir.program import Stage, reference
 from stepfold.loop.metrics import drift
+from stepfold.loop.ports import StageCallable
 
 ops = torch.ops.stepfold
 FLOAT = 1e-5
 
 
-def run(stage: Stage, folder: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
+def opened(stage: Stage, folder: Path) -> StageCallable:
     emit(stage, folder / "stage.onnx", LOWERINGS, with_signed_blocks)
-    return open_session(folder / "stage.onnx", stage.inputs, stage.outputs)(inputs)[0]
+    return open_session(folder / "stage.onnx", stage.inputs, stage.outputs)
+
+
+def run(stage: Stage, folder: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    return opened(stage, folder)(inputs)[0]
 
 
 def random(stage: Stage, batch: int) -> dict[str, np.ndarray]:
@@ -35,6 +40,13 @@ def random(stage: Stage, batch: int) -> dict[str, np.ndarray]:
         port.name: generator.standard_normal([batch if n is None else n for n in port.shape]).astype(port.dtype)
         for port in stage.inputs
     }
+
+
+def assert_near(stage: Stage, folder: Path, tolerance: float) -> None:
+    call = opened(stage, folder)
+    for batch in (1, 4):
+        inputs = random(stage, batch)
+        assert drift(call(inputs)[0], reference(stage)(inputs)[0]) < tolerance, batch
 
 
 Q, K = torch.randn(2, 5, 8), torch.randn(2, 3, 8)
@@ -53,20 +65,14 @@ CASES: dict[str, tuple[Callable, list[torch.Tensor]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("batch", [1, 4])
-def test_operators(case: str, batch: int, tmp_path: Path) -> None:
+def test_operators(case: str, tmp_path: Path) -> None:
     function, examples = CASES[case]
-    stage = stage_of(function, *examples)
-    inputs = random(stage, batch)
-    assert drift(run(stage, tmp_path, inputs), reference(stage)(inputs)[0]) < FLOAT
+    assert_near(stage_of(function, *examples), tmp_path, FLOAT)
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-def test_symmetric_int8(batch: int, tmp_path: Path) -> None:
+def test_symmetric_int8(tmp_path: Path) -> None:
     """Q/DQ pairs round as the operators do, at the last place of a float apart."""
-    stage = symmetric_int8(block())
-    inputs = random(stage, batch)
-    assert drift(run(stage, tmp_path, inputs), reference(stage)(inputs)[0]) < 1e-2
+    assert_near(symmetric_int8(block()), tmp_path, 1e-2)
 
 
 def test_symmetric_int8_with_half_precision_scales(tmp_path: Path) -> None:

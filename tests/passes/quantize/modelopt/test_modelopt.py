@@ -15,7 +15,6 @@ from stepfold.backends.onnxruntime.lower import LOWERINGS, lower
 from stepfold.backends.onnxruntime.session import open_session
 from stepfold.calibration.conditions import sample_request
 from stepfold.calibration.stage_inputs import SAMPLES, step_inputs
-from stepfold.frontend.load import load_checkpoint
 from stepfold.ir.program import attribute
 from stepfold.loop.driver import run_loop
 from stepfold.loop.errors import UsageError
@@ -34,7 +33,6 @@ from stepfold.passes.quantize.quantize import Quantize
 from stepfold.passes.schedule.hoist import Hoist, HoistOptions
 
 pytestmark = pytest.mark.slow
-REFERENCE = Path(__file__).resolve().parents[4] / "examples" / "mnist_dit"
 USER_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stepfold"
 LINEAR = torch.ops.aten.linear.default
 WITHIN = 0.02  # of our int8: the gate
@@ -86,9 +84,8 @@ def bound_with(program: Program, file: Path) -> BoundProgram:
 
 
 @pytest.fixture(scope="module")
-def hoisted() -> Program:
-    program = load_checkpoint(REFERENCE).capture()
-    return Hoist(HoistOptions()).run(program, context_of(program, Path())).program
+def hoisted(reference_program: Program) -> Program:
+    return Hoist(HoistOptions()).run(reference_program, context_of(reference_program, Path())).program
 
 
 def static(program: Program, smooth: float | None) -> Program:
