@@ -146,6 +146,17 @@ def test_int8_is_quantized_dynamically_with_signed_weights_per_channel(baselines
     assert any(tensor.dims[0] > 1 for tensor in scales)
 
 
+def test_reduced_weights_have_seven_bits(baselines: Bench, reference: Array) -> None:
+    import onnx
+
+    assert 20 < psnr(baselines.sample("onnxruntime-int8-reduced"), reference).mean() < 90
+    graph = onnx.load(str(baselines.folder / "onnxruntime-int8-reduced" / "model.onnx")).graph
+    weights = [
+        onnx.numpy_helper.to_array(t) for t in graph.initializer if t.data_type == onnx.TensorProto.INT8 and t.dims
+    ]
+    assert weights and max(int(np.abs(weight.astype(int)).max()) for weight in weights) <= 64
+
+
 def test_an_exported_model_serves_any_batch(baselines: Bench, reference: Array) -> None:
     whole = dict(baselines.request)
     baselines.request = {name: value[:1] for name, value in whole.items()}
