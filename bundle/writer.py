@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..loop.errors import StepfoldError, UsageError
-from ..loop.writing import FULL_DISK, require_writable, temporary_sibling
+from ..loop.writing import disk_is_full, require_writable, temporary_sibling
 from .files import MANIFEST, listing, sha256_of
 from .manifest import FileEntry, Manifest
 from .probe import PROBE, Probe
@@ -25,7 +25,6 @@ from .tables import TABLES, Tables
 logger = logging.getLogger(__name__)
 
 SCHEDULE = "schedule.json"
-FULL_DISK_TEXT = "No space left on device"  # how safetensors and other native libraries report ENOSPC
 
 
 def check_out(out: Path, overwrite: bool) -> None:
@@ -76,7 +75,7 @@ def writing(out: Path, overwrite: bool = False) -> Iterator[Path]:
         _publish(temporary, target, overwrite)
         made = []
     except Exception as error:
-        if not _disk_is_full(error):
+        if not disk_is_full(error):
             raise
         raise StepfoldError(
             f"{out}: expected room for the bundle; the disk is full. Free some space, or choose another --out; "
@@ -160,14 +159,6 @@ def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     from safetensors.numpy import save
 
     path.write_bytes(save({name: np.asarray(value, order="C") for name, value in sorted(arrays.items())}))
-
-
-def _disk_is_full(error: BaseException | None) -> bool:
-    while error is not None:
-        if (isinstance(error, OSError) and error.errno in FULL_DISK) or FULL_DISK_TEXT in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _publish(temporary: Path, target: Path, overwrite: bool) -> None:

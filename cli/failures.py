@@ -7,7 +7,7 @@ import os
 import typer
 
 from ..loop.errors import StepfoldError
-from ..loop.writing import FULL_DISK
+from ..loop.writing import disk_is_full
 
 FAILED, USAGE = 1, 2
 
@@ -54,12 +54,13 @@ def _of_the_machine(error: BaseException) -> str | None:
         return (
             f"memory: expected enough of it for this request; there is none left{what}. Ask for fewer samples at once."
         )
+    if disk_is_full(error):
+        place = os.fsdecode(getattr(error, "filename", None) or "this command")
+        return f"{place}: expected room to write; the disk is full. Free some space and run the same command again."
     if not isinstance(error, OSError):
         return None
     first = next(iter(str(error).splitlines()), type(error).__name__)  # NumPy raises some without a number
     place = "this command" if error.filename is None else os.fsdecode(error.filename)
-    if error.errno in FULL_DISK:
-        return f"{place}: expected room to write; the disk is full. Free some space and run the same command again."
     return f"{place}: expected a file or folder that can be used; received: {error.strerror or first}. Check its place and its mode."
 
 

@@ -74,7 +74,11 @@ def load_pipeline(path: Path, *, loop: Path | None = None, inputs: Path | None =
     config = read_config(path / role)
     class_name, _ = class_of(path / role, config)
     parts = _parts(path, components)
-    denoiser = parts[role]
+    denoiser = parts.get(role)
+    if denoiser is None:
+        raise UsageError(
+            f"{path / PIPELINE_FILE}: component {role!r}: expected a network of diffusers; received {components[role]}."
+        )
     pipeline = _pipeline(path, name, parts, denoiser)
     given = read_tensors(inputs or path / INPUTS_FILE) if inputs or (path / INPUTS_FILE).is_file() else {}
     arguments = _arguments(path, pipeline, given)

@@ -115,6 +115,9 @@ class LoopSpec(Strict):
             names = self.names(role)
             if len(names) != 1:
                 raise ValueError(f"exactly one input must have the role {role!r}; received {names}")
+        values = [name for name in self.constants if name in self.inputs and self.inputs[name].role != "constant"]
+        if values:
+            raise ValueError(f"constants names {values}, which are inputs of another role")
         if self.guidance is not None and isinstance(self.guidance.unconditional, dict):
             unknown = sorted(set(self.guidance.unconditional) - set(self.conditions))
             if unknown:

@@ -15,6 +15,16 @@ from .errors import UsageError
 LONGEST_KEPT = 80  # bytes of a name that its temporary sibling keeps; both fit the 255 of a file system
 PARTIAL = ".partial"
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+FULL_DISK_TEXT = "No space left on device"  # how safetensors and other native libraries report ENOSPC
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what it comes from, is that the disk is full."""
+    while error is not None:
+        if (isinstance(error, OSError) and error.errno in FULL_DISK) or FULL_DISK_TEXT in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def temporary_sibling(path: Path) -> Path:

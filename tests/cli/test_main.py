@@ -116,6 +116,11 @@ def test_wrong_words(stepfold, words: tuple[str, ...], message: str) -> None:
             ),
         ),
         (
+            RuntimeError("I/O error: No space left on device (os error 28)"),
+            1,
+            "this command: expected room to write; the disk is full. Free some space and run the same command again.",
+        ),
+        (
             OSError("1280 requested and 224 written"),
             1,
             (

@@ -254,6 +254,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"1234"),
         "transformer/.*damaged or truncated",
     ),
+    "a_denoiser_that_is_no_network": (
+        lambda f: edit_index(f, transformer=["diffusers", "DDIMScheduler"]),
+        "component 'transformer': expected a network of diffusers; received",
+    ),
     "a_component_that_is_no_name": (
         lambda f: edit_index(f, vae=["diffusers", 5]),
         "component 'vae': expected a library and a class; received",

@@ -139,6 +139,7 @@ def test_not_a_mapping(tmp_path: Path, text: str, kind: str) -> None:
             "guidance.unconditional names ['labels'], which are not condition inputs",
         ),
         ("{class_labels: 10}", "{timestep: 10}", "guidance.unconditional names ['timestep'], which are not condition"),
+        ("latent:", "constants: {hidden_states: 5}\nlatent:", "constants names ['hidden_states'], which are inputs of"),
         ("steps: 50", "steps: 0", "sampler.steps: Input should be greater than 0 (received 0)"),
         ("steps: 50", "steps: 10001", "sampler.steps: Input should be less than or equal to 10000 (received 10001)"),
         ("steps: 50", "steps: many", "sampler.steps: Input should be a valid integer"),
