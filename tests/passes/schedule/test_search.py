@@ -18,7 +18,7 @@ from stepfold.loop.errors import GateError, UsageError
 from stepfold.loop.metrics import lower_bound
 from stepfold.loop.table import FoldedTable, fold
 from stepfold.passes.base import PassResult
-from stepfold.passes.schedule.fit import Fitter
+from stepfold.passes.schedule.fit import Fitter, Plan
 from stepfold.passes.schedule.options import ScheduleOptions
 from stepfold.passes.schedule.positions import WARPS, warped
 from stepfold.passes.schedule.schedule import SearchSchedule
@@ -214,6 +214,37 @@ def test_warps_are_compared_where_calls_are_few(cache: Path, calls: int) -> None
     for evaluations in {len(positions) for positions in scored}:
         grids = {warped(calls, evaluations, a, b) for a, b in WARPS}
         assert len(grids & scored) >= min(len(grids), KEPT_WARPS)
+
+
+@pytest.mark.parametrize(
+    ("low", "polished", "sparing", "expected"),
+    [
+        (40.5, 41.0, True, []),  # the budget is met without
+        (35.0, 36.5, True, []),  # it is too far away
+        (39.0, 40.2, True, ["first"]),  # met by the better one
+        (39.0, 39.3, True, ["first"]),  # missed by more than a rival gains
+        (39.0, 39.8, True, ["first", "rival"]),
+        (40.5, 41.0, False, ["first", "rival"]),  # what is shipped
+    ],
+)
+def test_a_rival_is_polished_only_where_it_may_decide(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, low: float, polished: float, sparing: bool, expected: list[str]
+) -> None:
+    program, done = program_of(), list[str]()
+    options = ScheduleOptions.model_validate({**QUICK, "min_psnr": 40.0})
+    one = ScheduleSearch(options, program, Counter().bound(), analytic_context(program, cache), 2.0)
+    table = fold(euler(STEPS), 2.0, (0, 4, 8))
+    plans = {"rival": Plan((0, 4, 8)), "first": Plan((0, 3, 8)), "far": Plan((0, 2, 8))}
+    below = {"first": 0.0, "rival": 0.1, "far": 0.6}
+    fits = {plan: Candidate(table, name, low + 1 - below[name], low - below[name], 0) for name, plan in plans.items()}
+
+    def polish(plan: Plan) -> Candidate:
+        done.append(fits[plan].origin)
+        return replace(fits[plan], low=polished)
+
+    monkeypatch.setattr(one.trials, "polished", polish)
+    one._polish(fits, sparing)
+    assert done == expected
 
 
 def test_moves_improve_the_calibration_samples(cache: Path) -> None:
