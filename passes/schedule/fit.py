@@ -135,7 +135,7 @@ class Fitter:
             start += run.batch
             gram += np.asarray([[a @ b for b in columns] for a in columns])
             right += np.asarray([a @ goal for a in columns])
-        start_weights = prior_weights(chosen, prior, k, self.scale)
+        start_weights = prior_weights(chosen, prior, k)
         if not (np.isfinite(gram).all() and np.isfinite(right).all()):
             return start_weights  # the trajectory has left the range of numbers; nothing can be learned from it
         scale = np.sqrt(np.maximum(np.diag(gram), 1e-30))

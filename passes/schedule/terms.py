@@ -92,10 +92,8 @@ def row(chosen: list[Term], weights: Array, guided: Array, scale: float | None) 
     return Row(state, conditional, unconditional)
 
 
-def prior_weights(chosen: list[Term], prior: FoldedTable, k: int, scale: float | None) -> Array:
+def prior_weights(chosen: list[Term], prior: FoldedTable, k: int) -> Array:
     """Update k of an unfitted table in these terms: its weights of guided outputs."""
-    factor = 1.0 if scale is None else scale
+    outputs = prior.conditional[k] + prior.unconditional[k]  # of the guided outputs, at any scale, 0 included
     values = {"latent": prior.state[k], "direction": 0.0}
-    return np.asarray(
-        [prior.conditional[k, t.evaluation] / factor if t.kind == "output" else values[t.kind] for t in chosen]
-    )
+    return np.asarray([outputs[t.evaluation] if t.kind == "output" else values[t.kind] for t in chosen])
