@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from ..bundle.files import AGAIN, MANIFEST
 from ..bundle.reader import MANIFEST_FILE
 from ..loop.errors import BundleError, UsageError
 from ..loop.reading import Expected, read_json
+from ..loop.spec import describe
 from . import charts, images, prose
 from .compare import Comparison
 from .records import Report, write_text
@@ -203,14 +205,33 @@ def _schedules(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**scale, "grid_steps": content["grid_steps"]} for scale in content.get("scales", [])]
 
 
+class _Point(BaseModel):
+    """A candidate of the schedule search, as far as it is drawn."""
+
+    origin: str
+    evaluations: int = Field(ge=0, lt=1 << 31)
+    validation_psnr_db: FiniteFloat
+
+
+class _Search(BaseModel):
+    """What the details of a pass say about its search; they are free, so whoever reads them checks them."""
+
+    tried: list[_Point]
+    chosen: _Point | None = None
+
+
 def _tried(manifest: Mapping[str, Any]) -> list[dict[str, str]]:
     """A plot for each scale the schedule search recorded its candidates of."""
     found = []
     for entry in manifest.get("passes", []):
         for scale, search in (entry.get("details") or {}).items():
             if isinstance(search, Mapping) and search.get("tried"):
-                plot = charts.tried_schedules(search["tried"], search.get("chosen"))
-                found.append({"scale": scale, "plot": plot})
+                try:
+                    checked = _Search.model_validate(search).model_dump()
+                except ValidationError as error:
+                    logger.warning("what the search of scale %s tried is not shown: %s", scale, describe(error))
+                    continue
+                found.append({"scale": scale, "plot": charts.tried_schedules(checked["tried"], checked["chosen"])})
     return found
 
 

@@ -156,6 +156,15 @@ def test_page_of_an_optimize_plots_what_the_search_tried() -> None:
     assert "What the schedule search measured" in reader.headings
 
 
+@pytest.mark.parametrize(
+    "tried", [5, [{}], ["x"], [{"origin": "a", "evaluations": 1}], [{"origin": 1, "evaluations": "x"}]]
+)
+def test_details_of_another_form_are_not_drawn(tried: object, caplog: pytest.LogCaptureFixture) -> None:
+    entry = {**manifest()["passes"][0], "details": {"2.0": {"chosen": 5, "tried": tried}}}
+    assert build_page("tiny", None, [manifest(passes=[entry])])
+    assert "what the search of scale 2.0 tried is not shown" in caplog.text
+
+
 def test_page_of_a_component_without_a_reference() -> None:
     component = manifest(loop=None, quality=None, schedule=None, schedule_file=None, passes=[])
     reader = Reader(build_page("A bench", report(row("tiny", 3.0, evaluations=None)), [component]))
