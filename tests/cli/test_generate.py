@@ -1,12 +1,17 @@
 """`generate`: from a bundle written by hand, and from a checkpoint."""
 
+import sys
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from checkpoints import CLASSES
 from PIL import Image
+
+from stepfold.bundle import read
+from stepfold.loop.spec import LatentSpec, LoopSpec
 
 
 def noise_of(seed: int, count: int) -> np.ndarray:
@@ -141,25 +146,23 @@ def test_a_damaged_bundle_fails(stepfold, bundle_folder: Path, tmp_path: Path) -
     assert (result.code, "The file was changed" in result.error) == (1, True)
 
 
-def test_latents_are_no_picture(stepfold, tiny, tmp_path: Path) -> None:
-    from stepfold.bundle import Manifest, read, write_manifest
+def opened_with(monkeypatch, loop: LoopSpec | None) -> None:
+    """Let `generate` open a model with this loop, whatever its folder holds."""
+    sampler = SimpleNamespace(loop=loop, ends=SimpleNamespace(decoder=None))
+    monkeypatch.setattr(sys.modules["stepfold.cli.generate"], "_open", lambda *_: sampler)
 
-    bundle = tiny.build(tmp_path / "b")
-    manifest = read(bundle).manifest
-    content = manifest.model_dump(mode="json", by_alias=True)
-    content["loop"]["latent"]["shape"] = [2, 2]
-    write_manifest(bundle, Manifest.model_validate(content))
-    result = stepfold("generate", bundle, "--out", tmp_path / "a.png")
+
+def test_latents_are_no_picture(stepfold, read_only_bundle: Path, tmp_path: Path, monkeypatch) -> None:
+    loop = read(read_only_bundle).manifest.loop
+    assert loop is not None
+    opened_with(monkeypatch, loop.model_copy(update={"latent": LatentSpec(shape=(2, 2))}))
+    result = stepfold("generate", read_only_bundle, "--out", tmp_path / "a.png")
     assert (result.code, "its latents are [2, 2]" in result.error) == (2, True)
 
 
-def test_a_component_makes_no_samples(stepfold, tiny, tmp_path: Path) -> None:
-    from stepfold.bundle import Manifest, read, write_manifest
-
-    bundle = tiny.build(tmp_path / "b")
-    content = read(bundle).manifest.model_dump(mode="json", by_alias=True) | {"loop": None}
-    write_manifest(bundle, Manifest.model_validate(content))
-    result = stepfold("generate", bundle, "--npy", tmp_path / "a.npy")
+def test_a_component_makes_no_samples(stepfold, read_only_bundle: Path, tmp_path: Path, monkeypatch) -> None:
+    opened_with(monkeypatch, None)
+    result = stepfold("generate", read_only_bundle, "--npy", tmp_path / "a.npy")
     assert (result.code, "received a component" in result.error) == (2, True)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stepfold.bundle import Manifest, write_manifest
+from stepfold.bundle.reader import read_manifest
 from stepfold.loop.errors import BundleError, StepfoldError, UsageError
 from stepfold.report import bench as bench_module
 from stepfold.report.bench import bench, with_speedup
@@ -224,7 +226,11 @@ def test_a_bundle_may_not_be_called_like_a_baseline(fakes: Fakes) -> None:
 
 def test_bundles_of_different_models_are_refused(fakes: Fakes, tiny: Any) -> None:
     tiny.build(fakes.folder / "a")
-    tiny.build(fakes.folder / "b", loop={"latent": {"shape": [1, 2, 3]}})
+    other = tiny.build(fakes.folder / "b")
+    content = read_manifest(other).model_dump(mode="json", by_alias=True)
+    content["inputs"].append({"name": "text", "shape": [None, 2], "dtype": "float32", "role": "condition"})
+    content["loop"]["inputs"]["text"] = {"role": "condition"}
+    write_manifest(other, Manifest.model_validate(content))
     with pytest.raises(UsageError, match="Bundles of different models are measured one after the other"):
         fakes.bench("a", "b")
 
