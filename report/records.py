@@ -18,7 +18,8 @@ from ..loop.writing import replacing
 REPORT = "report.json"
 LARGEST_REPORT_BYTES = 64 << 20
 BENCH_REPORT = Expected("the JSON of `stepfold bench`", hint="Make it with `stepfold bench BUNDLE --out DIR`.")
-Positive = Annotated[FiniteFloat, Field(gt=0)]
+Positive = Annotated[FiniteFloat, Field(ge=1e-9, le=1e15)]
+"""Milliseconds that a clock can show; ratios of them are finite."""
 Bytes = Annotated[int, Field(ge=0)]
 
 

@@ -171,3 +171,12 @@ def test_changed_reports_are_compared_or_refused(tmp_path: Path) -> None:
         compare([tmp_path / "a", tmp_path / "b"], 5.0, 1.0).document()
 
     check(good, use)
+
+
+@pytest.mark.parametrize("median", [0, -1.0, 5e-324, 1e300])
+def test_times_that_no_clock_shows_are_refused(tmp_path: Path, median: float) -> None:
+    document = report(row("bundle", 10.0))
+    document["rows"][0]["latency_ms"]["median"] = median
+    (tmp_path / "report.json").write_text(json.dumps(document))
+    with pytest.raises(UsageError, match=r"rows\.0\.latency_ms\.median"):
+        compare([tmp_path, tmp_path], None, None)
