@@ -40,41 +40,58 @@ def with_unsigned_weights(stage: Stage) -> Stage:
 
     Layers on signed activations stay as they are, for engines that multiply s8 x s8 in 32 bits too.
     """
-    graph, layers = _copied(stage)
-    for node in layers:
+    rewrite = _Rewrite(stage)
+    for node in rewrite.layers:
         if node.args[0].meta["val"].dtype is torch.uint8:  # type: ignore[union-attr]
-            codes = attribute(graph, str(node.args[WEIGHT].target))  # type: ignore[union-attr]
-            _hold(graph, node, "unsigned", (codes.to(torch.int16) + UNSIGNED_ZERO).to(torch.uint8))
-    return finish(stage, graph) if layers else stage
+            rewrite.give(node, "unsigned", (rewrite.codes(node) + UNSIGNED_ZERO).to(torch.uint8))
+    return rewrite.stage()
 
 
 def in_two_layers(stage: Stage) -> Stage:
     """Write saturating layers as two whose codes add up: halves are at most 64, and so are pairs of them at most 128."""
-    graph, layers = _copied(stage)
-    for node in layers:
-        codes = attribute(graph, str(node.args[WEIGHT].target)).to(torch.int16)  # type: ignore[union-attr]
+    rewrite = _Rewrite(stage)
+    graph = rewrite.graph.graph
+    for node in rewrite.layers:
+        codes = rewrite.codes(node)
         half = codes // 2
-        with graph.graph.inserting_after(node):
-            second = graph.graph.call_function(QLINEAR, (*node.args[:BIAS], None))
-        with graph.graph.inserting_after(second):
-            total = graph.graph.call_function(torch.ops.aten.add.Tensor, (node, second))
+        with graph.inserting_after(node):
+            second = graph.call_function(QLINEAR, (*node.args[:BIAS], None))
+        with graph.inserting_after(second):
+            total = graph.call_function(torch.ops.aten.add.Tensor, (node, second))
         second.meta, total.meta = dict(node.meta), dict(node.meta)
         node.replace_all_uses_with(total, delete_user_cb=lambda user, total=total: user is not total)
-        _hold(graph, node, "first_half", half.to(torch.int8))
-        _hold(graph, second, "second_half", (codes - half).to(torch.int8))
-    return finish(stage, graph) if layers else stage
+        rewrite.give(node, "first_half", half.to(torch.int8))
+        rewrite.give(second, "second_half", (codes - half).to(torch.int8))
+    return rewrite.stage()
 
 
-def _copied(stage: Stage) -> tuple[fx.GraphModule, list[fx.Node]]:
-    """A copy of a stage's graph, and the layers in it that saturate."""
-    graph = copy_graph(stage)
-    twins = dict(zip(stage.graph.graph.nodes, graph.graph.nodes, strict=True))
-    return graph, [twins[node] for node in saturating_layers(stage)]
+class _Rewrite:
+    """A copy of a stage's graph in which saturating layers get other codes.
 
+    Attributes:
+        graph: the copy.
+        layers: the layers in it that saturate.
+    """
 
-def _hold(graph: fx.GraphModule, node: fx.Node, label: str, codes: torch.Tensor) -> None:
-    """Give a layer other codes."""
-    name = f"{node.args[WEIGHT].target}_{label}"  # type: ignore[union-attr]
-    with graph.graph.inserting_before(node):
-        held = graph.graph.get_attr(add_buffer(graph, name, codes))
-    node.update_arg(WEIGHT, held)
+    def __init__(self, stage: Stage):
+        self._stage = stage
+        self._given: dict[str, str] = {}
+        self.graph = copy_graph(stage)
+        twins = dict(zip(stage.graph.graph.nodes, self.graph.graph.nodes, strict=True))
+        self.layers = [twins[node] for node in saturating_layers(stage)]
+
+    def codes(self, node: fx.Node) -> torch.Tensor:
+        """The codes [M, N] int16 that a layer has in the stage."""
+        return attribute(self._stage.graph, str(node.args[WEIGHT].target)).to(torch.int16)  # type: ignore[union-attr]
+
+    def give(self, node: fx.Node, label: str, codes: torch.Tensor) -> None:
+        """Let a layer read other codes; layers that shared theirs share these, so that engines still find equal ones."""
+        name = f"{node.args[WEIGHT].target}_{label}"  # type: ignore[union-attr]
+        if name not in self._given:
+            self._given[name] = add_buffer(self.graph, name, codes)
+        with self.graph.graph.inserting_before(node):
+            node.update_arg(WEIGHT, self.graph.graph.get_attr(self._given[name]))
+
+    def stage(self) -> Stage:
+        """The stage with the copy; the one that was given where no layer saturates."""
+        return finish(self._stage, self.graph) if self.layers else self._stage

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from ..loop.spec import GuidanceSpec, InputSpec, LatentSpec, LoopSpec, Role, Sam
 from .calling import dotted, flatten, prediction
 from .recorder import Call, Recording, Step
 from .sampler import probe, refuse_partial_grid
+from .schedulers import config_keys
 
 TOLERANCE = 1e-4  # relative; pipelines compute in float32
 IGNORED_ARGUMENTS = ("num_inference_steps", "device", "self")
@@ -241,14 +243,23 @@ def _sampler(recorded: Recording, scheduler: Any, steps: int, timestep_scale: fl
         if name in IGNORED_ARGUMENTS or value is None:
             continue
         arguments[name] = _plain_grid(name, value, steps)
-    config = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
     return SamplerSpec(
         scheduler=type(scheduler).__name__,
-        config=config,
+        config=_scheduler_config(scheduler),
         steps=steps,
         set_timesteps=arguments,
         timestep_scale=timestep_scale,
     )
+
+
+def _scheduler_config(scheduler: Any) -> dict[str, Any]:
+    """The configuration of a scheduler, less infinite defaults such as `lambda_min_clipped`, which JSON has no word for."""
+    defaults = config_keys(type(scheduler))
+    return {
+        key: value
+        for key, value in dict(scheduler.config).items()
+        if not key.startswith("_") and not (value in (inf, -inf) and value == defaults.get(key))
+    }
 
 
 def _plain_grid(name: str, value: Any, steps: int) -> Any:

@@ -58,6 +58,6 @@ def tokens(batch: int, width: int = 32, seed: int = 2) -> np.ndarray:
 
 def quantized(program: Program, activations: str, kept: Path) -> Stage:
     """The stage that computes the output, with its linear layers in 8 bits."""
-    context = Context(program, Program.bind, program.bind, "openvino", 0, kept)
+    context = Context(program, Program.bind, program.bind, "openvino", 0, kept, fitted_on="reference")
     options = QuantizeOptions.model_validate({"activations": activations})
     return Quantize(options).run(program, context).program.step

@@ -112,8 +112,8 @@ def modulated() -> Program:
 
 
 def context_of(program: Program, cache: Path, **changes: Any) -> Context:
-    """What passes run in, with the PyTorch reference as the engine."""
-    context = Context(program, Program.bind, program.bind, "reference", 0, cache)
+    """What passes run in, with the PyTorch reference in place of an engine, so that nothing is timed."""
+    context = Context(program, Program.bind, program.bind, "reference", 0, cache, fitted_on="reference")
     return replace(context, **changes)
 
 

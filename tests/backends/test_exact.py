@@ -17,6 +17,7 @@ import stepfold
 from stepfold.backends.exact import in_two_layers, saturating_layers, with_unsigned_weights
 from stepfold.backends.registry import get
 from stepfold.ir import operators as registered  # noqa: F401  (registers the stepfold:: operators)
+from stepfold.ir.edit import copy_graph, finish
 from stepfold.ir.pairs import LARGEST_SUM, pair_sums
 from stepfold.ir.program import InputPort, ModelIdentity, Program, Stage, reference
 from stepfold.ir.shapes import port, propagate
@@ -79,6 +80,22 @@ def test_unsigned_weights() -> None:
         np.testing.assert_array_equal(received, wanted)
 
 
+def test_layers_of_equal_codes_stay_equal() -> None:
+    """An engine that makes equal layers once finds them."""
+    stage = layers(WORST)
+    graph = copy_graph(stage)
+    (layer,) = graph.graph.find_nodes(op="call_function", target=torch.ops.stepfold.qlinear.default)
+    with graph.graph.inserting_after(layer):
+        twin = graph.graph.call_function(layer.target, layer.args)
+    with graph.graph.inserting_after(twin):
+        total = graph.graph.call_function(torch.ops.aten.add.Tensor, (layer, twin))
+    layer.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    for form in (with_unsigned_weights, in_two_layers):
+        exact = form(finish(stage, graph))
+        weights = [str(n.args[3].target) for n in exact.graph.graph.nodes if "qlinear" in str(n.target)]
+        assert len(set(weights)) == len(weights) / 2
+
+
 def test_signed_activations_keep_signed_weights() -> None:
     exact = with_unsigned_weights(layers(WORST, zero=SIGNED))
     assert all(tensor.dtype is not torch.uint8 for tensor in exact.tensors().values())
@@ -116,7 +133,7 @@ def test_engines_are_exact_without_vnni(tmp_path: Path) -> None:
             stage, out = layers(*CODES.values(), zero=zero), tmp_path / f"{engine}-{zero.dtype}"
             program = Program(
                 stages=(stage,),
-                inputs=(InputPort(stage.inputs[0], "state"),),
+                inputs=(InputPort(stage.inputs[0], "condition"),),
                 outputs=tuple(item.name for item in stage.outputs),
                 example={"x": torch.from_numpy(largest(zero))},
                 model=ModelIdentity("Layers", ""),

@@ -59,6 +59,7 @@ def test_bench_passes_its_options_on(stepfold, measured: list[dict[str, Any]], c
         "seed": 5,
         "out": Path("d"),
         "cache": cache_of_this_run,
+        "allow_native": False,
     }
 
 

@@ -78,6 +78,7 @@ def test_every_engine_has_its_packages() -> None:
         "compile",
         "onnxruntime",
         "onnxruntime-int8",
+        "onnxruntime-int8-reduced",
         "openvino",
         "openvino-bf16",
         "openvino-int8",

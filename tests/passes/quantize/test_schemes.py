@@ -241,12 +241,11 @@ def test_mixed_spends_what_it_may(program: Program, context: Context, results: d
 def test_mixed_is_no_worse_than_uniform(
     program: Program, context: Context, bits: float, uniform: dict[str, Any]
 ) -> None:
-    """On samples that chose nothing, at the bits of the uniform format or less."""
+    """On samples that chose nothing, at the bits of the uniform format or less; 16 of them differ by a fifth."""
     mixed, same = quantize(program, context, scheme="mixed", bits=bits), quantize(program, context, **uniform)
-    wanted = samples_of(program, count=16)
-    assert drift(samples_of(mixed.program, count=16), wanted) <= 1.02 * drift(
-        samples_of(same.program, count=16), wanted
-    )
+    wanted = samples_of(program, count=64)
+    errors = [drift(samples_of(result.program, count=64), wanted) for result in (mixed, same)]
+    assert errors[0] <= 1.02 * errors[1]
 
 
 def test_mixed_needs_its_smallest_format(program: Program, context: Context) -> None:
