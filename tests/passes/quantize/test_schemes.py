@@ -285,7 +285,7 @@ def test_mixed_spends_time_measured_on_the_engine(program: Program, tmp_path: Pa
         )
         first, second = (quantize(program, context, scheme="mixed", time=1.0).details for _ in range(2))
     assert first == second and 0 < first["time"] <= 1.0
-    assert len(list(tmp_path.glob("durations-*.json"))) == 4  # q, k and v; out; up; down
+    assert len(list((tmp_path / "durations").iterdir())) == 4  # q, k and v; out; up; down
 
 
 def test_weights_get_smaller(program: Program, results: dict[str, PassResult]) -> None:
