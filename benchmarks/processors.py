@@ -1,68 +1,79 @@
-"""The same bundles on this processor and on an emulated one without VNNI: decibels of int8, ours and that of others.
+"""The same bundles on this processor and on an emulated one without VNNI: decibels of each, and between the two.
 
-    python benchmarks/processors.py [--rows "default;int8"] [--quality-count 16] [--repeats 3] [--seed 12345]
+    python benchmarks/processors.py [--rows "int8;int8, static scales"] [--samples 2] [--seed 12345]
 
-Prints the table of docs/processors.md. Everything is built once, by this processor. Times are those of this processor,
-in one run, because an emulation has none; quality is over samples of a seed used for nothing else.
+Prints the table of docs/processors.md. An emulated evaluation takes seconds, so samples are few, and times are not
+compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from evaluations import REFERENCE, Row
 
+import stepfold
 from stepfold.backends.instructions import instructions
-from stepfold.report.bench import bench
-from stepfold.report.emulation import command
-from stepfold.report.processes import COMMAND
-from stepfold.runtime.compiler import Job, cache_folder, optimize
+from stepfold.loop.classes import class_conditions
+from stepfold.loop.metrics import psnr
+from stepfold.loop.noise import noise
+from stepfold.report.emulation import without_vnni
+from stepfold.runtime.compiler import Job, optimize
+from stepfold.runtime.unoptimized import load_unoptimized
 
-INT8 = ({"hoist": {}}, {"quantize": {"scheme": "int8", "smooth": 0.7}}, {"fuse": {}, "optional": True})
-SYMMETRIC = (
-    {"hoist": {}},
-    {"quantize": {"scheme": "int8", "activations": "symmetric", "smooth": 0.7}},
-    {"fuse": {}, "optional": True},
-)
-SVDQUANT = ({"hoist": {}}, {"quantize": {"scheme": "svdquant", "rank": 32}}, {"fuse": {}, "optional": True})
-MIXED = ({"hoist": {}}, {"quantize": {"scheme": "mixed", "bits": 7.0}}, {"fuse": {}, "optional": True})
+FUSE = {"fuse": {}, "optional": True}
+
+
+def int8(**options: object) -> tuple:
+    """Passes of a row in 8 bits."""
+    return ({"hoist": {}}, {"quantize": {"scheme": "int8", "smooth": 0.7, **options}}, FUSE)
+
+
 ROWS = {
-    "int8": Row("int8", INT8),
-    "int8, OpenVINO, symmetric scales": Row("openvino-int8-symmetric", SYMMETRIC, "openvino"),
-    "int8, OpenVINO, dynamic scales": Row("openvino-int8-dynamic", INT8, "openvino"),
-    "mixed, 7 bits": Row("mixed", MIXED),
-    "svdquant W4A8": Row("svdquant", SVDQUANT),
+    "int8": Row("int8", int8()),
+    "int8, static scales": Row("int8-static", int8(activations="static")),
+    "int8, GPTQ": Row("int8-gptq", int8(rounding="gptq")),
+    "int8, OpenVINO, symmetric scales": Row("openvino-int8", int8(activations="symmetric"), "openvino"),
+    "svdquant W4A8": Row("svdquant", ({"hoist": {}}, {"quantize": {"scheme": "svdquant", "rank": 32}}, FUSE)),
+    "mixed, 7 bits": Row("mixed", ({"hoist": {}}, {"quantize": {"scheme": "mixed", "bits": 7.0}}, FUSE)),
 }
 DEFAULT = "default, 40 dB"
-BASELINES = {
-    "*ONNX Runtime stock int8*": "onnxruntime-int8",
-    "*the same with reduce_range*": "onnxruntime-int8-reduced",
-    "*NNCF int8 on OpenVINO*": "openvino-int8",
-}
+DRAW = """
+import json, sys
+import numpy as np
+import stepfold
+paths, count, seed = json.loads(sys.argv[1])
+for path in paths:
+    np.save(path + ".npy", stepfold.load(path, threads=1).generate(count=count, seed=seed))
+"""
 
 
 def main() -> None:
-    """Build, measure here and emulated, print."""
+    """Build, draw here and emulated, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", default=";".join([*ROWS, DEFAULT]))
-    parser.add_argument("--quality-count", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--seed", type=int, default=12345)
     options = parser.parse_args()
-    chosen = options.rows.split(";")
     with tempfile.TemporaryDirectory() as scratch:
-        bundles = {name: build(name, Path(scratch)) for name in chosen}
-        here = measured(list(bundles.values()), options, COMMAND, options.repeats)
-        there = measured(list(bundles.values()), options, command(*COMMAND[1:]), 1)
-    print(f"this processor: {', '.join(instructions())}\n")
-    print("| row | ms for 10 images, here | dB here (worst) | dB without VNNI (worst) |\n|---|---|---|---|")
-    for name, key in {**{name: bundles[name].name for name in chosen}, **BASELINES}.items():
-        milliseconds = here[key]["latency_ms"]["median"]
-        print(f"| {name} | {milliseconds:.0f} | {decibels(here[key])} | {decibels(there[key])} |")
+        bundles = {name: build(name, Path(scratch)) for name in options.rows.split(";")}
+        request = [[str(path) for path in bundles.values()], options.samples, options.seed]
+        print("drawing emulated", file=sys.stderr)
+        without_vnni("-c", DRAW, json.dumps(request))
+        wanted = full_loop(options.samples, options.seed)
+        print(f"this processor: {', '.join(instructions())}\n")
+        print("| row | dB here | dB without VNNI | dB between them | largest difference |\n|---|---|---|---|---|")
+        for name, path in bundles.items():
+            here = stepfold.load(path, threads=1).generate(count=options.samples, seed=options.seed)
+            there = np.load(f"{path}.npy")
+            largest = np.abs(here - there).max() / np.ptp(here)
+            figures = [psnr(a, b).mean() for a, b in ((here, wanted), (there, wanted), (there, here))]
+            print(f"| {name} | {' | '.join(f'{value:.1f}' for value in figures)} | {largest:.0e} |")
 
 
 def build(name: str, folder: Path) -> Path:
@@ -74,25 +85,11 @@ def build(name: str, folder: Path) -> Path:
     return folder / "default"
 
 
-def measured(bundles: list[Path], options: argparse.Namespace, worker: tuple[str, ...], repeats: int) -> dict[str, Any]:
-    """The rows of one bench by name; the second finds model files and reference samples of the first."""
-    report = bench(
-        bundles,
-        reference=REFERENCE.checkpoint,
-        baselines=tuple(BASELINES.values()),
-        count=REFERENCE.count,
-        quality_count=options.quality_count,
-        repeats=repeats,
-        seed=options.seed,
-        cache=cache_folder(),
-        command=worker,
-    )
-    return {row["name"]: row for row in report.document()["rows"]}
-
-
-def decibels(row: dict[str, Any]) -> str:
-    """Mean PSNR and that of the worst sample."""
-    return f"{row['psnr_db']['mean']:.1f} ({row['psnr_db']['min']:.1f})"
+def full_loop(count: int, seed: int) -> np.ndarray:
+    """Samples of every call of the loop in PyTorch."""
+    original = load_unoptimized(REFERENCE.checkpoint)
+    conditions = class_conditions(original.program.inputs, original.loop, count)
+    return original.sample(noise(seed, (count, *original.loop.latent.shape)), conditions=conditions)
 
 
 if __name__ == "__main__":
