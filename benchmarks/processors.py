@@ -2,8 +2,7 @@
 
     python benchmarks/processors.py [--rows "int8;int8, static scales"] [--samples 2] [--seed 12345]
 
-Prints the table of docs/processors.md. An emulated evaluation takes seconds, so samples are few, and times are not
-compared.
+An emulated evaluation takes seconds, so samples are few, and times are not compared.
 """
 
 from __future__ import annotations
