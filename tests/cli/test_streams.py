@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from stepfold.cli.console import console, table
-from stepfold.cli.streams import mend_streams, printable, stopped_like_interrupted
+from stepfold.cli.streams import mend_streams, printable
 
 HOSTILE = "\x1b[2J\x1b]0;pwned\x07\x9b1m\u202ereversed"
 SHOWN = "\\x1b[2J\\x1b]0;pwned\\x07\\x9b1m\\u202ereversed"
@@ -62,24 +61,29 @@ def test_closed_streams_are_open_to_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == ""
 
 
-def test_a_request_to_end_is_an_interruption() -> None:
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a library that another test loaded may have its own
-    try:
-        with pytest.raises(KeyboardInterrupt), stopped_like_interrupted():
-            signal.raise_signal(signal.SIGTERM)
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+SIGNALS = """
+import signal
+from stepfold.cli.streams import stopped_like_interrupted
+
+number = signal.SIGTERM
+signal.signal(number, signal.{handler})
+try:
+    with stopped_like_interrupted():
+        signal.raise_signal(number)
+        print("went on")
+except KeyboardInterrupt:
+    print("interrupted")
+assert signal.getsignal(number) is signal.{handler}
+"""
 
 
-def test_a_signal_that_is_ignored_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with stopped_like_interrupted():
-            signal.raise_signal(signal.SIGHUP)
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+@pytest.mark.parametrize(("handler", "told"), [("SIG_DFL", "interrupted"), ("SIG_IGN", "went on")])
+def test_a_request_to_end_is_an_interruption_unless_it_is_ignored(handler: str, told: str) -> None:
+    # In a process of its own: signals of the tests' process belong to whatever library it has loaded.
+    code = SIGNALS.format(handler=handler)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout) == (0, told + "\n"), ran.stderr
 
 
 def test_an_interruption_of_the_imports_is_one_line(
