@@ -27,6 +27,8 @@ from rich.table import Table
 from .streams import printable
 
 WIDTH = 160  # columns where the output is no terminal
+TOLD = "stepfold.frontend.ignored"
+"""The logger whose information everybody is shown, and not only who debugs."""
 OFFLINE = {"HF_HUB_OFFLINE": "1"}  # no command downloads anything
 QUIET = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
@@ -118,12 +120,13 @@ class _Lines(logging.Handler):
 
 @contextmanager
 def quiet_libraries(debug: bool) -> Iterator[None]:
-    """Show stepfold's own warnings, and the messages of PyTorch, diffusers and others only to who debugs."""
-    logger, root = logging.getLogger("stepfold"), logging.getLogger()
+    """Show stepfold's own warnings and what it ignores, and the messages of PyTorch, diffusers and others only to who debugs."""
+    logger, told, root = logging.getLogger("stepfold"), logging.getLogger(TOLD), logging.getLogger()
     lines, nothing = _Lines(), logging.NullHandler()
     wanted = OFFLINE if debug else OFFLINE | QUIET
     level, added = logger.level, {name: value for name, value in wanted.items() if name not in os.environ}
     logger.addHandler(lines)
+    told.setLevel(logging.INFO)
     try:
         with warnings.catch_warnings():
             os.environ.update(added)
@@ -137,5 +140,6 @@ def quiet_libraries(debug: bool) -> Iterator[None]:
         logger.removeHandler(lines)
         root.removeHandler(nothing)
         logger.setLevel(level)
+        told.setLevel(logging.NOTSET)
         for name in added:
             os.environ.pop(name, None)

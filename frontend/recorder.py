@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+NOT_ITS_OWN = ("model_output", "timestep", "sample", "generator", "return_dict", "kwargs")
+"""Arguments of a scheduler's step that every loop gives."""
 STEPS = 2  # enough to tell what changes from step to step
 
 
@@ -32,12 +34,14 @@ class Step:
         timestep: what the scheduler was given.
         guided: the output the scheduler was given, guidance applied.
         sample: the latent it was given.
+        arguments: the others it was given, such as `eta`.
     """
 
     calls: list[Call] = field(default_factory=list)
     timestep: float = 0.0
     guided: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     sample: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -113,6 +117,7 @@ def _step(scheduler: Any, found: Recording) -> Callable[..., Any]:
         current = found.steps[-1]
         current.timestep = float(given["timestep"])
         current.guided, current.sample = given["model_output"].clone(), given["sample"].clone()
+        current.arguments = {name: value for name, value in given.items() if name not in NOT_ITS_OWN}
         if len(found.steps) == STEPS:
             raise Recorded
         found.steps.append(Step())

@@ -7,9 +7,9 @@ a doubled batch or in two calls a step, and its scale in what the scheduler was 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from ..loop.spec import GuidanceSpec, InputSpec, LatentSpec, LoopSpec, Role, Sam
 from .calling import dotted, flatten, prediction
 from .recorder import Call, Recording, Step
 from .sampler import probe, refuse_partial_grid
-from .schedulers import config_keys
+from .schedulers import own_config
 
 TOLERANCE = 1e-4  # relative; pipelines compute in float32
 IGNORED_ARGUMENTS = ("num_inference_steps", "device", "self")
@@ -245,20 +245,21 @@ def _sampler(recorded: Recording, scheduler: Any, steps: int, timestep_scale: fl
         arguments[name] = _plain_grid(name, value, steps)
     return SamplerSpec(
         scheduler=type(scheduler).__name__,
-        config=_scheduler_config(scheduler),
+        config=own_config(scheduler),
         steps=steps,
         set_timesteps=arguments,
+        step=_step_arguments(recorded, scheduler),
         timestep_scale=timestep_scale,
     )
 
 
-def _scheduler_config(scheduler: Any) -> dict[str, Any]:
-    """The configuration of a scheduler, less infinite defaults such as `lambda_min_clipped`, which JSON has no word for."""
-    defaults = config_keys(type(scheduler))
+def _step_arguments(recorded: Recording, scheduler: Any) -> dict[str, Any]:
+    """Arguments of the scheduler's step, such as `eta`, where they are not the defaults of its class."""
+    defaults = inspect.signature(type(scheduler).step).parameters
     return {
-        key: value
-        for key, value in dict(scheduler.config).items()
-        if not key.startswith("_") and not (value in (inf, -inf) and value == defaults.get(key))
+        name: value
+        for name, value in recorded.steps[0].arguments.items()
+        if isinstance(value, int | float | str) and value != defaults[name].default
     }
 
 

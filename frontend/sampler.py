@@ -2,7 +2,8 @@
 
 A deterministic sampler is linear in the noise and in the denoiser outputs. So one run with basis vectors, the noise
 e_0 and the i-th output e_{i+1}, shows every coefficient of x[i] = A_i x[0] + sum_j B_ij v_j at once. What is not
-linear or not deterministic is found out by replaying random runs, one of them at ten times the usual magnitude.
+linear or not deterministic is found out by replaying random runs, some of them far above the usual magnitude. What a
+scheduler does counts, not what its configuration is called: a key that clips in one class has no effect in another.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ..loop.errors import UsageError
+from ..loop.errors import UsageError, nearest
 from ..loop.recurrence import Array, Recurrence
 from ..loop.spec import SamplerSpec
 from .schedulers import SCHEDULER_ERRORS, build
@@ -25,19 +27,26 @@ logger = logging.getLogger(__name__)
 REPLAY_TOLERANCE = 1e-6  # relative L2 error of a replayed latent
 ROUNDING = 16 * np.finfo(np.float64).eps
 NEGLIGIBLE = 1e-9  # against the largest coefficient of the same update; float32 resolves 6e-8
+TINY = np.finfo(np.float64).tiny
+REQUIRED = ("model_output", "timestep", "sample")  # arguments of a step
 REPLAY_WIDTH = 64  # values in the latent of a replay
 ROUNDED_CALLS = 500  # beyond, the float32 rounding of the scheduler itself reaches the tolerance and grows as a root
-REPLAY_SCALES = (1.0, 1.0, 10.0)  # magnitudes; clipping may not show at 1
+REPLAY_SCALES = (1.0, 1.0, 10.0, 1000.0)  # magnitudes; clipping may not show at 1
+Run = Callable[..., tuple[Array, Array]]
+"""A scheduler that answers (start, outputs, seed) with latents and input scales, see `_run`."""
 DETERMINISTIC = (
     "choose a deterministic scheduler, such as DDIMScheduler, DPMSolverMultistepScheduler or EulerDiscreteScheduler."
 )
 
-# Configuration keys that make a step non-linear, with the value that folds.
 NONLINEAR_KEYS: Mapping[str, tuple[str, str]] = {
     "clip_sample": ("it clips the predicted sample", "set clip_sample: false"),
     "clip_denoised": ("it clips the predicted sample", "set clip_denoised: false"),
     "thresholding": ("it rescales the predicted sample by a quantile of itself", "set thresholding: false"),
 }
+"""Configuration keys that make the step of most schedulers non-linear, with the value that folds.
+
+They explain a step that turned out not to be linear; they are no reason to refuse one that is.
+"""
 
 
 def probe(sampler: SamplerSpec) -> Recurrence:
@@ -56,11 +65,10 @@ def probe(sampler: SamplerSpec) -> Recurrence:
     scheduler = build(sampler)
     name, S = sampler.scheduler, len(scheduler.timesteps)
     _refuse_signature(name, scheduler)
-    _refuse_learned_variance(name, scheduler)
-    _refuse_noise(name, scheduler)
-    _refuse_nonlinear_keys(name, scheduler)
-    recurrence = _solve(name, *_basis_run(name, scheduler, S), _grid(scheduler, sampler.timestep_scale))
-    _check_replay(name, scheduler, recurrence)
+    run = partial(_run, name, scheduler, _step_arguments(scheduler, sampler))
+    _refuse_noise(name, run, S)
+    recurrence = _solve(name, *_basis_run(run, S), _grid(scheduler, sampler.timestep_scale))
+    _check_replay(name, scheduler, run, recurrence)
     logger.info("%s: %d steps fold into %d calls, %d outputs deep", name, sampler.steps, S, recurrence.depth)
     return recurrence
 
@@ -83,7 +91,7 @@ def refuse_partial_grid(begin_index: int | None, steps: int) -> None:
         )
 
 
-def _basis_run(name: str, scheduler: Any, calls: int) -> tuple[Array, Array]:
+def _basis_run(run: Run, calls: int) -> tuple[Array, Array]:
     """Latents [S+1, S+1] whose rows are the coefficients of x[i] in (x[0], v_0, v_1, ...), and input scales [S].
 
     Many schedulers round the latent to float32 on the way; that rounding would stand where an exact zero belongs, so
@@ -99,7 +107,7 @@ def _basis_run(name: str, scheduler: Any, calls: int) -> tuple[Array, Array]:
             return args[0] if rounds and result.dtype.is_floating_point else result
 
     with KeepDouble():
-        return _run(name, scheduler, np.eye(1, calls + 1)[0], np.eye(calls, calls + 1, 1))
+        return run(np.eye(1, calls + 1)[0], np.eye(calls, calls + 1, 1))
 
 
 def _grid(scheduler: Any, timestep_scale: float) -> tuple[Array, float]:
@@ -108,12 +116,30 @@ def _grid(scheduler: Any, timestep_scale: float) -> tuple[Array, float]:
     return timesteps, float(getattr(scheduler, "init_noise_sigma", 1.0))
 
 
-def _run(name: str, scheduler: Any, start: Array, outputs: Array, seed: int = 0) -> tuple[Array, Array]:
+def _step_arguments(scheduler: Any, sampler: SamplerSpec) -> dict[str, Any]:
+    """The arguments of each step that the sampler gives besides output, timestep and sample.
+
+    Raises:
+        UsageError: the step takes no such argument.
+    """
+    parameters = inspect.signature(scheduler.step).parameters
+    valid = [name for name in parameters if name not in (*REQUIRED, "generator", "return_dict", "kwargs")]
+    for key in sampler.step:
+        if key not in valid:
+            hint = nearest(key, valid) if valid else "it takes no argument of this kind."
+            raise UsageError(f"sampler.step: a step of {sampler.scheduler} does not take {key!r}; {hint}")
+    return dict(sampler.step)
+
+
+def _run(
+    name: str, scheduler: Any, given: Mapping[str, Any], start: Array, outputs: Array, seed: int = 0
+) -> tuple[Array, Array]:
     """Run a copy of a scheduler with given denoiser outputs.
 
     Args:
         name: of the scheduler, for messages.
         scheduler: its grid is set and no step was taken; it is left so.
+        given: further arguments of every step, such as `eta`.
         start: [D] the first latent, already scaled.
         outputs: [S, D] what the denoiser answers at each call.
         seed: of every random generator that the scheduler may use.
@@ -129,7 +155,7 @@ def _run(name: str, scheduler: Any, start: Array, outputs: Array, seed: int = 0)
     scheduler = copy.deepcopy(scheduler)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # else equal neighbours at the start are taken for a start in the middle
-    extra = {}
+    extra = dict(given)
     if "generator" in inspect.signature(scheduler.step).parameters:
         extra["generator"] = torch.Generator().manual_seed(seed)
     latent = torch.from_numpy(start).reshape(1, -1, 1, 1)
@@ -143,8 +169,9 @@ def _run(name: str, scheduler: Any, start: Array, outputs: Array, seed: int = 0)
                 latent = scheduler.step(output, t, latent, return_dict=False, **extra)[0]
             except SCHEDULER_ERRORS as error:
                 raise UsageError(
-                    f"{name}: its step failed at call {i} of {len(outputs)}: {type(error).__name__}: {error}. It "
-                    f"cannot be folded; {DETERMINISTIC}"
+                    f"{name}: its step failed at call {i} of {len(outputs)}: {type(error).__name__}: {error}. "
+                    + _variance(scheduler)
+                    + f"It cannot be folded; {DETERMINISTIC}"
                 ) from None
             if latent.shape != output.shape or len(scheduler.timesteps) != len(outputs):
                 raise UsageError(
@@ -205,7 +232,7 @@ def _without_rounding(carried: Array, after: Array) -> Array:
     return difference
 
 
-def _check_replay(name: str, scheduler: Any, recurrence: Recurrence) -> None:
+def _check_replay(name: str, scheduler: Any, run: Run, recurrence: Recurrence) -> None:
     """Replay random runs of a scheduler by the recurrence.
 
     Raises:
@@ -216,16 +243,16 @@ def _check_replay(name: str, scheduler: Any, recurrence: Recurrence) -> None:
     for scale in REPLAY_SCALES:
         start = scale * recurrence.initial_scale * generator.standard_normal(REPLAY_WIDTH)
         outputs = scale * generator.standard_normal((recurrence.calls, REPLAY_WIDTH))
-        wanted, scales = _run(name, scheduler, start, outputs)
+        wanted, scales = run(start, outputs)
         latent = start
         for i in range(recurrence.calls):
             latent = recurrence.state[i] * latent + recurrence.outputs[i] @ outputs
-            error = np.linalg.norm(latent - wanted[i + 1]) / np.linalg.norm(wanted[i + 1])
+            error = np.linalg.norm(latent - wanted[i + 1]) / max(np.linalg.norm(wanted[i + 1]), TINY)
             if not error <= tolerance:
                 raise UsageError(
-                    f"{name}: not a linear recurrence: a random run at magnitude {scale:g} differs from "
+                    f"{name}: not a linear recurrence: {_cause(scheduler)}a random run at magnitude {scale:g} differs from "
                     f"the probed coefficients by {error:.1e} (relative) at call {i} "
-                    f"of {recurrence.calls}; expected at most {tolerance:g}. C{DETERMINISTIC[1:]}"
+                    f"of {recurrence.calls}; expected at most {tolerance:g}. {_remedy(scheduler)}"
                 )
         if not np.allclose(scales, recurrence.input_scale, rtol=REPLAY_TOLERANCE, atol=0.0):
             raise UsageError(f"{name}: its input scale depends on the latent; {DETERMINISTIC}")
@@ -238,28 +265,30 @@ def _refuse_signature(name: str, scheduler: Any) -> None:
         raise UsageError(f"{name}: it has no method `step`, so it does not drive a loop; {DETERMINISTIC}")
     names = [p.name for p in parameters]
     required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    if required != ["model_output", "timestep", "sample"] or "return_dict" not in names:
+    if required != [*REQUIRED] or "return_dict" not in names:
         raise UsageError(
             f"{name}: its step asks for {', '.join(required)}; expected model_output, timestep, sample. Its loop "
             f"cannot be folded; {DETERMINISTIC}"
         )
 
 
-def _refuse_learned_variance(name: str, scheduler: Any) -> None:
+def _variance(scheduler: Any) -> str:
+    """What a failed step may be due to, a sentence with a space behind it; empty where nothing is known."""
     variance = scheduler.config.get("variance_type")
-    if isinstance(variance, str) and variance.startswith("learned"):
-        raise UsageError(
-            f"{name}: variance_type {variance!r} takes half of the denoiser output as a variance; the fold expects "
-            "the prediction alone. Remove the key from sampler.config, with a denoiser that returns only that."
-        )
+    if not (isinstance(variance, str) and variance.startswith("learned")):
+        return ""
+    return (
+        f"variance_type {variance!r} takes half of the denoiser output as a variance; the fold expects the prediction "
+        "alone: remove the key from its configuration, with a denoiser that returns only that. "
+    )
 
 
-def _refuse_noise(name: str, scheduler: Any) -> None:
+def _refuse_noise(name: str, run: Run, calls: int) -> None:
     """Two runs that differ only in the seed must agree."""
     generator = np.random.default_rng(0)
     start = generator.standard_normal(REPLAY_WIDTH)
-    outputs = generator.standard_normal((len(scheduler.timesteps), REPLAY_WIDTH))
-    runs = [_run(name, scheduler, start, outputs, seed)[0] for seed in (1, 2)]
+    outputs = generator.standard_normal((calls, REPLAY_WIDTH))
+    runs = [run(start, outputs, seed)[0] for seed in (1, 2)]
     if not np.array_equal(*runs, equal_nan=True):
         raise UsageError(
             f"{name}: stochastic: it adds noise in its steps (two runs with different seeds differ), and "
@@ -267,10 +296,13 @@ def _refuse_noise(name: str, scheduler: Any) -> None:
         )
 
 
-def _refuse_nonlinear_keys(name: str, scheduler: Any) -> None:
-    for key, (reason, remedy) in NONLINEAR_KEYS.items():
-        if scheduler.config.get(key):
-            raise UsageError(
-                f"{name}: not linear: {key} is {scheduler.config[key]!r}, so {reason} and the loop does not fold; "
-                f"{remedy} in sampler.config."
-            )
+def _cause(scheduler: Any) -> str:
+    """Why a step is not linear, with `: ` behind it, as far as its configuration tells; else empty."""
+    key = next((key for key in NONLINEAR_KEYS if scheduler.config.get(key)), None)
+    return f"{key} is {scheduler.config[key]!r}, so {NONLINEAR_KEYS[key][0]}: " if key else ""
+
+
+def _remedy(scheduler: Any) -> str:
+    """What to do about a step that is not linear."""
+    remedy = next((remedy for key, (_, remedy) in NONLINEAR_KEYS.items() if scheduler.config.get(key)), None)
+    return f"C{DETERMINISTIC[1:]}" if remedy is None else f"To fold it, {remedy} in the scheduler's configuration."

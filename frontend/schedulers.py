@@ -9,12 +9,14 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
+from math import inf
 from typing import Any
 
 import numpy as np
 
 from ..loop.errors import UsageError, nearest
 from ..loop.spec import SamplerSpec
+from .ignored import report_ignored
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,22 @@ def config_keys(cls: type[Any]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.name != "self" and p.kind is not p.VAR_KEYWORD}
 
 
+def own_config(scheduler: Any) -> dict[str, Any]:
+    """The configuration of a loaded scheduler as a `loop.yaml` can hold it.
+
+    Left out are the keys that its class does not have, as diffusers leaves them unread, and infinite defaults such as
+    `lambda_min_clipped`, which JSON has no word for.
+    """
+    defaults = config_keys(type(scheduler))
+    config = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
+    report_ignored("scheduler", type(scheduler).__name__, [key for key in config if key not in defaults])
+    return {
+        key: value
+        for key, value in config.items()
+        if key in defaults and not (value in (inf, -inf) and value == defaults[key])
+    }
+
+
 def build(sampler: SamplerSpec) -> Any:
     """Instantiate the scheduler of a sampler and set its grid.
 
@@ -123,7 +141,7 @@ def _unknown_key(scheduler: str, key: str, value: Any, valid: list[str]) -> str:
     if key == "eta":
         return (
             f"sampler.config: {scheduler} takes eta as an argument of a step, and eta > 0 adds noise at every step; "
-            f"received eta={value!r}. Only the deterministic sampler folds: remove the key."
+            f"received eta={value!r}. Only the deterministic sampler folds: write step: {{eta: 0.0}} beside config."
         )
     return f"sampler.config: {scheduler} has no key {key!r}; {nearest(key, valid)}"
 

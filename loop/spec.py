@@ -38,7 +38,7 @@ class InputSpec(Strict):
 
 
 class SamplerSpec(Strict):
-    """A diffusers scheduler class, its configuration, and the arguments of its `set_timesteps`.
+    """A diffusers scheduler class, its configuration, and the arguments of its `set_timesteps` and its `step`.
 
     The denoiser receives `timestep_scale` times the timestep of the scheduler: the pipelines of FLUX and QwenImage
     pass a thousandth of it.
@@ -48,6 +48,7 @@ class SamplerSpec(Strict):
     config: dict[str, Plain] = Field(default_factory=dict)
     steps: int = Field(gt=0, le=10_000, strict=True)
     set_timesteps: dict[str, Plain] = Field(default_factory=dict)
+    step: dict[str, Plain] = Field(default_factory=dict)
     timestep_scale: Factor = 1.0
 
 

@@ -52,7 +52,6 @@ def test_stochastic_scheduler_is_refused(name: str, config: dict[str, Any]) -> N
     ("name", "config", "reason", "remedy"),
     [
         ("DDIMScheduler", {}, "clip_sample is True", "set clip_sample: false"),
-        ("CogVideoXDDIMScheduler", {}, "clip_sample is True", "set clip_sample: false"),
         ("HeunDiscreteScheduler", {"clip_sample": True}, "clip_sample is True", "set clip_sample: false"),
         ("DDIMScheduler", {"clip_sample": False, "thresholding": True}, "quantile", "set thresholding: false"),
         ("DPMSolverMultistepScheduler", {"thresholding": True}, "quantile", "set thresholding: false"),
@@ -60,7 +59,7 @@ def test_stochastic_scheduler_is_refused(name: str, config: dict[str, Any]) -> N
 )
 def test_clipping_is_refused_with_the_key(name: str, config: dict[str, Any], reason: str, remedy: str) -> None:
     message = refusal(name, config=config)
-    assert message.startswith(f"{name}: not linear") and reason in message and remedy in message
+    assert message.startswith(f"{name}: not a linear recurrence") and reason in message and remedy in message
 
 
 def test_clipping_of_a_single_step_consistency_sampler_is_refused() -> None:
@@ -70,7 +69,7 @@ def test_clipping_of_a_single_step_consistency_sampler_is_refused() -> None:
 @pytest.mark.parametrize("variance", ["learned", "learned_range"])
 def test_learned_variance_is_refused(variance: str) -> None:
     message = refusal("DPMSolverMultistepScheduler", config={"variance_type": variance})
-    assert f"variance_type {variance!r} takes half of the denoiser output" in message and "Remove the key" in message
+    assert f"variance_type {variance!r} takes half of the denoiser output" in message and "remove the key" in message
 
 
 def test_unknown_class_names_the_nearest() -> None:
@@ -97,7 +96,24 @@ def test_unknown_config_key_names_the_nearest() -> None:
 
 def test_eta_is_explained() -> None:
     message = refusal("DDIMScheduler", config={"clip_sample": False, "eta": 1.0})
-    assert "eta > 0 adds noise" in message and "remove the key" in message
+    assert "eta > 0 adds noise" in message and "write step: {eta: 0.0}" in message
+
+
+def test_an_argument_that_no_step_takes_names_the_nearest() -> None:
+    spec = SamplerSpec(scheduler="DDIMScheduler", config={"clip_sample": False}, steps=4, step={"etaa": 0.0})
+    with pytest.raises(
+        UsageError, match=r"^sampler.step: a step of DDIMScheduler does not take 'etaa'; did you mean 'eta'"
+    ):
+        probe(spec)
+    spec = SamplerSpec(scheduler="PNDMScheduler", steps=4, step={"eta": 0.0})
+    with pytest.raises(UsageError, match="PNDMScheduler does not take 'eta'; it takes no argument of this kind"):
+        probe(spec)
+
+
+def test_noise_that_a_step_is_asked_for_is_refused() -> None:
+    spec = SamplerSpec(scheduler="DDIMScheduler", config={"clip_sample": False}, steps=4, step={"eta": 0.5})
+    with pytest.raises(UsageError, match="stochastic"):
+        probe(spec)
 
 
 def test_config_value_the_class_refuses() -> None:
