@@ -253,7 +253,7 @@ def _made_up(
     if isinstance(description, LoopSpec) and spec.role == "state":
         return torch.randn([batch, *description.latent.shape], generator=generator)
     if isinstance(description, LoopSpec) and spec.role == "timestep":
-        value = TIMESTEP * description.sampler.timestep_scale
+        value = TIMESTEP * description.sampler.timestep_scale + description.sampler.timestep_offset
         return torch.full([batch], value, dtype=_dtype(spec.dtype))
     if spec.shape is None and spec.dtype is None and _is_class(model, method, name, description):
         return _classes(batch, torch.int64)

@@ -1,4 +1,4 @@
-"""A diffusers pipeline folder: denoiser and scheduler by role, the loop by running two steps."""
+"""A diffusers pipeline folder: denoiser and scheduler by role, the loop by watching the pipeline run."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ from .load import (
     loop_lines,
     read_config,
 )
-from .recorder import Recording, recording
-from .roles import infer
+from .recorder import recording
+from .roles import Inferred
 from .surroundings import SURROUNDINGS
+from .watch import Watch
 from .weights import find_weights, first_line, read_model, without_progress_bars
 
 logger = logging.getLogger(__name__)
@@ -49,8 +50,8 @@ KNOWN_ARGUMENTS: Mapping[str, Any] = {"prompt": PROMPTS, "class_labels": [0, 1]}
 def load_pipeline(path: Path, *, loop: Path | None = None, inputs: Path | None = None) -> Checkpoint:
     """Load the denoiser of a pipeline, with the loop the pipeline runs around it.
 
-    With a loop file the denoiser is loaded by itself. Otherwise the pipeline is run for two steps with a recorder on
-    the denoiser; steps and guidance are the defaults of its `__call__`.
+    With a loop file the denoiser is loaded by itself. Otherwise the pipeline is run with a recorder on the denoiser,
+    which answers for it, so that a step costs little, and every step is compared with the loop that the first two say; steps and guidance are the defaults of its `__call__`.
 
     Args:
         path: a folder with `model_index.json`.
@@ -82,9 +83,7 @@ def load_pipeline(path: Path, *, loop: Path | None = None, inputs: Path | None =
     pipeline = _pipeline(path, name, parts, denoiser)
     given = read_tensors(inputs or path / INPUTS_FILE) if inputs or (path / INPUTS_FILE).is_file() else {}
     arguments = _arguments(path, pipeline, given)
-    recorded = _record(path, pipeline, denoiser, arguments)
-    steps = int(arguments.get("num_inference_steps") or _default(pipeline, "num_inference_steps", 50))
-    inferred = infer(recorded, pipeline.scheduler, BATCH, steps)
+    inferred = _record(path, pipeline, denoiser, arguments)
     return Checkpoint(
         path=path,
         class_name=class_name,
@@ -220,11 +219,17 @@ def _arguments(path: Path, pipeline: Any, given: Mapping[str, torch.Tensor]) -> 
     return arguments
 
 
-def _record(path: Path, pipeline: Any, denoiser: torch.nn.Module, arguments: dict[str, Any]) -> Recording:
-    name = type(pipeline).__name__
-    with _runs(path, name, denoiser), recording(denoiser, pipeline.scheduler) as recorded, torch.no_grad():
+def _record(path: Path, pipeline: Any, denoiser: torch.nn.Module, arguments: dict[str, Any]) -> Inferred:
+    """The loop of a pipeline, which all of its steps were compared with."""
+    steps = int(arguments.get("num_inference_steps") or _default(pipeline, "num_inference_steps", 50))
+    watch, networks = Watch(pipeline.scheduler, BATCH, steps), dict(pipeline.components)
+    with (
+        _runs(path, type(pipeline).__name__, denoiser),
+        recording(denoiser, pipeline.scheduler, networks, watch) as recorded,
+        torch.no_grad(),
+    ):
         pipeline(**arguments)
-    return recorded
+    return watch.finish(recorded)
 
 
 @contextmanager
@@ -236,7 +241,7 @@ def _runs(path: Path, name: str, denoiser: torch.nn.Module) -> Iterator[None]:
         raise
     except Exception as error:
         raise UsageError(
-            f"{path}: {name} cannot be run for two steps: {first_line(error)} Give what is missing with --inputs "
+            f"{path}: {name} cannot be run: {first_line(error)} Give what is missing with --inputs "
             f"FILE.safetensors (arguments of its call, such as prompt_embeds), or a {LOOP_FILE} for the "
             f"{type(denoiser).__name__}. {loop_lines(type(denoiser))}"
         ) from error

@@ -1,25 +1,31 @@
-"""A recorder on the denoiser and the scheduler of a diffusers pipeline: how they are really called."""
+"""A recorder on the denoiser and the scheduler of a diffusers pipeline: how they are really called, step by step.
+
+The denoiser answers with noise, so a step costs next to nothing and all of them are watched. Each is handed on when
+the scheduler has made it and then dropped: only what a caller keeps stays in memory.
+"""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
+
+from ..loop.errors import UsageError
 
 NOT_ITS_OWN = ("model_output", "timestep", "sample", "generator", "return_dict", "kwargs")
 """Arguments of a scheduler's step that every loop gives."""
-STEPS = 2  # enough to tell what changes from step to step
 
 
 @dataclass(frozen=True)
 class Call:
-    """One denoiser call: its arguments by name, and what the recorder answered."""
+    """One denoiser call: its arguments by name, and what was answered."""
 
     arguments: dict[str, Any]
     output: torch.Tensor
@@ -35,6 +41,9 @@ class Step:
         guided: the output the scheduler was given, guidance applied.
         sample: the latent it was given.
         arguments: the others it was given, such as `eta`.
+        result: the latent it answered with.
+        networks: other networks of the pipeline that ran since the step before, name -> class; in the first step
+            those that ran behind its first denoiser call.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -42,111 +51,178 @@ class Step:
     guided: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     sample: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     arguments: dict[str, Any] = field(default_factory=dict)
+    result: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    networks: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class Recording:
-    """What a pipeline did in its first steps."""
+    """What a pipeline did around its steps.
 
-    steps: list[Step] = field(default_factory=list)
+    Attributes:
+        set_timesteps: arguments of the scheduler's `set_timesteps`.
+        begin_index: where the scheduler was told to begin.
+        taken: how many steps the scheduler made.
+        rest: denoiser calls behind the last of them.
+    """
+
     set_timesteps: dict[str, Any] = field(default_factory=dict)
     begin_index: int | None = None
+    taken: int = 0
+    rest: int = 0
 
 
-class Recorded(BaseException):
-    """Enough was recorded; ends the pipeline's call."""
+OnStep = Callable[[Recording, Step], None]
 
 
 @contextmanager
-def recording(denoiser: torch.nn.Module, scheduler: Any) -> Iterator[Recording]:
-    """Record a pipeline's first two steps, then end its call.
+def recording(
+    denoiser: torch.nn.Module, scheduler: Any, networks: Mapping[str, Any], on_step: OnStep, *, answer: bool = True
+) -> Iterator[Recording]:
+    """Watch every step that a pipeline makes within.
 
-    The first denoiser call runs, to learn the shape of its output. Every call is answered with noise of that shape:
-    the two branches of guidance then differ clearly, whatever the weights.
+    Args:
+        denoiser: its network. It runs once for each form of its arguments, to learn what it returns; every call is
+            answered with noise of that form: the branches of guidance then differ clearly, whatever the weights.
+        scheduler: its scheduler, which makes its steps.
+        networks: its components by name; those that are no modules are left aside.
+        on_step: called when the scheduler has made a step.
+        answer: whether the denoiser is answered for; False lets it run.
+
+    Raises:
+        UsageError: within the pipeline, where it sets another grid on its way.
     """
-    found = Recording(steps=[Step()])
-    patches: list[tuple[Any, str, Any]] = [
-        (denoiser, "forward", _denoise(denoiser, found)),
-        (scheduler, "set_timesteps", _set_timesteps(scheduler, found)),
-        (scheduler, "step", _step(scheduler, found)),
-    ]
+    recorder = _Recorder(denoiser, scheduler, networks, on_step, answer)
+    hook = register_module_forward_pre_hook(recorder.ran)
+    patches: dict[str, tuple[Any, Any]] = {
+        "forward": (denoiser, recorder.forward),
+        "set_timesteps": (scheduler, recorder.set_timesteps),
+        "step": (scheduler, recorder.step),
+    }
     if hasattr(scheduler, "set_begin_index"):
-        patches.append((scheduler, "set_begin_index", _set_begin_index(scheduler, found)))
-    for owner, name, patched in patches:
-        object.__setattr__(owner, name, patched)
+        patches["set_begin_index"] = scheduler, recorder.set_begin_index
+    wrappers = [(owner, name, _like(getattr(owner, name), patched)) for name, (owner, patched) in patches.items()]
+    for owner, name, wrapper in wrappers:
+        object.__setattr__(owner, name, wrapper)
     try:
-        yield found
-    except Recorded:
-        pass
+        yield recorder.found
     finally:
-        for owner, name, _ in patches:
+        for owner, name, _ in wrappers:
             object.__delattr__(owner, name)
-        found.steps = found.steps[:STEPS]
+        hook.remove()
+        recorder.found.rest = len(recorder.current.calls)
 
 
-def _denoise(denoiser: torch.nn.Module, found: Recording) -> Callable[..., Any]:
-    original = denoiser.forward
-    signature = inspect.signature(original)
-    answers: list[Any] = []
-    generator = torch.Generator().manual_seed(0)
+def _like(original: Callable[..., Any], patched: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with the signature of the original, which pipelines ask for; it is given the original first."""
 
-    def noise(leaf: Any) -> Any:
-        return torch.randn(leaf.shape, generator=generator) if isinstance(leaf, torch.Tensor) else leaf
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return patched(original, *args, **kwargs)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        arguments = _cloned(dict(signature.bind(*args, **kwargs).arguments))
+    wrapper.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    return wrapper
+
+
+class _Recorder:
+    """What stands in the place of a denoiser's and a scheduler's methods."""
+
+    def __init__(
+        self, denoiser: torch.nn.Module, scheduler: Any, networks: Mapping[str, Any], on_step: OnStep, answer: bool
+    ):
+        self.found, self.current = Recording(), Step()
+        self._on_step, self._answer = on_step, answer
+        self._names = {
+            id(part): (name, type(network).__name__)
+            for name, network in networks.items()
+            if isinstance(network, torch.nn.Module) and network is not denoiser
+            for part in network.modules()
+        }
+        self._own = {id(part) for part in denoiser.modules()}
+        self._forms: dict[str, Any] = {}
+        self._generator = torch.Generator().manual_seed(0)
+
+    @property
+    def _in_loop(self) -> bool:
+        return self.found.taken > 0 or bool(self.current.calls)
+
+    def ran(self, module: torch.nn.Module, _: Any) -> None:
+        """Note another network of the pipeline; modules that belong to none are its own business."""
+        if self._in_loop and id(module) in self._names and id(module) not in self._own:
+            name, kind = self._names[id(module)]
+            self.current.networks[name] = kind
+
+    def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The denoiser's."""
+        arguments = _cloned(dict(inspect.signature(original).bind(*args, **kwargs).arguments))
         arguments |= arguments.pop("kwargs", {}) if isinstance(arguments.get("kwargs"), dict) else {}
-        if not answers:
-            with torch.no_grad():
-                answers.append(original(*args, **kwargs))
-        answer = pytree.tree_map(noise, answers[0])
+        answer = self._noise(original, args, kwargs) if self._answer else original(*args, **kwargs)
         first = next(leaf for leaf in pytree.tree_leaves(answer) if isinstance(leaf, torch.Tensor))
-        found.steps[-1].calls.append(Call(arguments, first.clone()))
+        self.current.calls.append(Call(arguments, first.clone()))
         return answer
 
-    forward.__signature__ = signature  # type: ignore[attr-defined]
-    return forward
+    def _noise(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        form = repr(pytree.tree_map(_form, (args, kwargs)))
+        if form not in self._forms:
+            with torch.no_grad():
+                self._forms[form] = pytree.tree_map(_sizes, original(*args, **kwargs))
+        return pytree.tree_map(self._drawn, self._forms[form])
 
+    def _drawn(self, leaf: Any) -> Any:
+        return torch.randn(leaf.sizes, generator=self._generator) if isinstance(leaf, _Form) else leaf
 
-def _step(scheduler: Any, found: Recording) -> Callable[..., Any]:
-    original = scheduler.step
-    signature = inspect.signature(original)
+    def step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The scheduler's."""
+        given = inspect.signature(original).bind(*args, **kwargs).arguments
+        step, self.current = self.current, Step()
+        step.timestep = _one_number(given["timestep"])
+        step.guided, step.sample = given["model_output"].clone(), given["sample"].clone()
+        step.arguments = {name: value for name, value in given.items() if name not in NOT_ITS_OWN}
+        answer = original(*args, **kwargs)
+        step.result = (answer[0] if isinstance(answer, tuple) else answer.prev_sample).clone()
+        self._on_step(self.found, step)
+        self.found.taken += 1
+        return answer
 
-    def step(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        current = found.steps[-1]
-        current.timestep = float(given["timestep"])
-        current.guided, current.sample = given["model_output"].clone(), given["sample"].clone()
-        current.arguments = {name: value for name, value in given.items() if name not in NOT_ITS_OWN}
-        if len(found.steps) == STEPS:
-            raise Recorded
-        found.steps.append(Step())
+    def set_timesteps(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The scheduler's."""
+        if self._in_loop:
+            raise UsageError(
+                f"step {self.found.taken + 1}: the pipeline sets another grid on its way (set_timesteps); the fold holds "
+                "one grid from noise to sample. Write a loop.yaml for the denoiser alone."
+            )
+        self.found.set_timesteps = copy.deepcopy(dict(inspect.signature(original).bind(*args, **kwargs).arguments))
         return original(*args, **kwargs)
 
-    step.__signature__ = signature  # type: ignore[attr-defined]
-    return step
-
-
-def _set_timesteps(scheduler: Any, found: Recording) -> Callable[..., Any]:
-    original = scheduler.set_timesteps
-    signature = inspect.signature(original)
-
-    def set_timesteps(*args: Any, **kwargs: Any) -> Any:
-        found.set_timesteps = copy.deepcopy(dict(signature.bind(*args, **kwargs).arguments))
-        return original(*args, **kwargs)
-
-    set_timesteps.__signature__ = signature  # type: ignore[attr-defined]
-    return set_timesteps
-
-
-def _set_begin_index(scheduler: Any, found: Recording) -> Callable[..., Any]:
-    original = scheduler.set_begin_index
-
-    def set_begin_index(begin_index: int = 0) -> Any:
-        found.begin_index = begin_index
+    def set_begin_index(self, original: Callable[..., Any], begin_index: int = 0) -> Any:
+        """The scheduler's."""
+        self.found.begin_index = begin_index
         return original(begin_index)
 
-    return set_begin_index
+
+@dataclass(frozen=True)
+class _Form:
+    """A tensor without its values."""
+
+    sizes: tuple[int, ...]
+
+
+def _sizes(leaf: Any) -> Any:
+    return _Form(tuple(leaf.shape)) if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _form(leaf: Any) -> Any:
+    """What of an argument decides the form of an answer: sizes and switches, no numbers."""
+    return _sizes(leaf) if leaf is None or isinstance(leaf, torch.Tensor | bool | str) else type(leaf)
+
+
+def _one_number(timestep: Any) -> float:
+    values = torch.as_tensor(timestep).flatten()
+    if not bool((values == values[0]).all()):
+        raise UsageError(
+            f"the pipeline gives its scheduler a timestep for each of {len(values)} tokens or samples; the fold holds one "
+            "for all. Write a loop.yaml for the denoiser alone."
+        )
+    return float(values[0])
 
 
 def _cloned(values: dict[str, Any]) -> dict[str, Any]:

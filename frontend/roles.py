@@ -1,8 +1,9 @@
-"""Roles and loop of a denoiser, inferred from how a pipeline called it.
+"""Roles and loop of a denoiser, inferred from how a pipeline called it in its first two steps.
 
 The latent is the argument that follows the scheduler's sample, the timestep the one that follows its timestep; what
 does not change from step to step is a condition when it has a row for each sample, else a constant. Guidance shows in
-a doubled batch or in two calls a step, and its scale in what the scheduler was given.
+a doubled batch or in two calls a step, and its scale in what the scheduler was given. `watch` holds all further steps
+to what is inferred here.
 """
 
 from __future__ import annotations
@@ -18,21 +19,12 @@ from torch.utils import _pytree as pytree
 
 from ..loop.errors import UsageError
 from ..loop.spec import GuidanceSpec, InputSpec, LatentSpec, LoopSpec, Role, SamplerSpec
-from .calling import dotted, flatten, prediction
-from .recorder import Call, Recording, Step
-from .sampler import probe, refuse_partial_grid
+from .branches import BY_HAND, TOLERANCE, Branch, Guided
+from .calling import dotted, flatten
+from .recorder import Recording, Step
 from .schedulers import own_config
 
-TOLERANCE = 1e-4  # relative; pipelines compute in float32
 IGNORED_ARGUMENTS = ("num_inference_steps", "device", "self")
-
-
-@dataclass(frozen=True)
-class Branch:
-    """The arguments of one guidance branch, cut to one row for each sample, and the prediction for them."""
-
-    arguments: dict[str, Any]
-    output: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -50,37 +42,47 @@ class Inferred:
     unconditional: dict[str, torch.Tensor]
 
 
-def infer(recorded: Recording, scheduler: Any, batch: int, steps: int) -> Inferred:
+@dataclass(frozen=True)
+class Seen:
+    """A step as it is judged.
+
+    Attributes:
+        step: as recorded.
+        guided: its branches.
+        latent: of each sample.
+    """
+
+    step: Step
+    guided: Guided
+    latent: torch.Tensor
+
+
+def infer(recorded: Recording, first: Seen, second: Seen | None, scheduler: Any, batch: int, steps: int) -> Inferred:
     """Describe the loop a pipeline runs.
 
     Args:
-        recorded: its first two steps.
+        recorded: what it did around its steps.
+        first: its first step.
+        second: its second, None for a loop of one step.
         scheduler: the pipeline's.
         batch: how many samples the pipeline was asked for.
-        steps: the pipeline's default number of steps.
+        steps: how many steps.
 
     Raises:
         UsageError: the pipeline does something the fold cannot hold; the message says what.
     """
-    refuse_partial_grid(recorded.begin_index, steps)
-    if len(recorded.steps) < 2 or not recorded.steps[1].calls:
-        raise UsageError("the pipeline ended before its second step: expected a loop of scheduler steps.")
-    first, second = recorded.steps
-    latent = _latent(first, batch)
-    conditional, unconditional, scale = _branches(first, latent, batch)
-    later, _, _ = _branches(second, _latent(second, batch), batch)
+    conditional, unconditional, latent = first.guided.conditional, first.guided.unconditional, first.latent
     state = _state(conditional, latent)
-    timestep, timestep_scale = _timestep(conditional, later, first.timestep, second.timestep)
-    inputs = _inputs(conditional, later, state, timestep, batch)
-    kwargs = _example(conditional.arguments, latent, state, timestep, batch)
+    timestep = _timestep(first, second)
+    inputs = _inputs(conditional, second.guided.conditional if second else conditional, state, timestep.name, batch)
+    kwargs = _example(conditional.arguments, timestep.name, batch)
     loop = LoopSpec(
         inputs=inputs,
-        sampler=_sampler(recorded, scheduler, steps, timestep_scale),
-        guidance=_guidance(conditional, unconditional, inputs, scale),
+        sampler=_sampler(recorded, scheduler, steps, timestep, first),
+        guidance=_guidance(conditional, unconditional, inputs, first.guided.scale),
         latent=LatentSpec(shape=tuple(latent.shape[1:])),
         constants=_plain_constants(kwargs),
     )
-    _replay(loop, first, second, batch, (conditional, state))
     return Inferred(loop, kwargs, _unconditional(loop, unconditional))
 
 
@@ -89,59 +91,6 @@ def _unconditional(loop: LoopSpec, branch: Branch | None) -> dict[str, torch.Ten
         return {}
     tensors, _ = flatten(branch.arguments)
     return {name: tensors[name] for name, spec in loop.inputs.items() if spec.role == "condition" and name in tensors}
-
-
-def _latent(step: Step, batch: int) -> torch.Tensor:
-    """The latent of each sample; a pipeline may carry it twice, once for each branch."""
-    return _one_of_two(step.sample, batch)
-
-
-def _one_of_two(value: torch.Tensor, batch: int) -> torch.Tensor:
-    return value[:batch] if len(value) == 2 * batch and torch.equal(value[:batch], value[batch:]) else value
-
-
-def _branches(step: Step, latent: torch.Tensor, batch: int) -> tuple[Branch, Branch | None, float]:
-    """Conditional branch, unconditional branch or None, and the guidance scale."""
-    shape = tuple(latent.shape[1:])
-    if len(step.calls) == 1 and len(step.calls[0].output) == batch:
-        return Branch(step.calls[0].arguments, prediction(step.calls[0].output, shape)), None, 1.0
-    if len(step.calls) == 1 and len(step.calls[0].output) == 2 * batch:
-        one, two = (_half(step.calls[0], part, batch, shape) for part in (0, 1))
-    elif len(step.calls) == 2 and all(len(call.output) == batch for call in step.calls):
-        one, two = (Branch(call.arguments, prediction(call.output, shape)) for call in step.calls)
-    else:
-        rows = [len(call.output) for call in step.calls]
-        raise UsageError(
-            f"the pipeline calls its denoiser {len(rows)} times a step, with {rows} rows for {batch} samples; the fold "
-            "holds one call, one with a doubled batch, or two. Write a loop.yaml for the denoiser alone."
-        )
-    guided = prediction(_one_of_two(step.guided, batch), shape)
-    scale = _scale(guided, two.output, one.output)
-    if scale >= 0.5:  # one + (1 - s) (two - one) says the same with the branches exchanged; scales are at least 1
-        return two, one, scale
-    return one, two, 1 - scale
-
-
-def _half(call: Call, part: int, batch: int, shape: tuple[int, ...]) -> Branch:
-    def cut(leaf: Any) -> Any:
-        doubled = isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and len(leaf) == 2 * batch
-        return leaf[part * batch : (part + 1) * batch] if doubled else leaf
-
-    arguments = pytree.tree_map(cut, call.arguments)
-    return Branch(arguments, prediction(cut(call.output), shape))
-
-
-def _scale(guided: torch.Tensor, conditional: torch.Tensor, unconditional: torch.Tensor) -> float:
-    """The s in `guided = unconditional + s (conditional - unconditional)`."""
-    direction = (conditional - unconditional).double().flatten()
-    offset = (guided - unconditional).double().flatten()
-    scale = float(direction @ offset / (direction @ direction))
-    if torch.linalg.norm(offset - scale * direction) > TOLERANCE * torch.linalg.norm(offset):
-        raise UsageError(
-            "the pipeline's guidance is not `unconditional + scale (conditional - unconditional)` (a rescaled or "
-            "perturbed form), which does not fold. Turn that option off, or write a loop.yaml for the denoiser alone."
-        )
-    return round(scale, 4)
 
 
 def _state(branch: Branch, latent: torch.Tensor) -> str:
@@ -160,23 +109,47 @@ def _is_multiple(value: torch.Tensor, of: torch.Tensor) -> bool:
     return factor > 0 and bool(torch.linalg.norm(value - factor * of) <= TOLERANCE * torch.linalg.norm(value))
 
 
-def _timestep(first: Branch, second: Branch, t: float, t_later: float) -> tuple[str, float]:
-    """The input that is a fixed multiple of the scheduler's timestep, and that multiple."""
-    for name, value in _numbers(first.arguments).items():
-        later = _numbers(second.arguments).get(name)
-        if later is None or value == later or not t:
-            continue
-        scale = value / t
-        if scale > 0 and abs(later - scale * t_later) <= TOLERANCE * abs(value):
-            return name, float(f"{scale:.6g}")
+@dataclass(frozen=True)
+class _Timestep:
+    """The input that is `scale` times the scheduler's timestep and `offset`."""
+
+    name: str
+    scale: float
+    offset: float = 0.0
+
+
+def _timestep(first: Seen, second: Seen | None) -> _Timestep:
+    """The input that follows the scheduler's timestep; by a factor alone where one does."""
+    t, values = first.step.timestep, numbers(first.guided.conditional.arguments)
+    if second is None:
+        return _only_timestep(t, values)
+    t_later, later = second.step.timestep, numbers(second.guided.conditional.arguments)
+    moving = [name for name, value in values.items() if name in later and value != later[name]]
+    for name in moving:
+        scale = values[name] / t if t else 0.0
+        if scale and abs(later[name] - scale * t_later) <= TOLERANCE * abs(values[name]):
+            return _Timestep(name, float(f"{scale:.6g}"))
+    for name in moving if t != t_later else ():
+        scale = (values[name] - later[name]) / (t - t_later)
+        return _Timestep(name, float(f"{scale:.6g}"), float(f"{values[name] - scale * t:.6g}"))
     raise UsageError(
-        f"no denoiser input follows the scheduler's timestep ({t:g}, then {t_later:g}) by a fixed factor, which the fold "
-        "expects. Write a loop.yaml for the denoiser alone."
+        f"no denoiser input follows the scheduler's timestep ({t:g}, then {t_later:g}), which the fold expects. {BY_HAND}"
     )
 
 
-def _numbers(arguments: Mapping[str, Any]) -> dict[str, float]:
-    """Arguments that are one number, alone or repeated."""
+def _only_timestep(t: float, values: Mapping[str, float]) -> _Timestep:
+    """The timestep of a loop of one step, by its name: one value follows anything."""
+    for name, value in values.items():
+        if name.rpartition(".")[2] in ("timestep", "timesteps", "t", "sigma") and t and value:
+            return _Timestep(name, float(f"{value / t:.6g}"))
+    raise UsageError(
+        f"no denoiser input is called timestep, and the pipeline makes one step, so that none can be seen to follow the "
+        f"scheduler's (inputs: {', '.join(values) or 'no numbers'}). {BY_HAND}"
+    )
+
+
+def numbers(arguments: Mapping[str, Any]) -> dict[str, float]:
+    """Arguments that are one number, alone or repeated, by name."""
     tensors, constants = flatten(arguments)
     found = {n: float(v.flatten()[0]) for n, v in tensors.items() if v.numel() and bool((v == v.flatten()[0]).all())}
     return found | {n: float(v) for n, v in constants.items() if isinstance(v, int | float) and not isinstance(v, bool)}
@@ -213,9 +186,7 @@ def _guidance(
     return GuidanceSpec(scale=scale, unconditional=values if values and len(values) == len(differing) else "input")
 
 
-def _example(
-    arguments: Mapping[str, Any], latent: torch.Tensor, state: str, timestep: str, batch: int
-) -> dict[str, Any]:
+def _example(arguments: Mapping[str, Any], timestep: str, batch: int) -> dict[str, Any]:
     """The recorded arguments without those that are None, with one timestep for each sample."""
 
     def leaf(path: Any, value: Any) -> Any:
@@ -237,7 +208,7 @@ def _plain_constants(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _sampler(recorded: Recording, scheduler: Any, steps: int, timestep_scale: float) -> SamplerSpec:
+def _sampler(recorded: Recording, scheduler: Any, steps: int, timestep: _Timestep, first: Seen) -> SamplerSpec:
     arguments: dict[str, Any] = {}
     for name, value in recorded.set_timesteps.items():
         if name in IGNORED_ARGUMENTS or value is None:
@@ -248,17 +219,19 @@ def _sampler(recorded: Recording, scheduler: Any, steps: int, timestep_scale: fl
         config=own_config(scheduler),
         steps=steps,
         set_timesteps=arguments,
-        step=_step_arguments(recorded, scheduler),
-        timestep_scale=timestep_scale,
+        step=_step_arguments(first.step, scheduler),
+        timestep_scale=timestep.scale,
+        timestep_offset=timestep.offset,
+        output_scale=first.guided.output_scale,
     )
 
 
-def _step_arguments(recorded: Recording, scheduler: Any) -> dict[str, Any]:
+def _step_arguments(step: Step, scheduler: Any) -> dict[str, Any]:
     """Arguments of the scheduler's step, such as `eta`, where they are not the defaults of its class."""
     defaults = inspect.signature(type(scheduler).step).parameters
     return {
         name: value
-        for name, value in recorded.steps[0].arguments.items()
+        for name, value in step.arguments.items()
         if isinstance(value, int | float | str) and value != defaults[name].default
     }
 
@@ -270,28 +243,3 @@ def _plain_grid(name: str, value: Any, steps: int) -> Any:
             return "linspace"
         return [float(entry) for entry in values]
     return float(value) if isinstance(value, np.floating) else value
-
-
-def _replay(loop: LoopSpec, first: Step, second: Step, batch: int, called: tuple[Branch, str]) -> None:
-    """Check the inferred loop against what was recorded: timesteps, input scale and the first update."""
-    recurrence = probe(loop.sampler)
-    branch, state = called
-    latent, scaled = _latent(first, batch), flatten(branch.arguments)[0][state]
-    guided = prediction(_one_of_two(first.guided, batch), loop.latent.shape)
-    wanted = float(recurrence.state[0]) * latent + float(recurrence.outputs[0, 0]) * guided
-    timesteps = np.array([first.timestep, second.timestep]) * loop.sampler.timestep_scale
-    checks = {
-        "the timesteps of the first two calls": np.allclose(recurrence.timesteps[:2], timesteps, rtol=TOLERANCE),
-        "the scale of the latent": _close(scaled, float(recurrence.input_scale[0]) * latent),
-        "the first update of the latent": _close(_latent(second, batch), wanted),
-    }
-    for what, holds in checks.items():
-        if not holds:
-            raise UsageError(
-                f"the pipeline's loop is not that of its scheduler: {what} differs. It starts in the middle of the grid "
-                "or changes the latent between steps; such a loop does not fold."
-            )
-
-
-def _close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
-    return bool(torch.linalg.norm(got - wanted) <= TOLERANCE * torch.linalg.norm(wanted))

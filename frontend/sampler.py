@@ -12,6 +12,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -67,10 +68,10 @@ def probe(sampler: SamplerSpec) -> Recurrence:
     _refuse_signature(name, scheduler)
     run = partial(_run, name, scheduler, _step_arguments(scheduler, sampler))
     _refuse_noise(name, run, S)
-    recurrence = _solve(name, *_basis_run(run, S), _grid(scheduler, sampler.timestep_scale))
+    recurrence = _solve(name, *_basis_run(run, S), _grid(scheduler, sampler))
     _check_replay(name, scheduler, run, recurrence)
     logger.info("%s: %d steps fold into %d calls, %d outputs deep", name, sampler.steps, S, recurrence.depth)
-    return recurrence
+    return replace(recurrence, outputs=sampler.output_scale * recurrence.outputs)
 
 
 def refuse_partial_grid(begin_index: int | None, steps: int) -> None:
@@ -110,10 +111,10 @@ def _basis_run(run: Run, calls: int) -> tuple[Array, Array]:
         return run(np.eye(1, calls + 1)[0], np.eye(calls, calls + 1, 1))
 
 
-def _grid(scheduler: Any, timestep_scale: float) -> tuple[Array, float]:
+def _grid(scheduler: Any, sampler: SamplerSpec) -> tuple[Array, float]:
     """Timesteps [S] as the denoiser receives them, and the scale of the initial noise."""
-    timesteps = timestep_scale * np.asarray([float(t) for t in scheduler.timesteps])
-    return timesteps, float(getattr(scheduler, "init_noise_sigma", 1.0))
+    timesteps = sampler.timestep_scale * np.asarray([float(t) for t in scheduler.timesteps])
+    return timesteps + sampler.timestep_offset, float(getattr(scheduler, "init_noise_sigma", 1.0))
 
 
 def _step_arguments(scheduler: Any, sampler: SamplerSpec) -> dict[str, Any]:

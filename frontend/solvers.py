@@ -75,6 +75,8 @@ def solver_spec(base: SamplerSpec, name: str | None, steps: int) -> SamplerSpec:
         steps=steps,
         set_timesteps=_carried_arguments(base, name, target, config),
         timestep_scale=base.timestep_scale,
+        timestep_offset=base.timestep_offset,
+        output_scale=base.output_scale,
     )
 
 

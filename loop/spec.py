@@ -40,8 +40,9 @@ class InputSpec(Strict):
 class SamplerSpec(Strict):
     """A diffusers scheduler class, its configuration, and the arguments of its `set_timesteps` and its `step`.
 
-    The denoiser receives `timestep_scale` times the timestep of the scheduler: the pipelines of FLUX and QwenImage
-    pass a thousandth of it.
+    The denoiser receives `timestep_scale` times the timestep of the scheduler, plus `timestep_offset`: the pipelines of
+    FLUX and QwenImage pass a thousandth of it, that of Lumina 2 one less a thousandth. The scheduler receives
+    `output_scale` times the guided output: some pipelines negate it.
     """
 
     scheduler: str
@@ -50,6 +51,8 @@ class SamplerSpec(Strict):
     set_timesteps: dict[str, Plain] = Field(default_factory=dict)
     step: dict[str, Plain] = Field(default_factory=dict)
     timestep_scale: Factor = 1.0
+    timestep_offset: Scale = 0.0
+    output_scale: Factor = 1.0
 
 
 class GuidanceValues(Strict):

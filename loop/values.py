@@ -62,11 +62,17 @@ def _array_like(value: Any) -> Any:
     return value
 
 
+def _not_zero(value: float) -> float:
+    if value == 0:
+        raise ValueError("expected a number other than 0")
+    return value
+
+
 Size = Annotated[int, Field(strict=True, gt=0, le=1 << 40)]
 Shape = Annotated[tuple[Size, ...], Field(max_length=MOST_DIMENSIONS), AfterValidator(_bounded)]
 """Sizes of one sample, without the batch."""
-Factor = Annotated[float, Field(strict=True, gt=0, le=LARGEST_FACTOR, allow_inf_nan=False)]
 Scale = Annotated[float, Field(strict=True, ge=-LARGEST_FACTOR, le=LARGEST_FACTOR, allow_inf_nan=False)]
+Factor = Annotated[Scale, AfterValidator(_not_zero)]
 Plain = Annotated[Any, AfterValidator(_plain)]
 """What JSON has, with finite numbers."""
 ArrayLike = Annotated[Any, AfterValidator(_array_like)]

@@ -225,6 +225,16 @@ def test_timestep_scale_changes_what_the_denoiser_receives_only() -> None:
     np.testing.assert_array_equal(scaled.outputs, whole.outputs)
 
 
+def test_timestep_offset_and_output_scale() -> None:
+    """Lumina 2 counts from 0 to 1 and negates its output."""
+    spec = SamplerSpec(scheduler="FlowMatchEulerDiscreteScheduler", steps=5)
+    whole = probe(spec)
+    other = probe(spec.model_copy(update={"timestep_scale": -0.001, "timestep_offset": 1.0, "output_scale": -1.0}))
+    np.testing.assert_allclose(other.timesteps, 1 - whole.timesteps / 1000)
+    np.testing.assert_array_equal(other.outputs, -whole.outputs)
+    np.testing.assert_array_equal(other.state, whole.state)
+
+
 @pytest.mark.parametrize(
     ("case", "depth"),
     [

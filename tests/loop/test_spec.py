@@ -160,7 +160,9 @@ def test_wrong_loops_say_where_and_what(tmp_path: Path, old: str, new: str, expe
 
 NUMBERS = {
     "sampler.steps": (True, "8", 8.5, None, [8], 10**30, ".nan"),
-    "sampler.timestep_scale": (0, -1, ".nan", ".inf", "x", 1e300, True),
+    "sampler.output_scale": (0, ".nan", 1e300, True),
+    "sampler.timestep_offset": (".nan", ".inf", "x", 1e300, True),
+    "sampler.timestep_scale": (0, ".nan", ".inf", "x", 1e300, True),
     "sampler.config": ({"shift": ".nan"}, {"shift": ".inf"}, {"shift": {"a": [".nan"]}}),
     "guidance.scale": (
         ".nan",

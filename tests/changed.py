@@ -1,0 +1,99 @@
+"""A class-to-image pipeline with a loop of its own, correct or changed in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import zoo
+
+STEPS = 6
+SIZE = 8  # of a latent
+
+
+class ChangedPipeline(diffusers.DiffusionPipeline):
+    """`DiTPipeline` in plain words, with a change that a test asks for."""
+
+    change = ""
+    output: Any = diffusers.ImagePipelineOutput
+
+    def __init__(self, transformer: Any, scheduler: Any, vae: Any, second: Any):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, second=second)
+
+    def __call__(
+        self,
+        class_labels: list[int],
+        guidance_scale: float = 3.0,
+        num_inference_steps: int = STEPS,
+        generator: torch.Generator | None = None,
+        output_type: str = "np",
+    ) -> Any:
+        with torch.no_grad():
+            latents = torch.randn(len(class_labels), 4, SIZE, SIZE, generator=generator)
+            self.scheduler.set_timesteps(num_inference_steps)
+            if self.change == "timesteps from step 3 on":
+                self.scheduler.timesteps[2:] -= 7
+            for i, t in enumerate(self.scheduler.timesteps):
+                latents = self._step(i, t, latents, torch.tensor(class_labels), guidance_scale, generator)
+            if self.change == "one more call":
+                latents = latents - 0.1 * self._prediction(0, self.scheduler.timesteps[-1], latents, class_labels)
+            if output_type == "latent":
+                return self.output(images=latents)
+            images = self.vae.decode(latents / self.vae.config.scaling_factor).sample
+            if self.change == "mirrored image":
+                images = images.flip(-1)
+            return self.output(images=(images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())
+
+    def _step(self, i: int, t: Any, latents: Any, classes: Any, scale: float, generator: Any) -> Any:
+        off = self.change == "guidance in an interval" and i >= 3
+        conditional = self._prediction(i, t, latents, classes)
+        if off or scale <= 1:
+            noise = conditional
+        else:
+            unconditional = self._prediction(i, t, latents, [1000] * len(latents))
+            noise = unconditional + scale * (conditional - unconditional)
+        if self.change == "negated output":
+            noise = -noise
+        extra = {"eta": 0.5, "generator": generator} if self.change == "other eta" else {}
+        latents = self.scheduler.step(noise, t, latents, return_dict=False, **extra)[0]
+        return latents.clamp(-1, 1) if self.change == "clipped latent" else latents
+
+    def _prediction(self, i: int, t: Any, latents: Any, classes: Any) -> Any:
+        network = self.second if self.change == "second network" and i >= 3 else self.transformer
+        if self.change == "second network on the input" and i >= 3:
+            latents = (
+                latents + 0.1 * self.second(latents, timestep=t.expand(2), class_labels=torch.tensor([0, 1]))[0][:, :4]
+            )
+        return network(latents, timestep=t.expand(len(latents)), class_labels=torch.as_tensor(classes)).sample[:, :4]
+
+
+def folder(path: Path) -> Path:
+    """The pipeline, with two networks of other weights."""
+    torch.manual_seed(0)
+    config: dict[str, Any] = zoo.DIT.config | {"num_embeds_ada_norm": 1000}
+    networks = [diffusers.DiTTransformer2DModel(**config).eval() for _ in range(2)]
+    for network in networks:
+        for parameter in network.parameters():
+            parameter.data += 0.02 * torch.randn_like(parameter)  # its last layer begins at zero
+    decoder: dict[str, Any] = zoo.VAE_DECODER.config | {"scaling_factor": 0.5}
+    vae = diffusers.AutoencoderKL(**decoder)
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    ChangedPipeline(networks[0], scheduler, vae, networks[1]).save_pretrained(path)
+    return path
+
+
+@contextmanager
+def change(name: str) -> Iterator[Callable[[Path], ChangedPipeline]]:
+    """Let diffusers have the class, with a change; yields what loads a folder of it."""
+    ChangedPipeline.change = name
+    setattr(diffusers, "ChangedPipeline", ChangedPipeline)  # noqa: B010  (the module has no such attribute)
+    try:
+        yield lambda path: ChangedPipeline.from_pretrained(path)
+    finally:
+        delattr(diffusers, "ChangedPipeline")
+        ChangedPipeline.change = ""
