@@ -10,6 +10,7 @@ from pydantic import AliasChoices, Field, JsonValue, field_validator, model_vali
 
 from ..loop.classes import check_unconditional
 from ..loop.errors import UsageError
+from ..loop.pipeline_call import PipelineCall
 from ..loop.ports import InputPort, Port, Rate
 from ..loop.spec import LoopSpec, Role, Strict
 from ..loop.values import DTYPES, MOST_DIMENSIONS, ArrayLike, Size
@@ -236,6 +237,7 @@ class Manifest(Strict):
         probe: the file with recorded inputs and outputs, replayed by `verify`.
         further_probes: one more for each further stage that shares the loop.
         pipeline: what surrounds the loop in a diffusers pipeline.
+        call: arguments of the pipeline's call that replaced its defaults; None where there were none.
         files: digest of every file but the manifest, by relative POSIX path.
     """
 
@@ -259,6 +261,7 @@ class Manifest(Strict):
     probe: str | None = None
     further_probes: tuple[str, ...] = ()
     pipeline: PipelineEntry | None = None
+    call: PipelineCall | None = None
     files: dict[str, FileEntry] = Field(default_factory=dict)
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..loop.errors import StepfoldError, UsageError
+from ..loop.pipeline_call import PipelineCall
 from .document import StoreDocument
 from .plan import Settings
 
@@ -26,11 +27,13 @@ class Source:
         checkpoint: folder.
         loop: a loop file that replaces the checkpoint's.
         settings: of the run.
+        call: arguments of a pipeline's call that replace its defaults.
     """
 
     checkpoint: Path
     loop: Path | None
     settings: Settings
+    call: PipelineCall | None = None
 
 
 def require_ray() -> None:
@@ -127,7 +130,7 @@ class Worker:
         from ..frontend.load import load_checkpoint
         from .run import prepare
 
-        checkpoint = load_checkpoint(self._source.checkpoint, loop=self._source.loop)
+        checkpoint = load_checkpoint(self._source.checkpoint, loop=self._source.loop, call=self._source.call)
         prepared = prepare(checkpoint.capture(), self._source.settings)
         if prepared.document.key != self._key:
             raise StepfoldError(

@@ -9,9 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..loop.errors import StepfoldError
+from ..loop.pipeline_call import PipelineCall
 from ..loop.writing import require_writable
 from .console import console, errors_console, print_json, working
-from .options import MOST_SAMPLES, Json
+from .options import (
+    MOST_SAMPLES,
+    CallArguments,
+    Frames,
+    Height,
+    Json,
+    NegativePrompt,
+    PipelineGuidance,
+    Steps,
+    Width,
+    asked_call,
+)
 
 if TYPE_CHECKING:
     from ..calibration.run import Outcome, Prepared, Work
@@ -45,6 +57,13 @@ def calibrate(
     loop: Annotated[
         Path | None, typer.Option("--loop", metavar="FILE.yaml", help="Loop to use instead of the checkpoint's.")
     ] = None,
+    steps: Steps = None,
+    guidance: PipelineGuidance = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    negative_prompt: NegativePrompt = None,
+    arguments: CallArguments = None,
     seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of the samples.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -63,12 +82,21 @@ def calibrate(
     start = time.perf_counter()
     check_folder(out)
     require_writable("--out", out / STORE)
+    call = asked_call(
+        arguments,
+        steps=steps,
+        guidance=guidance,
+        height=height,
+        width=width,
+        frames=frames,
+        negative_prompt=negative_prompt,
+    )
     settings = Settings(samples=samples, seed=seed, buckets=buckets)
     work: Work | None = None
     if workers > 1:
         require_ray()
-        work = Workers(workers, Source(checkpoint, loop, settings))
-    prepared = _prepare(checkpoint, loop, settings)
+        work = Workers(workers, Source(checkpoint, loop, settings, call))
+    prepared = _prepare(checkpoint, loop, call, settings)
     _print_plan(prepared, workers, as_json)
     with working() as progress:
         try:
@@ -82,13 +110,13 @@ def calibrate(
         _print(document)
 
 
-def _prepare(checkpoint: Path, loop: Path | None, settings: Any) -> Prepared:
+def _prepare(checkpoint: Path, loop: Path | None, call: PipelineCall, settings: Any) -> Prepared:
     from ..calibration.run import prepare
     from ..frontend.load import load_checkpoint
 
     with working() as progress:
         progress("loading", 0, 1)
-        loaded = load_checkpoint(checkpoint, loop=loop)
+        loaded = load_checkpoint(checkpoint, loop=loop, call=call)
         progress("capturing", 0, 1)
         return prepare(loaded.capture(), settings)
 

@@ -11,11 +11,25 @@ import typer
 from rich.markup import escape
 
 from ..loop.errors import UsageError
+from ..loop.pipeline_call import PipelineCall
 from ..loop.ports import Port
 from .console import console, print_json, table, working
 from .inspect_store import print_store
 from .optimize import quality_line, schedule_line, shared_line
-from .options import ANY_FOLDER, Json, is_bundle, is_store
+from .options import (
+    ANY_FOLDER,
+    CallArguments,
+    Frames,
+    Height,
+    Json,
+    NegativePrompt,
+    PipelineGuidance,
+    Steps,
+    Width,
+    asked_call,
+    is_bundle,
+    is_store,
+)
 
 
 def inspect(
@@ -24,14 +38,30 @@ def inspect(
         Path | None,
         typer.Option("--inputs", metavar="FILE.safetensors", help="Example inputs of a checkpoint by name."),
     ] = None,
+    steps: Steps = None,
+    guidance: PipelineGuidance = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    negative_prompt: NegativePrompt = None,
+    arguments: CallArguments = None,
     as_json: Json = False,
 ) -> None:
     """Show what a checkpoint consists of, rate by rate and site by site, or what a bundle or calibration store holds.
 
     $ stepfold inspect examples/mnist_dit
     """
-    if inputs is not None and (is_bundle(model) or is_store(model)):
-        raise UsageError(f"--inputs: expected a checkpoint beside it; {model} is none.")
+    call = asked_call(
+        arguments,
+        steps=steps,
+        guidance=guidance,
+        height=height,
+        width=width,
+        frames=frames,
+        negative_prompt=negative_prompt,
+    )
+    if is_bundle(model) or is_store(model):
+        _refuse_beside(model, inputs, call)
     if is_bundle(model):
         from ..bundle.reader import read_manifest
         from ..runtime.differences import differences
@@ -45,7 +75,7 @@ def inspect(
         document = store_summary(model)
         show = print_store
     else:
-        document = _checkpoint(model, inputs)
+        document = _checkpoint(model, inputs, call)
         show = print_checkpoint
     if as_json:
         print_json(document)
@@ -53,13 +83,21 @@ def inspect(
         show(document)
 
 
-def _checkpoint(path: Path, inputs: Path | None) -> dict[str, Any]:
+def _refuse_beside(model: Path, inputs: Path | None, call: PipelineCall) -> None:
+    """Raise UsageError for options about a checkpoint beside a folder that is none."""
+    named = [*(["inputs"] if inputs is not None else []), *call.given]
+    if named:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in named)
+        raise UsageError(f"{options}: expected a checkpoint beside it; {model} is none.")
+
+
+def _checkpoint(path: Path, inputs: Path | None, call: PipelineCall) -> dict[str, Any]:
     from ..frontend.inspect import inspect_program
     from ..frontend.load import load_checkpoint
 
     with working() as progress:
         progress("loading", 0, 1)
-        checkpoint = load_checkpoint(path, inputs=inputs)
+        checkpoint = load_checkpoint(path, inputs=inputs, call=call)
         progress("capturing", 0, 1)
         return inspect_program(checkpoint.capture())
 

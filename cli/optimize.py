@@ -13,7 +13,19 @@ from ..loop.errors import UsageError
 from ..loop.reading import Expected
 from ..loop.yaml_files import parse_yaml
 from .console import console, print_json, table, working
-from .options import Json, MinPsnr, check_min_psnr
+from .options import (
+    CallArguments,
+    Frames,
+    Height,
+    Json,
+    MinPsnr,
+    NegativePrompt,
+    PipelineGuidance,
+    Steps,
+    Width,
+    asked_call,
+    check_min_psnr,
+)
 
 SETTING = Expected("a YAML value, as in 10 or [a, b]")
 REASONS = 3  # that are told of each pass
@@ -46,6 +58,13 @@ def optimize(
         typer.Option("--calibration", metavar="STORE", help="Statistics for the passes; see `stepfold calibrate`."),
     ] = None,
     min_psnr: MinPsnr = None,
+    steps: Steps = None,
+    guidance: PipelineGuidance = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    negative_prompt: NegativePrompt = None,
+    arguments: CallArguments = None,
     seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of the three sets of samples.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")] = False,
     as_json: Json = False,
@@ -57,12 +76,21 @@ def optimize(
     $ stepfold optimize examples/mnist_dit --out out/mnist --min-psnr 40
     """
     check_min_psnr(min_psnr)
+    call = asked_call(
+        arguments,
+        steps=steps,
+        guidance=guidance,
+        height=height,
+        width=width,
+        frames=frames,
+        negative_prompt=negative_prompt,
+    )
     chosen = [parse_setting(text) for text in settings or ()]
     from ..report.bundle_report import write_bundle_report
     from ..runtime.compiler import Job
     from ..runtime.compiler import optimize as run
 
-    job = Job(checkpoint, out, recipe, chosen, backend, loop, inputs, min_psnr, seed, overwrite, calibration)
+    job = Job(checkpoint, out, recipe, chosen, backend, loop, inputs, min_psnr, seed, overwrite, calibration, call)
     with working() as progress:
         document = run(job, progress, write_bundle_report)
     if as_json:

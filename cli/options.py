@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..loop.errors import UsageError
+from ..loop.pipeline_call import PipelineCall, pipeline_call
+from ..loop.reading import Expected
+from ..loop.yaml_files import parse_yaml
 
 BUNDLE_OR_CHECKPOINT = "BUNDLE|CHECKPOINT"
 MOST_SAMPLES = 1_000_000_000  # what a NumPy array can still count
@@ -34,6 +38,54 @@ ReferenceCheckpoint = Annotated[
     Path | None,
     typer.Option("--reference", metavar="CHECKPOINT", help="Checkpoint whose full loop quality is measured against."),
 ]
+
+Steps = Annotated[
+    int | None,
+    typer.Option("--steps", min=1, max=10_000, metavar="N", help="Inference steps of a pipeline, not its default."),
+]
+PipelineGuidance = Annotated[
+    float | None,
+    typer.Option(
+        "--guidance", metavar="SCALE", help="Guidance scale of a pipeline, not its default; at most 1: one branch."
+    ),
+]
+Height = Annotated[
+    int | None, typer.Option("--height", min=1, metavar="N", help="Height of a pipeline's images, in pixels.")
+]
+Width = Annotated[
+    int | None, typer.Option("--width", min=1, metavar="N", help="Width of a pipeline's images, in pixels.")
+]
+Frames = Annotated[int | None, typer.Option("--frames", min=1, metavar="N", help="Frames of a pipeline's video.")]
+NegativePrompt = Annotated[
+    str | None,
+    typer.Option("--negative-prompt", metavar="TEXT", help="What a pipeline is to keep away from while it is watched."),
+]
+CallArguments = Annotated[
+    list[str] | None,
+    typer.Option("--call", metavar="NAME=VALUE", help="Another argument of a pipeline's call; YAML; repeatable."),
+]
+ARGUMENT = Expected("a YAML value, as in 10, [a, b] or true")
+
+
+def asked_call(arguments: Sequence[str] | None, **options: Any) -> PipelineCall:
+    """What the options of a command ask a pipeline to be called with.
+
+    Args:
+        arguments: the values of `--call`.
+        options: the others by name; None where one is not given.
+
+    Raises:
+        UsageError: a `--call` has another form or comes twice, or a value is out of its range.
+    """
+    named: dict[str, Any] = {}
+    for text in arguments or ():
+        name, equals, value = text.partition("=")
+        if not (equals and name.isidentifier()):
+            raise UsageError(f"--call: expected NAME=VALUE, as in max_sequence_length=64; received {text!r}.")
+        if name in named:
+            raise UsageError(f"--call {name}: expected it once; received it twice.")
+        named[name] = parse_yaml(value, f"--call {name}", ARGUMENT)[0]
+    return pipeline_call(**options, arguments=named)
 
 
 def check_min_psnr(value: float | None) -> None:

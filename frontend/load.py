@@ -14,6 +14,7 @@ import torch
 
 from ..ir.program import ModelIdentity, Program
 from ..loop.errors import UsageError
+from ..loop.pipeline_call import PipelineCall
 from ..loop.reading import read_json
 from ..loop.spec import ComponentFile, LoopSpec, read_loop
 from .calling import flatten
@@ -89,13 +90,16 @@ class Checkpoint:
         return capture_ends(self.around.surroundings, self.around.prompts, conditions, self.loop.latent.shape)
 
 
-def load_checkpoint(path: Path, *, loop: Path | None = None, inputs: Path | None = None) -> Checkpoint:
+def load_checkpoint(
+    path: Path, *, loop: Path | None = None, inputs: Path | None = None, call: PipelineCall | None = None
+) -> Checkpoint:
     """Load a diffusers or transformers folder, or a diffusers pipeline folder.
 
     Args:
         path: a folder with `config.json` and safetensors, or with `model_index.json`.
         loop: a loop file to use instead of `loop.yaml` in the folder.
         inputs: a safetensors file of example inputs to use instead of `inputs.safetensors` in the folder.
+        call: arguments of a pipeline's call that replace its defaults.
 
     Raises:
         UsageError: the folder, its configuration, weights or loop cannot be used; the message says what to do.
@@ -105,7 +109,8 @@ def load_checkpoint(path: Path, *, loop: Path | None = None, inputs: Path | None
     if os.path.lexists(path / PIPELINE_FILE) and not os.path.lexists(path / CONFIG_FILE):
         from .pipeline import load_pipeline
 
-        return load_pipeline(path, loop=loop, inputs=inputs)
+        return load_pipeline(path, loop=loop, inputs=inputs, call=call)
+    refuse_call(call, f"{path} is no pipeline folder; its loop file says them")
     config = read_config(path)
     class_name, library = class_of(path, config)
     description = _description(path, loop)
@@ -127,6 +132,15 @@ def load_checkpoint(path: Path, *, loop: Path | None = None, inputs: Path | None
         weights_sha256=weights_hash(model),
         config=config,
     )
+
+
+def refuse_call(call: PipelineCall | None, reason: str) -> None:
+    """Raise UsageError where a call is asked for and no pipeline is called."""
+    if call is not None and call.given:
+        raise UsageError(
+            f"{', '.join(call.given)}: expected a pipeline folder without a loop file, which is called with them; "
+            f"{reason}. Leave them out."
+        )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

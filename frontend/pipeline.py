@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..loop.errors import StepfoldError, UsageError, nearest
+from ..loop.pipeline_call import PipelineCall
 from ..loop.reading import Expected, read_json
 from .examples import BATCH, read_tensors
 from .identity import weights_hash
@@ -28,9 +29,11 @@ from .load import (
     load_checkpoint,
     loop_lines,
     read_config,
+    refuse_call,
 )
 from .recorder import recording
 from .roles import Inferred
+from .schedulers import GRID_ARGUMENTS
 from .surroundings import SURROUNDINGS
 from .watch import Watch
 from .weights import find_weights, first_line, read_model, without_progress_bars
@@ -44,20 +47,25 @@ UNCOMPILED = ("safety_checker", "feature_extractor", "image_encoder")
 PROMPTS = ["a photo of a cat", "a drawing of a tree"]
 CHOOSES_CODE = re.compile("Auto[A-Z]")
 """Classes of transformers and diffusers that take the class to load, and its code, from the folder (`AutoTokenizer`)."""
+USUAL_STEPS = 50
 KNOWN_ARGUMENTS: Mapping[str, Any] = {"prompt": PROMPTS, "class_labels": [0, 1]}
 
 
-def load_pipeline(path: Path, *, loop: Path | None = None, inputs: Path | None = None) -> Checkpoint:
+def load_pipeline(
+    path: Path, *, loop: Path | None = None, inputs: Path | None = None, call: PipelineCall | None = None
+) -> Checkpoint:
     """Load the denoiser of a pipeline, with the loop the pipeline runs around it.
 
     With a loop file the denoiser is loaded by itself. Otherwise the pipeline is run with a recorder on the denoiser,
-    which answers for it, so that a step costs little, and every step is compared with the loop that the first two say; steps and guidance are the defaults of its `__call__`.
+    which answers for it, so that a step costs little, and every step is compared with the loop that the first two say;
+    steps, guidance and size are the defaults of its `__call__` unless the call says otherwise.
 
     Args:
         path: a folder with `model_index.json`.
         loop: a loop file for the denoiser.
         inputs: example tensors: arguments of the pipeline's call (such as `prompt_embeds`, when the folder holds no
             tokenizer), or with a loop file those of the denoiser.
+        call: arguments of the pipeline's call that replace its defaults.
 
     Raises:
         UsageError: the folder is no pipeline with one denoiser, it cannot be run, or its loop does not fold.
@@ -71,6 +79,7 @@ def load_pipeline(path: Path, *, loop: Path | None = None, inputs: Path | None =
         )
     file = loop or path / LOOP_FILE
     if loop is not None or file.is_file():
+        refuse_call(call, f"{file} says them")
         return load_checkpoint(path / role, loop=file, inputs=inputs)
     config = read_config(path / role)
     class_name, _ = class_of(path / role, config)
@@ -82,7 +91,7 @@ def load_pipeline(path: Path, *, loop: Path | None = None, inputs: Path | None =
         )
     pipeline = _pipeline(path, name, parts, denoiser)
     given = read_tensors(inputs or path / INPUTS_FILE) if inputs or (path / INPUTS_FILE).is_file() else {}
-    arguments = _arguments(path, pipeline, given)
+    arguments = _arguments(path, pipeline, given, call or PipelineCall())
     inferred = _record(path, pipeline, denoiser, arguments)
     return Checkpoint(
         path=path,
@@ -188,9 +197,12 @@ def _pipeline(path: Path, name: str, parts: Mapping[str, Any], denoiser: torch.n
     return pipeline
 
 
-def _arguments(path: Path, pipeline: Any, given: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def _arguments(path: Path, pipeline: Any, given: Mapping[str, torch.Tensor], call: PipelineCall) -> dict[str, Any]:
     """Arguments of one call for two samples."""
     parameters = inspect.signature(pipeline.__call__).parameters
+    asked = call.for_pipeline(
+        type(pipeline).__name__, {name: p.default for name, p in parameters.items()}, prompts=len(PROMPTS)
+    )
     unknown = [name for name in given if name not in parameters]
     if unknown:
         raise UsageError(
@@ -206,6 +218,7 @@ def _arguments(path: Path, pipeline: Any, given: Mapping[str, torch.Tensor]) -> 
     if "prompt_embeds" in given:
         arguments |= {name: None for name in ("prompt", "negative_prompt") if name in parameters}
     arguments |= {name: value.item() if value.ndim == 0 else value for name, value in given.items()}
+    arguments |= asked
     missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in arguments]
     if missing and parameters[missing[0]].kind is not inspect.Parameter.VAR_KEYWORD:
         raise UsageError(
@@ -221,7 +234,7 @@ def _arguments(path: Path, pipeline: Any, given: Mapping[str, torch.Tensor]) -> 
 
 def _record(path: Path, pipeline: Any, denoiser: torch.nn.Module, arguments: dict[str, Any]) -> Inferred:
     """The loop of a pipeline, which all of its steps were compared with."""
-    steps = int(arguments.get("num_inference_steps") or _default(pipeline, "num_inference_steps", 50))
+    steps = _steps(pipeline, arguments)
     watch, networks = Watch(pipeline.scheduler, BATCH, steps), dict(pipeline.components)
     with (
         _runs(path, type(pipeline).__name__, denoiser),
@@ -247,6 +260,11 @@ def _runs(path: Path, name: str, denoiser: torch.nn.Module) -> Iterator[None]:
         ) from error
 
 
-def _default(pipeline: Any, name: str, otherwise: int) -> int:
-    parameter = inspect.signature(pipeline.__call__).parameters.get(name)
-    return parameter.default if parameter is not None and isinstance(parameter.default, int) else otherwise
+def _steps(pipeline: Any, arguments: Mapping[str, Any]) -> int:
+    """How many steps a pipeline makes: as many as its own grid has where it is called with one."""
+    for name in GRID_ARGUMENTS:
+        if arguments.get(name) is not None:
+            return len(arguments[name])
+    parameter = inspect.signature(pipeline.__call__).parameters.get("num_inference_steps")
+    default = parameter.default if parameter is not None else None
+    return int(arguments.get("num_inference_steps") or (default if isinstance(default, int) else USUAL_STEPS))

@@ -179,6 +179,11 @@ def _guidance(
     """Class numbers of the unconditional branch are written down; embeddings are left to the caller."""
     if unconditional is None:
         return None
+    if scale < 1 - TOLERANCE:
+        raise UsageError(
+            f"the pipeline mixes its two branches at a guidance scale of {scale:g}; the fold expects a scale above 1, or "
+            "one branch. Call it with another scale: --guidance SCALE."
+        )
     here, there = flatten(conditional.arguments)[0], flatten(unconditional.arguments)[0]
     names = [name for name, spec in inputs.items() if spec.role == "condition" and name in there]
     differing = [name for name in names if not torch.equal(here[name], there[name])]

@@ -105,6 +105,11 @@ class FoldedTable:
         )
 
 
+def guides(scale: float | None) -> bool:
+    """Whether a guidance scale asks for the unconditional branch: above 1, as in every pipeline."""
+    return scale is not None and scale > 1.0
+
+
 def fold(
     recurrence: Recurrence,
     scale: float | None = None,
@@ -118,7 +123,7 @@ def fold(
 
     Args:
         recurrence: the sampler over S calls.
-        scale: guidance scale, or None for a denoiser without guidance.
+        scale: guidance scale, one branch where it is at most 1; None for a denoiser without guidance.
         positions: calls to evaluate, ascending, beginning with 0; None evaluates all.
         order: order of the forecast of skipped outputs.
 
@@ -147,12 +152,13 @@ def with_guidance(
 ) -> FoldedTable:
     """Build the table whose update weighs *guided* outputs `v = u + scale (c - u)` by `outputs` [N, N]."""
     N = len(positions)
-    factor = 1.0 if scale is None else scale
+    guided = guides(scale)
+    factor = scale if guided and scale is not None else 1.0
     return FoldedTable(
         positions=positions,
         timesteps=recurrence.timesteps[positions],
         input_scale=recurrence.input_scale[positions],
-        guided=np.full(N, scale is not None and scale != 1.0),
+        guided=np.full(N, guided),
         state=state,
         conditional=factor * outputs,
         unconditional=(1.0 - factor) * outputs,

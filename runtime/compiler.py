@@ -18,6 +18,7 @@ from ..bundle.manifest import Manifest
 from ..bundle.writer import check_out, writing
 from ..loop.calls import instance, place, whole
 from ..loop.errors import UsageError
+from ..loop.pipeline_call import PipelineCall
 from .quality import check_budget, measure, quality_of_pass
 from .workshop import Workshop, workshop
 
@@ -61,6 +62,7 @@ class Job:
         seed: of the three sample sets.
         overwrite: replace a bundle that is there.
         calibration: a store of `stepfold calibrate` for the passes to take statistics from.
+        call: arguments of a pipeline's call that replace its defaults.
     """
 
     checkpoint: Path
@@ -74,6 +76,7 @@ class Job:
     seed: int = 0
     overwrite: bool = False
     calibration: Path | None = None
+    call: PipelineCall | None = None
 
 
 def optimize(job: Job, progress: Progress, finish: Finish | None = None) -> dict[str, Any]:
@@ -107,7 +110,7 @@ def optimize(job: Job, progress: Progress, finish: Finish | None = None) -> dict
     statistics = open_finished(job.calibration) if job.calibration is not None else None
     with workshop(engine, _backend_options(job, engine), compiled_stages()) as shop:
         progress("loading", 0, 1)
-        checkpoint = load_checkpoint(job.checkpoint, loop=job.loop, inputs=job.inputs)
+        checkpoint = load_checkpoint(job.checkpoint, loop=job.loop, inputs=job.inputs, call=job.call)
         progress("capturing", 0, 1)
         original = checkpoint.capture()
         if statistics is not None:
@@ -124,7 +127,7 @@ def optimize(job: Job, progress: Progress, finish: Finish | None = None) -> dict
         check_budget(program, entry, job.min_psnr)
         with writing(job.out, job.overwrite) as folder:
             pipeline = None if ends is None else pack_ends(folder, ends, shop, recipe)
-            manifest = pack(folder, program, bound, shop, recipe, entry, job.seed, pipeline)
+            manifest = pack(folder, program, bound, shop, recipe, entry, job.seed, pipeline, job.call)
             document = summary(job.out, manifest, program, shop, time.perf_counter() - start)
             if finish is not None:
                 pictures = quality.pictures(PICTURES) if quality else {}

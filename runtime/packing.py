@@ -30,6 +30,7 @@ from ..bundle.probe import TOLERANCE, Probe
 from ..bundle.tables import Tables
 from ..bundle.writer import write_manifest, write_probe, write_schedule, write_tables
 from ..loop.noise import SETS, SampleSet
+from ..loop.pipeline_call import PipelineCall
 from ..loop.ports import BoundProgram
 from .native import remember
 
@@ -51,6 +52,7 @@ def pack(
     quality: QualityEntry | None,
     seed: int | None,
     pipeline: PipelineEntry | None = None,
+    call: PipelineCall | None = None,
 ) -> Manifest:
     """Write stages, tables, schedule, probe and manifest into an empty folder.
 
@@ -63,6 +65,7 @@ def pack(
         quality: on held-out samples, None where it was not measured.
         seed: of the sample sets, None where they are not known.
         pipeline: what surrounds the loop, its files written before.
+        call: arguments of the pipeline's call that replaced its defaults.
     """
     stages = tuple(_copy_stage(folder, shop, stage) for stage in program.stages)
     shared = _share(folder, shop, stages)
@@ -100,6 +103,7 @@ def pack(
         probe=probe,
         further_probes=tuple(further),
         pipeline=pipeline,
+        call=call if call is not None and call.given else None,
     )
     manifest = write_manifest(folder, manifest)
     remember(manifest)

@@ -9,7 +9,7 @@ import numpy as np
 from ...ir.program import Program
 from ...loop.errors import GateError, UsageError
 from ...loop.ports import BoundProgram
-from ...loop.table import FoldedTable
+from ...loop.table import FoldedTable, guides
 from ..base import Context
 from .fit import Plan
 from .options import ScheduleOptions
@@ -88,7 +88,7 @@ class ScheduleSearch:
         Raises:
             GateError: no table meets the budget.
         """
-        unguided = frozenset() if self._scale in (None, 1.0) else frozenset(table.positions[~table.guided].tolist())
+        unguided = frozenset() if not guides(self._scale) else frozenset(table.positions[~table.guided].tolist())
         plan = Plan(tuple(table.positions.tolist()), unguided)
         self.trials.polished(plan)
         self.trials.unfitted(plan.positions)

@@ -14,7 +14,7 @@ from ...ir.program import Program
 from ...loop.metrics import lower_bound, psnr
 from ...loop.noise import SampleSet
 from ...loop.ports import BoundProgram
-from ...loop.table import FoldedTable, fold
+from ...loop.table import FoldedTable, fold, guides
 from ..base import Context
 from .fit import Fit, Fitter, Plan, Trace
 from .options import ScheduleOptions
@@ -89,7 +89,7 @@ class Trials:
         few = first(self._data, options.search_samples)
         self._quick = Fitter(bound, program.loop, self.recurrence, scale, few)
         self._full = Fitter(bound, program.loop, self.recurrence, scale, self._data)
-        self._terms = Terms(options.outputs, options.directions if scale else 0)
+        self._terms = Terms(options.outputs, options.directions if guides(scale) else 0)
         self._fits: dict[Plan, tuple[Fit, Candidate]] = {}
         self._polished: dict[Plan, Candidate] = {}
         self._model: Trace | None = None

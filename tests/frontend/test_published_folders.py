@@ -11,9 +11,12 @@ import diffusers
 import numpy as np
 import pipelines
 import pytest
+import torch
 
 from stepfold.frontend.load import load_checkpoint
 from stepfold.frontend.sampler import probe
+from stepfold.loop.errors import UsageError
+from stepfold.loop.pipeline_call import pipeline_call
 
 
 def edit_json(file: Path, **changes: Any) -> None:
@@ -73,3 +76,35 @@ def test_eta_of_zero_that_is_the_default_anyway_is_not_written_down(folder: Path
     scheduler_of(folder, diffusers.DDIMScheduler(clip_sample=False))
     loop = load_checkpoint(folder).loop
     assert loop is not None and loop.sampler.step == {}
+
+
+def test_a_pipeline_is_called_as_it_is_asked_to(folder: Path) -> None:
+    """Steps, one branch and size, as the card of a distilled model says."""
+    call = pipeline_call(steps=3, guidance=0.0, height=8, width=24)
+    loop = load_checkpoint(folder, call=call).loop
+    assert loop is not None and loop.guidance is None
+    assert (loop.sampler.steps, loop.latent.shape) == (3, (4, 4, 12))
+
+
+def test_the_negative_prompt_is_that_of_the_other_branch(folder: Path) -> None:
+    ours, empty = (load_checkpoint(folder, call=pipeline_call(negative_prompt=text)) for text in ("rain", None))
+    name = "encoder_hidden_states"
+    assert not torch.equal(ours.unconditional[name], empty.unconditional[name])
+    assert torch.equal(ours.kwargs[name], empty.kwargs[name])
+
+
+def test_a_grid_of_its_own_says_how_many_steps(folder: Path) -> None:
+    scheduler_of(folder, diffusers.EulerDiscreteScheduler())
+    loop = load_checkpoint(folder, call=pipeline_call(arguments={"timesteps": [900, 500, 100]})).loop
+    assert loop is not None and loop.sampler.steps == 3
+    assert probe(loop.sampler).timesteps.tolist() == [900, 500, 100]
+
+
+def test_a_call_beside_a_loop_file_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "loop.yaml").write_text("")
+    with pytest.raises(
+        UsageError, match=r"^steps: expected a pipeline folder without a loop file.*loop.yaml says them"
+    ):
+        load_checkpoint(folder, loop=tmp_path / "loop.yaml", call=pipeline_call(steps=3))
+    with pytest.raises(UsageError, match=r"^steps: .*unet is no pipeline folder"):
+        load_checkpoint(folder / "unet", call=pipeline_call(steps=3))

@@ -117,6 +117,11 @@ def test_a_scale_of_one_has_no_direction_to_mistake() -> None:
     torch.testing.assert_close(found.kwargs["text"], TEXT)
 
 
+def test_two_branches_at_a_scale_below_one_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"mixes its two branches at a guidance scale of 0.7; .* --guidance SCALE"):
+        Recorded("twice", 0.7).inferred()
+
+
 @pytest.mark.parametrize("guidance", ["none", "doubled", "twice"])
 @pytest.mark.parametrize("scale", [-1.0, 0.5])
 def test_a_scaled_output_is_written_down(guidance: str, scale: float) -> None:

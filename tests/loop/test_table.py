@@ -68,7 +68,7 @@ def branches(calls: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 def test_everything_computed_is_the_recurrence(calls: int, seed: int, scale: float | None) -> None:
     recurrence = random_recurrence(calls, seed)
     x0, c, u = branches(calls, seed)
-    guided = c if scale is None else u + scale * (c - u)
+    guided = c if scale is None or scale <= 1 else u + scale * (c - u)
     table = fold(recurrence, scale)
     np.testing.assert_allclose(tabled(table, x0, c, u), stepped(recurrence, x0, guided), atol=1e-8)
     np.testing.assert_array_equal(table.positions, np.arange(calls))
@@ -76,7 +76,7 @@ def test_everything_computed_is_the_recurrence(calls: int, seed: int, scale: flo
     np.testing.assert_array_equal(table.timesteps, recurrence.timesteps)
     np.testing.assert_array_equal(table.input_scale, recurrence.input_scale)
     assert table.initial_scale == recurrence.initial_scale
-    assert table.guided.all() == (scale not in (None, 1.0))
+    assert table.guided.all() == (scale is not None and scale > 1.0)
 
 
 @given(schedule=schedules(), seed=SEEDS)
@@ -130,7 +130,7 @@ def test_first_forecasts_use_the_anchors_there_are() -> None:
     np.testing.assert_allclose(table.conditional[1], [-3.0, 7.0])
 
 
-@given(schedule=schedules(), seed=SEEDS, scale=st.floats(0.0, 10.0), order=st.integers(0, 2))
+@given(schedule=schedules(), seed=SEEDS, scale=st.floats(1.0, 10.0), order=st.integers(0, 2))
 def test_guidance_is_linear_in_the_branches(
     schedule: tuple[int, list[int]], seed: int, scale: float, order: int
 ) -> None:
@@ -143,9 +143,13 @@ def test_guidance_is_linear_in_the_branches(
     np.testing.assert_allclose(received, expected, rtol=1e-7, atol=1e-6)
 
 
-@pytest.mark.parametrize(("scale", "guided"), [(None, 0), (1.0, 0), (0.0, 3), (2.0, 3)])
+@pytest.mark.parametrize(("scale", "guided"), [(None, 0), (1.0, 0), (0.5, 0), (0.0, 0), (-1.0, 0), (2.0, 3)])
 def test_the_second_branch_runs_only_when_it_counts(scale: float | None, guided: int) -> None:
-    table = fold(random_recurrence(3, 0), scale)
+    """A scale of at most 1 is the conditional branch alone, as diffusers pipelines take it."""
+    recurrence = random_recurrence(3, 0)
+    table = fold(recurrence, scale)
+    if not guided:
+        np.testing.assert_array_equal(table.conditional, fold(recurrence, None).conditional)
     assert table.guided_evaluations == guided
     assert bool(table.unconditional.any()) == (guided > 0)
 

@@ -272,10 +272,12 @@ def test_one_table_for_every_declared_scale(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0])
-def test_a_scale_that_weighs_only_or_against_the_other_branch(cache: Path, scale: float) -> None:
+def test_a_scale_of_at_most_one_is_fitted_on_one_branch(cache: Path, scale: float) -> None:
     result = search(cache, scale=scale, evaluations=4)
     rows = {row["origin"]: row["validation_psnr_db"] for row in result.details[str(scale)]["tried"]}
     assert rows["fitted"] > rows["fewer steps"] + 1
+    (table,) = tables(result).values()
+    assert not table.guided.any() and not table.unconditional.any()
 
 
 def test_a_loop_without_guidance(cache: Path) -> None:
