@@ -61,4 +61,4 @@ def test_the_manifest_keeps_the_call_and_the_store_fits_it(stepfold, folder: Pat
     asked = {name: value for name, value in manifest["call"].items() if value not in (None, {})}
     assert asked == {"steps": 4, "guidance": 1.0, "arguments": {"guidance_rescale": 0.0}}
     other = stepfold(*words, "--out", tmp_path / "other", "--steps", 5)
-    assert other.code == 2 and "loop.sampler.steps: 4 there, 5 here" in other.error
+    assert other.code == 2 and "loop.sampler.steps: 4 in the store, 5 here" in other.error
