@@ -7,9 +7,10 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 
+STANDARD_OUTPUT, STANDARD_ERROR = 1, 2
 STREAMS = 3  # standard input, output and error
 STOPS = ("SIGTERM", "SIGHUP")
 BIDIRECTIONAL = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
@@ -39,6 +40,38 @@ def mend_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (as long as the process)
         elif isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def results_apart() -> Iterator[None]:
+    """Keep the standard output for results: what a library in another language prints there goes to standard error.
+
+    Such libraries (`tokenizers` is one) write to the file descriptor and know nothing of `sys.stdout`, so it is the
+    descriptor that leads elsewhere for as long as a command runs, and results get one of their own. A standard output
+    that somebody put in its place, as tests do, is left alone.
+    """
+    original = sys.stdout
+    try:
+        redirected = original.fileno() == STANDARD_OUTPUT
+    except (OSError, ValueError, AttributeError):
+        redirected = False
+    if not redirected:
+        yield
+        return
+    original.flush()
+    kept = os.dup(STANDARD_OUTPUT)
+    results = open(  # noqa: SIM115 (closed below, where its errors are those of a closed pipe)
+        kept, "w", encoding=original.encoding, errors=original.errors, buffering=1 if original.isatty() else -1
+    )
+    os.dup2(STANDARD_ERROR, STANDARD_OUTPUT)
+    sys.stdout = results
+    try:
+        yield
+    finally:
+        sys.stdout = original
+        os.dup2(kept, STANDARD_OUTPUT)
+        with suppress(OSError):  # told when it was flushed
+            results.close()
 
 
 @contextmanager

@@ -82,7 +82,9 @@ def test_a_request_to_end_is_an_interruption_unless_it_is_ignored(handler: str, 
     # In a process of its own: signals of the tests' process belong to whatever library it has loaded.
     code = SIGNALS.format(handler=handler)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
     assert (ran.returncode, ran.stdout) == (0, told + "\n"), ran.stderr
 
 
@@ -101,3 +103,41 @@ def test_an_interruption_of_the_imports_is_one_line(
     monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
     assert run() == 1
     assert capsys.readouterr().err == "error: interrupted; nothing was written.\n"
+
+
+NOISE = """
+import os, sys
+import stepfold.bundle.manifest as manifest
+from stepfold.cli import main
+
+def noisy():
+    os.write(1, b"as a library writes\\n")
+    sys.__stdout__.write("as Python writes\\n")
+    sys.__stdout__.flush()
+    return "1.2"
+
+manifest.stepfold_version = noisy
+code = main(["--version"])
+os.write(1, b"behind\\n")
+print("behind, too")
+sys.exit(code)
+"""
+
+
+def test_what_libraries_write_is_no_result() -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, "-c", NOISE]
+    ran = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (ran.returncode, ran.stdout) == (0, "stepfold 1.2\nbehind\nbehind, too\n")
+    assert ran.stderr == "as a library writes\nas Python writes\n"
+
+
+def test_a_closed_pipe_stays_no_error() -> None:
+    """As `stepfold passes --json | head -1` leaves it."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, "-m", "stepfold", "passes", "--json"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    ran = subprocess.run(words, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (ran.returncode, ran.stderr) == (1, "")
