@@ -169,6 +169,10 @@ class SiteStatistics:
             )
         return self._tensor("gram") / rows
 
+    def has_gram(self) -> bool:
+        """Whether there is a Gram matrix of at least `ROWS_PER_CHANNEL` rows for each channel."""
+        return self.entry.gram and self.gram_count() >= ROWS_PER_CHANNEL * self.entry.width
+
     def gram_count(self) -> int:
         """Rows in the Gram matrix."""
         return int(self._tensor("gram_count")[0])

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
 import torch
+from torch import fx
 
-from ...calibration.ranges import observe_ranges
+from ...calibration.ranges import Observed, observe
 from ...calibration.read import SiteStatistics
 from ...calibration.run import collected
 from ...ir.program import Program
@@ -19,15 +21,28 @@ from .layers import Group
 
 
 class Need(IntEnum):
-    """What a scheme has to know: nothing, the range of each channel, or everything a calibration store holds."""
+    """What a scheme has to know: nothing, the range of each channel, Gram matrices beside it, or a whole store.
+
+    Gram matrices are left out where they would be too large together, or made of too few rows.
+    """
 
     NOTHING = 0
     RANGES = 1
-    STATISTICS = 2
+    GRAMS = 2
+    STATISTICS = 3
+
+
+FLOAT_BYTES = 4
+GRAM_BYTES = 2 << 30
+"""Of all Gram matrices that `Need.GRAMS` holds at once, in float32; the widest are left out first."""
 
 
 class Moments(Protocol):
     """What methods that judge by outputs ask of a value: a site of a calibration store has it, `Measured` too."""
+
+    def has_gram(self) -> bool:
+        """Whether there is a Gram matrix of enough rows."""
+        ...
 
     def gram(self) -> np.ndarray:
         """[M, M] mean of x x^T."""
@@ -48,11 +63,15 @@ class Measured:
 
     Attributes:
         second: [M, M] float64, mean of x x^T.
-        kept: [rows, M] float32, a choice of rows.
+        kept: [rows, M] float32, a choice of rows; None where only Gram matrices were asked for.
     """
 
     second: torch.Tensor
-    kept: torch.Tensor
+    kept: torch.Tensor | None = None
+
+    def has_gram(self) -> bool:
+        """See `Moments.has_gram`."""
+        return True
 
     def gram(self) -> np.ndarray:
         """See `Moments.gram`."""
@@ -60,11 +79,16 @@ class Measured:
 
     def rows(self) -> np.ndarray:
         """See `Moments.rows`."""
-        return self.kept.numpy()
+        return self._rows.numpy()
 
     def mean_abs(self) -> np.ndarray:
         """See `Moments.mean_abs`; of the rows that were kept."""
-        return self.kept.abs().mean(dim=0).numpy()
+        return self._rows.abs().mean(dim=0).numpy()
+
+    @property
+    def _rows(self) -> torch.Tensor:
+        assert self.kept is not None, "a scheme that reads rows declares that it needs statistics"
+        return self.kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +121,11 @@ class Inputs:
     def mean_magnitude(self) -> torch.Tensor:
         """[M] mean magnitude of each channel."""
         return _tensor(self._known.mean_abs()) / self.scale
+
+    @property
+    def has_gram(self) -> bool:
+        """Whether `gram` has something to return."""
+        return self.moments is not None and self.moments.has_gram()
 
     def gram(self) -> torch.Tensor:
         """[M, M] float64: mean of x x^T.
@@ -134,7 +163,7 @@ class Inputs:
 def known_inputs(program: Program, groups: Sequence[Group], need: Need, context: Context) -> dict[str, Inputs]:
     """What is known about what each group reads, by the key of the group.
 
-    A store that the user gave comes first; without one the loop is run here, for ranges alone where they are enough.
+    A store that the user gave comes first; without one the loop is run here, and only what is needed is collected.
 
     Raises:
         UsageError: the store is of another program, or has no such site.
@@ -148,9 +177,22 @@ def known_inputs(program: Program, groups: Sequence[Group], need: Need, context:
         store = collected(program, context.seed, context.cache, context.progress)
     if store is not None:
         return {group.key: _stored(store.site(group.name, group.key)) for group in groups}
-    ranges = observe_ranges(program, {group.source for group in groups}, context.seed, context.progress)
-    found = {group.key: ranges[group.source] for group in groups}
-    return {key: Inputs(r.low, r.high, torch.ones(r.low.shape[-1])) for key, r in found.items()}
+    grams = _affordable(groups) if need is Need.GRAMS else set[fx.Node]()
+    seen = observe(program, {group.source for group in groups}, context.seed, context.progress, grams)
+    return {group.key: _observed(seen, group.source) for group in groups}
+
+
+def _affordable(groups: Sequence[Group]) -> set[fx.Node]:
+    """The values whose Gram matrices together take at most `GRAM_BYTES`, the narrow ones first."""
+    widths = {group.source: group.layers[0].weight.shape[1] for group in groups}
+    sources = sorted(widths, key=widths.__getitem__)
+    bytes_so_far = accumulate(FLOAT_BYTES * widths[source] ** 2 for source in sources)
+    return {source for source, held in zip(sources, bytes_so_far, strict=True) if held <= GRAM_BYTES}
+
+
+def _observed(seen: Observed, source: fx.Node) -> Inputs:
+    ends, gram = seen.ranges[source], seen.grams.get(source)
+    return Inputs(ends.low, ends.high, torch.ones(ends.low.shape[-1]), None if gram is None else Measured(gram))
 
 
 def _stored(site: SiteStatistics) -> Inputs:

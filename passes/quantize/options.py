@@ -30,7 +30,8 @@ class QuantizeOptions(Options):
             keep the difficulty) to 1, `search` for the exponent of least output error of each site, `salience` for
             that of PTQ4DiT, `awq` for the scale that protects 4-bit weights; null leaves it as it is.
         rounding: weights go to the nearest number, or are compensated by `gptq` under the moments of what their layers
-            read in floats, or by `sequential-gptq` under those that the quantized layers before them leave.
+            read in floats, or by `sequential-gptq` under those that the quantized layers before them leave; `auto` is
+            `gptq` where enough rows are seen for it, nearest elsewhere.
         group: input channels that share a scale in 4-bit weights.
         rank: of the branch in full precision.
         residual: format of what the branch leaves.
@@ -57,7 +58,7 @@ class QuantizeOptions(Options):
     weights: Literal["per_channel"] = "per_channel"
     activations: Literal["dynamic", "static", "symmetric", "float", "auto"] = "dynamic"
     smooth: float | Literal["search", "salience", "awq"] | None = Field(default=None)
-    rounding: Literal["nearest", "gptq", "sequential-gptq"] = "nearest"
+    rounding: Literal["auto", "nearest", "gptq", "sequential-gptq"] = "nearest"
     group: int = Field(default=64, ge=16)
     rank: int = Field(default=32, ge=1)
     residual: Literal["int4", "int8", "fp8"] = "int4"

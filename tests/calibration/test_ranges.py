@@ -1,15 +1,18 @@
-"""Ranges of activations over the real loop."""
+"""Ranges and Gram matrices of activations over the real loop."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import pytest
 import torch
 from programs import calls, component, denoiser
 from torch import fx
 
+from stepfold.calibration import ranges
 from stepfold.calibration.conditions import sample_request
 from stepfold.calibration.observe import SiteObserver
-from stepfold.calibration.ranges import SAMPLES, Range, observe_ranges
+from stepfold.calibration.ranges import ROWS_PER_CHANNEL, SAMPLES, Range
 from stepfold.ir.program import Program, Stage
 from stepfold.loop.noise import SampleSet
 
@@ -42,9 +45,9 @@ def program() -> Program:
     return denoiser(Denoiser(), torch.randn(2, 3), torch.full((2,), 5.0), torch.arange(2))
 
 
-def observe(program: Program, targets: tuple, seed: int = 0, progress=silent) -> dict[fx.Node, Range]:
+def observe(program: Program, targets: tuple, seed: int = 0, progress=silent) -> Mapping[fx.Node, Range]:
     nodes = [node_of(program.step, target) for target in targets]
-    return observe_ranges(program, nodes, seed, progress)
+    return ranges.observe(program, nodes, seed, progress).ranges
 
 
 def test_over_the_real_loop_of_all_branches(program: Program) -> None:
@@ -82,7 +85,7 @@ def test_of_a_seed(program: Program) -> None:
 def test_progress_counts_evaluations(program: Program) -> None:
     told: list[tuple[str, int, int]] = []
     observe(program, (aten.tanh.default,), progress=lambda *report: told.append(report))
-    assert told == [("calibrating ranges", i, 4) for i in (1, 2, 3, 4)]
+    assert told == [("calibrating", i, 4) for i in (1, 2, 3, 4)]
 
 
 def test_a_component_is_observed_on_its_example() -> None:
@@ -98,6 +101,36 @@ def test_a_range_has_one_entry_a_channel_and_bucket() -> None:
     assert found.high.tolist() == [[-torch.inf, -torch.inf], [1.0, 7.0]]
     both = found.union(Range.of(torch.tensor([[-3.0, 0.0]]), bucket=1, buckets=2))
     assert (both.low[1].tolist(), both.high[1].tolist()) == ([-3.0, -2.0], [1.0, 7.0])
+
+
+def gram(program: Program, seed: int = 0) -> torch.Tensor:
+    node = node_of(program.step, aten.tanh.default)
+    return ranges.observe(program, [node], seed, silent, {node}).grams[node]
+
+
+def test_a_gram_matrix_is_of_all_branches_and_calls(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for more rows than there are, it is the mean over what an observer sees itself."""
+    node, seen = node_of(program.step, aten.tanh.default), []
+    of = Range.of
+    monkeypatch.setattr(Range, "of", lambda value, *at: seen.append(value.double()) or of(value, *at))
+    monkeypatch.setattr(ranges, "GRAM_ROWS_PER_CHANNEL", 1000)
+    received = ranges.observe(program, [node], 0, silent, {node}).grams[node]
+    rows = torch.cat(seen)
+    assert len(rows) == 2 * 4 * SAMPLES
+    torch.testing.assert_close(received, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+
+
+def test_rows_of_a_gram_matrix_follow_the_seed(program: Program) -> None:
+    assert torch.equal(gram(program), gram(program))
+    assert not torch.equal(gram(program), gram(program, seed=1))
+
+
+def test_too_few_rows_give_no_gram_matrix() -> None:
+    rows = 3 * ROWS_PER_CHANNEL
+    for count, found in ((rows - 1, False), (rows, True)):
+        program = component(lambda x: torch.tanh(x * 2), torch.randn(2, count, 3)[:1])
+        node = node_of(program.step, aten.tanh.default)
+        assert (node in ranges.observe(program, [node], 0, silent, {node}).grams) is found
 
 
 def test_nan_is_not_lost() -> None:

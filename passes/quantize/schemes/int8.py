@@ -46,17 +46,19 @@ class Int8(RoundingScheme):
         "weights": ("per_channel",),
         "activations": ("dynamic", "static", "symmetric", "auto"),
         "smooth": ("0 to 1", "search", "salience", "null"),
-        "rounding": ("nearest", "gptq"),
+        "rounding": ("auto", "nearest", "gptq"),
         "repair": (),
     }
     saves_time = True
 
     @property
     def need(self) -> Need:
-        """Ranges for static scales and for an exponent; rows or Grams for what is judged by outputs."""
+        """Ranges for static scales and for an exponent; rows or Gram matrices for what is judged by outputs."""
         options = self.options
         if options.smooth == "search" or options.rounding == "gptq":
             return Need.STATISTICS
+        if options.rounding == "auto":
+            return Need.GRAMS
         return Need.RANGES if options.smooth is not None or options.activations != "dynamic" else Need.NOTHING
 
     def scale(self, group: Group, inputs: Inputs) -> torch.Tensor | None:
@@ -106,8 +108,12 @@ class Int8(RoundingScheme):
 
     def _weights(self, group: Group, inputs: Inputs | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Codes [M, N] int8 and scale [N] of each layer."""
-        gram = inputs.gram() if inputs is not None and self.options.rounding == "gptq" else None
+        gram = inputs.gram() if inputs is not None and self._compensates(inputs) else None
         return [_rounded(layer.weight, gram, layer.name) for layer in group.layers]
+
+    def _compensates(self, inputs: Inputs) -> bool:
+        """Whether GPTQ rounds; `auto` leaves the choice to whether a Gram matrix is at hand."""
+        return self.options.rounding == "gptq" or (self.options.rounding == "auto" and inputs.has_gram)
 
     def _activation(self, inputs: Inputs | None) -> Activation:
         if self.options.activations == "dynamic" or inputs is None:

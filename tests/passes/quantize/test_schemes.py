@@ -23,9 +23,13 @@ from stepfold.ir.program import Program
 from stepfold.loop.errors import GateError
 from stepfold.loop.metrics import drift
 from stepfold.passes.base import Context, PassResult
+from stepfold.passes.quantize import inputs as inputs_module
+from stepfold.passes.quantize.inputs import Inputs, Measured, Need, known_inputs
+from stepfold.passes.quantize.layers import Selection, find_groups
 from stepfold.passes.quantize.options import QuantizeOptions
 from stepfold.passes.quantize.scheme import RoundingScheme
 from stepfold.passes.quantize.schemes import SCHEMES, mixed
+from stepfold.passes.quantize.schemes.int8 import Int8
 from stepfold.passes.schedule.hoist import Hoist, HoistOptions
 from stepfold.runtime.packing import batch_invariant
 from stepfold.runtime.workshop import workshop
@@ -63,7 +67,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int8 searched": {"scheme": "int8", "smooth": "search"},
     "int8 salience": {"scheme": "int8", "smooth": "salience", "activations": "static"},
     "int8 symmetric": {"scheme": "int8", "activations": "symmetric"},
-    "int8 gptq": {"scheme": "int8", "rounding": "gptq"},
+    "int8 compensated": {"scheme": "int8", "rounding": "auto"},
     "int8-weights": {"scheme": "int8-weights"},
     "int4": {"scheme": "int4"},
     "int4 awq": {"scheme": "int4", "smooth": "awq"},
@@ -193,7 +197,7 @@ def test_what_a_record_says_is_plain(results: dict[str, PassResult], name: str) 
 
 def test_only_scales_of_a_whole_tensor_couple_a_batch(results: dict[str, PassResult]) -> None:
     coupled = {name for name in VARIANTS if not batch_invariant(results[name].program.stages)}
-    assert coupled == {"int8 searched", "int8 gptq", "svdquant int8", "mixed"}
+    assert coupled == {"int8 searched", "int8 compensated", "svdquant int8", "mixed"}
 
 
 # -- what each adds
@@ -209,6 +213,34 @@ def test_a_method_beats_rounding_to_nearest(
     program: Program, results: dict[str, PassResult], nearest_drift: float, name: str
 ) -> None:
     assert drift(samples_of(results[name].program), samples_of(program)) < 0.9 * nearest_drift
+
+
+def test_rounding_is_compensated_where_enough_is_known(program: Program) -> None:
+    """`auto` is `gptq` with a Gram matrix and nearest without."""
+    group = find_groups(program.step, Selection(("*",), (), 2), lambda _: None)[0][0]
+    M = group.weight.shape[1]
+    rows = torch.randn(8 * M, M, generator=torch.Generator().manual_seed(0)).cumsum(dim=1)
+    bare = Inputs(rows.amin(dim=0)[None], rows.amax(dim=0)[None], torch.ones(M))
+    known = replace(bare, moments=Measured((rows.T @ rows).double() / len(rows)))
+
+    def rounded(rounding: str, inputs: Inputs) -> torch.Tensor:
+        return torch.cat(list(Int8(QuantizeOptions(rounding=rounding)).rounded(group, inputs)))  # type: ignore[arg-type]
+
+    assert torch.equal(rounded("auto", known), rounded("gptq", known))
+    assert torch.equal(rounded("auto", bare), rounded("nearest", known))
+    errors = [torch.linalg.norm(rows @ (rounded(r, known) - group.weight).T) for r in ("auto", "nearest")]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_the_widest_gram_matrices_are_left_out_first(
+    program: Program, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = find_groups(program.step, Selection(("*",), (), 2), lambda _: None)[0]
+    widths = sorted({group.source: group.weight.shape[1] for group in groups}.values())
+    monkeypatch.setattr(inputs_module, "GRAM_BYTES", 4 * sum(width**2 for width in widths[:-1]))
+    found = known_inputs(program, groups, Need.GRAMS, context)
+    without = {group.weight.shape[1] for group in groups if not found[group.key].has_gram}
+    assert without == {widths[-1]} and widths[-1] > widths[-2]
 
 
 def test_a_repair_without_data(results: dict[str, PassResult]) -> None:
