@@ -60,7 +60,7 @@ class Memory(Strict):
 
     Attributes:
         weights: of the program; they lie in memory already.
-        accumulators: ranges, sums, counts and histograms.
+        accumulators: ranges, sums and counts.
         gram: Gram matrices.
         rows: raw rows.
         activations: the largest set of values that are alive at once in one evaluation of a shard.

@@ -14,6 +14,7 @@ from ..loop.classes import class_input
 from .origin import recurrence_digest
 from .plan import SHARD_SAMPLES, Plan
 from .sampling import ROWS, TOKENS
+from .statistics import ACCUMULATORS
 
 SHORT = 12  # letters of a hash that are shown
 
@@ -27,6 +28,7 @@ def run_parts(plan: Plan) -> dict[str, Any]:
         "shard_samples": SHARD_SAMPLES,
         "tokens": TOKENS,
         "rows": ROWS,
+        "statistics": ", ".join(ACCUMULATORS),
         "gram_width": plan.gram_width,
         "sites": _sha256(json.dumps([item.entry.model_dump(mode="json") for item in plan.watched])),
     }

@@ -16,7 +16,6 @@ from ..ir.program import Program, Stage
 from ..ir.shapes import PROBE_BATCHES
 from ..loop.ports import Rate
 from .document import Memory
-from .histogram import BINS
 from .plan import Plan
 from .sampling import TOKENS
 from .statistics import CHUNK
@@ -24,8 +23,8 @@ from .statistics import CHUNK
 FLOAT32, FLOAT64 = 4, 8
 LATENTS = 4
 """Copies of the latent beside the outputs in the history: noise, latent, scaled latent, batch of both branches."""
-REDUCTION_BYTES = 3 * FLOAT32 + FLOAT64
-"""Copies of a chunk that a reduction makes, per element: the histogram takes most, with its bins as integers."""
+REDUCTION_BYTES = 2 * FLOAT32 + FLOAT64
+"""Copies of a chunk that a reduction makes, per element: magnitudes or squares, and those in the type of their sum."""
 KIBIBYTE = 1024
 
 
@@ -35,7 +34,7 @@ def memory(plan: Plan) -> Memory:
     widths = [item.entry.width for item in plan.watched]
     grams = [item.entry.width for item in plan.watched if item.entry.gram]
     channels = 2 * FLOAT32 + 3 * FLOAT64  # low and high, three sums
-    accumulators = sum(cells * (width * channels + (BINS + 1) * FLOAT64) for width in widths)
+    accumulators = sum(cells * (width * channels + FLOAT64) for width in widths)
     gram = sum(width * width * FLOAT64 for width in grams)
     kept = max(plan.draws.count(*shard) for shard in plan.shards)
     rows = sum(kept * (width * FLOAT32 + 2 * FLOAT64) for width in widths)

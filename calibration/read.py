@@ -11,7 +11,6 @@ import numpy as np
 
 from ..loop.errors import StepfoldError, UsageError, nearest
 from .document import REPAIR, STATISTICS, SiteEntry, StoreDocument, damage, read_document
-from .histogram import magnitude_quantile
 from .tensors import TensorFile, TensorFileError, open_tensors
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 PER_CHANNEL = ("low", "high", "total", "magnitude", "square", "gram", "rows")
-PER_CELL = ("low", "high", "total", "magnitude", "square", "count", "histogram")
+PER_CELL = ("low", "high", "total", "magnitude", "square", "count")
 ROWS_PER_CHANNEL = 4
 """Fewest rows of a Gram matrix for each of its channels: with fewer, GPTQ fits the samples instead of the model."""
 
@@ -122,10 +121,6 @@ class SiteStatistics:
         """[M] largest value of each channel; -inf where no row was seen."""
         return self._cells("high", bucket, branch).max(axis=(0, 1))
 
-    def absmax(self, bucket: int | None = None, branch: str | None = None) -> Array:
-        """[M] largest magnitude of each channel."""
-        return np.maximum(-self.low(bucket, branch), self.high(bucket, branch))
-
     def mean(self, bucket: int | None = None, branch: str | None = None) -> Array:
         """[M] mean of each channel."""
         return self._mean("total", bucket, branch)
@@ -137,14 +132,6 @@ class SiteStatistics:
     def second_moment(self, bucket: int | None = None, branch: str | None = None) -> Array:
         """[M] mean square of each channel."""
         return self._mean("square", bucket, branch)
-
-    def histogram(self, bucket: int | None = None, branch: str | None = None) -> Array:
-        """[BINS] counts of all values, see `calibration.histogram`."""
-        return self._cells("histogram", bucket, branch).sum(axis=(0, 1))
-
-    def magnitude_quantile(self, fraction: float) -> float:
-        """A magnitude that this fraction of all values does not exceed, to the end of a bin (5 %)."""
-        return magnitude_quantile(self.histogram(), fraction)
 
     def gram(self, rows_per_channel: float = ROWS_PER_CHANNEL) -> Array:
         """[M, M] mean of x x^T over `gram_count` rows of all buckets and branches.

@@ -2,7 +2,7 @@
 
 Counts are integers, low and high are float32, sums are float64, so merging is associative: exactly for the first two,
 up to the rounding of a float64 addition for the sums. Statistics of the card "calibration collector": range, mean,
-mean magnitude and second moment of each channel, a histogram, the Gram matrix, and a few raw rows.
+mean magnitude and second moment of each channel, the Gram matrix, and a few raw rows.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-
-from .histogram import BINS, histogram
 
 Array = np.ndarray
 
@@ -36,7 +34,6 @@ class Statistics:
         total: [buckets, branches, M] sum of x.
         magnitude: [buckets, branches, M] sum of |x|.
         square: [buckets, branches, M] sum of x^2.
-        histogram: [buckets, branches, BINS], see `histogram`.
         gram: [M, M] sum of x x^T over sampled rows of all buckets and branches, or None for a wide value.
         gram_count: [1] rows in the Gram matrix.
         rows: [capacity, M] raw rows.
@@ -50,7 +47,6 @@ class Statistics:
     total: Array
     magnitude: Array
     square: Array
-    histogram: Array
     gram: Array | None
     gram_count: Array
     rows: Array
@@ -72,7 +68,6 @@ class Statistics:
             total=np.zeros(channels),
             magnitude=np.zeros(channels),
             square=np.zeros(channels),
-            histogram=np.zeros((*cells, BINS), np.int64),
             gram=np.zeros((width, width)) if gram else None,
             gram_count=np.zeros(1, np.int64),
             rows=np.empty((capacity, width), np.float32),
@@ -96,7 +91,6 @@ class Statistics:
             self.total[at] += rows.sum(dim=0, dtype=torch.float64).numpy()
             self.magnitude[at] += rows.abs().sum(dim=0, dtype=torch.float64).numpy()
             self.square[at] += rows.square().sum(dim=0, dtype=torch.float64).numpy()
-            self.histogram[at] += histogram(rows.numpy())
 
     def observe_gram(self, values: torch.Tensor) -> None:
         """Add x x^T of rows [T, M]; products are float32, their sum is float64."""
@@ -119,7 +113,9 @@ class Statistics:
         return named | {"rows": self.rows[: self.kept], "rows_at": self.rows_at[: self.kept]}
 
 
-SUMS = ("total", "magnitude", "square", "histogram")
+SUMS = ("total", "magnitude", "square")
+ACCUMULATORS = ("count", *SUMS, "low", "high", "gram_count", "gram", "rows", "rows_at")
+"""Names in `Statistics.arrays`."""
 
 
 def combine(name: str, first: Array, second: Array) -> Array:

@@ -161,12 +161,6 @@ def module_path(node: fx.Node) -> str:
     return stack[-1][0] if stack else ""
 
 
-def in_order(nodes: Iterable[fx.Node], graph: fx.Graph) -> tuple[fx.Node, ...]:
-    """Nodes in graph order."""
-    wanted = set(nodes)
-    return tuple(node for node in graph.nodes if node in wanted)
-
-
 def described(node: fx.Node) -> str:
     """What a node is, for a message."""
     return f"input {node.name}" if node.op == "placeholder" else str(node.target).removesuffix(".default")

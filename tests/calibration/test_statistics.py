@@ -11,12 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepfold.calibration import statistics
-from stepfold.calibration.histogram import histogram
 from stepfold.calibration.statistics import NotFiniteError, Statistics, merge
 
 Array = np.ndarray
 WIDTH = 3
-EXACT = ("count", "low", "high", "histogram", "gram_count", "rows", "rows_at")
+EXACT = ("count", "low", "high", "gram_count", "rows", "rows_at")
 SUMS = ("total", "magnitude", "square", "gram")
 ROUNDING = 1e-12
 """Relative rounding of a few float64 additions."""
@@ -73,7 +72,6 @@ def test_what_they_are() -> None:
         "total": wide.sum(0),
         "magnitude": np.abs(wide).sum(0),
         "square": (wide**2).sum(0),
-        "histogram": histogram(rows),
     }
     for name, value in expected.items():
         np.testing.assert_allclose(found[name][1, 0], value, rtol=1e-6, atol=1e-6)  # squares are rounded to float32
@@ -81,11 +79,10 @@ def test_what_they_are() -> None:
     assert found["gram_count"].tolist() == [40]
     np.testing.assert_array_equal(found["rows"], rows[:1])
     assert found["rows_at"].tolist() == [[1, 0]]
-    assert {name: found[name].dtype for name in ("low", "total", "gram", "histogram")} == {
+    assert {name: found[name].dtype for name in ("low", "total", "gram")} == {
         "low": np.float32,
         "total": np.float64,
         "gram": np.float64,
-        "histogram": np.int64,
     }
 
 
@@ -93,7 +90,7 @@ def test_other_cells_stay_empty() -> None:
     found = taken(np.ones((2, WIDTH), np.float32), 1, 0).arrays()
     assert found["count"].tolist() == [[0, 0], [2, 0]]
     assert np.isposinf(found["low"][0, 0]).all() and np.isneginf(found["high"][0, 0]).all()
-    assert not found["total"][:, 1].any() and not found["histogram"][0].any()
+    assert not found["total"][:, 1].any()
 
 
 def test_large_values_are_reduced_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
