@@ -167,6 +167,26 @@ class QualityEntry(Strict):
     set: str
 
 
+class ProofEntry(Strict):
+    """How close the unoptimized program is to the pipeline it was captured from.
+
+    Attributes:
+        latent_db: PSNR of the worst sample's latents, its peak the range of the pipeline's.
+        image_db: that of images; None where the bundle has no decoder.
+        samples: that were compared.
+    """
+
+    latent_db: float
+    image_db: float | None
+    samples: Count
+
+
+class SkippedProofEntry(Strict):
+    """Why a bundle of a pipeline was not compared with it."""
+
+    skipped: str
+
+
 class FrozenDimensionEntry(Strict):
     """A dimension that the capture specialized to one size."""
 
@@ -238,6 +258,8 @@ class Manifest(Strict):
         further_probes: one more for each further stage that shares the loop.
         pipeline: what surrounds the loop in a diffusers pipeline.
         call: arguments of the pipeline's call that replaced its defaults; None where there were none.
+        proof: how close the unoptimized program is to the pipeline, or why that is not known; None for a checkpoint that
+            is no pipeline.
         files: digest of every file but the manifest, by relative POSIX path.
     """
 
@@ -262,6 +284,7 @@ class Manifest(Strict):
     further_probes: tuple[str, ...] = ()
     pipeline: PipelineEntry | None = None
     call: PipelineCall | None = None
+    proof: ProofEntry | SkippedProofEntry | None = None
     files: dict[str, FileEntry] = Field(default_factory=dict)
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from ..loop.pipeline_call import PipelineCall
 from ..loop.ports import Port
 from .console import console, print_json, table, working
 from .inspect_store import print_store
-from .optimize import quality_line, schedule_line, shared_line
+from .optimize import proof_lines, quality_line, schedule_line, shared_line
 from .options import (
     ANY_FOLDER,
     CallArguments,
@@ -140,6 +140,8 @@ def print_bundle(document: Mapping[str, Any], differs_here: Sequence[str] = ()) 
         screen.print(shared_line(shared, document["files"][shared["file"]]["bytes"]), markup=False, soft_wrap=True)
     screen.print(escape(schedule_line(document["schedule"])), soft_wrap=True)
     screen.print(escape(quality_line(document["quality"])), soft_wrap=True)
+    for line in proof_lines(document):
+        screen.print(escape(line), soft_wrap=True)
     alone = "does not depend" if document["batch_invariant"] else "depends slightly"
     screen.print(f"A sample {alone} on the samples computed beside it.")
     for stage in document["stages"]:

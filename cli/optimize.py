@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,6 +66,9 @@ def optimize(
     frames: Frames = None,
     negative_prompt: NegativePrompt = None,
     arguments: CallArguments = None,
+    no_proof: Annotated[
+        bool, typer.Option("--no-proof", help="Do not compare the captured program of a pipeline with the pipeline.")
+    ] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of the three sets of samples.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")] = False,
     as_json: Json = False,
@@ -91,6 +95,7 @@ def optimize(
     from ..runtime.compiler import optimize as run
 
     job = Job(checkpoint, out, recipe, chosen, backend, loop, inputs, min_psnr, seed, overwrite, calibration, call)
+    job = replace(job, proof=not no_proof)
     with working() as progress:
         document = run(job, progress, write_bundle_report)
     if as_json:
@@ -125,7 +130,7 @@ def print_summary(document: Mapping[str, Any]) -> None:
     screen.print(table("Stages", STAGES, list(map(_stage_row, document["stages"])), ("bytes", "FLOPs")))
     if document["shared"]:
         screen.print(shared_line(document["shared"], document["shared"]["bytes"]), markup=False, soft_wrap=True)
-    for line in (schedule_line(document["schedule"]), quality_line(document["quality"])):
+    for line in (schedule_line(document["schedule"]), quality_line(document["quality"]), *proof_lines(document)):
         screen.print(escape(line))
     screen.print(f"Bundle: {document['bundle']} ({document['seconds']:.0f} s)", markup=False, soft_wrap=True)
 
@@ -195,6 +200,13 @@ def schedule_line(schedule: Mapping[str, Any] | None) -> str:
         f"Schedule: {schedule['evaluations']} evaluations ({schedule['guided_evaluations']} with both guidance "
         f"branches) instead of {schedule['grid_steps']}, fitted on the {schedule['fitted_on']}."
     )
+
+
+def proof_lines(document: Mapping[str, Any]) -> list[str]:
+    """How close the unoptimized program is to its pipeline; no line for what is no pipeline."""
+    from ..report.prose import proof_words
+
+    return [f"Proof: {proof_words(document['proof'])}."] if document.get("proof") else []
 
 
 def quality_line(quality: Mapping[str, Any] | None) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..ir.program import ModelIdentity, Program
@@ -22,8 +23,9 @@ from .capture import capture
 from .examples import TEXT_ENCODERS, example_kwargs, read_tensors, unknown_inputs
 from .foreign import require_method, require_own_code, require_plain
 from .identity import weights_hash
+from .proof import PipelineRun
 from .surroundings import Surroundings
-from .surroundings.ends import CapturedEnds, capture_ends
+from .surroundings.ends import CapturedEnds, Seen, capture_ends
 from .weights import CONFIG, LARGEST_CONFIG_BYTES, find_weights, model_class, read_model
 
 logger = logging.getLogger(__name__)
@@ -36,10 +38,19 @@ PIPELINE_FILE = "model_index.json"
 
 @dataclass(frozen=True)
 class Around:
-    """What a pipeline does around its loop, and the prompts that it was run with: None where it got embeddings."""
+    """What a pipeline does around its loop.
+
+    Attributes:
+        surroundings: of its family.
+        prompts: that it was run with; None where it got embeddings.
+        negative: prompts of the other branch; None where it got embeddings.
+        drawn: latents and the images that it makes of them.
+    """
 
     surroundings: Surroundings
     prompts: Sequence[str] | None
+    negative: Sequence[str] | None
+    drawn: Callable[[], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,7 @@ class Checkpoint:
         config: the content of `config.json`.
         unconditional: conditions [B, ...] of the other branch in that call, where a pipeline gave them.
         around: what a pipeline does before and behind the loop, where stepfold knows it.
+        run: the pipeline's call that the loop was recorded from; None where no pipeline was run.
     """
 
     path: Path
@@ -69,6 +81,7 @@ class Checkpoint:
     config: dict[str, Any]
     unconditional: Mapping[str, torch.Tensor] = field(default_factory=dict)
     around: Around | None = None
+    run: PipelineRun | None = None
 
     @property
     def method(self) -> str:
@@ -87,7 +100,8 @@ class Checkpoint:
             return None
         tensors, _ = flatten(self.kwargs)
         conditions = {name: tensors[name] for name, spec in self.loop.inputs.items() if spec.role == "condition"}
-        return capture_ends(self.around.surroundings, self.around.prompts, conditions, self.loop.latent.shape)
+        seen = Seen(self.around.prompts, conditions, self.around.negative, self.unconditional, self.around.drawn)
+        return capture_ends(self.around.surroundings, seen, self.loop.latent.shape)
 
 
 def load_checkpoint(

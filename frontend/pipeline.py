@@ -31,6 +31,7 @@ from .load import (
     read_config,
     refuse_call,
 )
+from .proof import PipelineRun
 from .recorder import recording
 from .roles import Inferred
 from .schedulers import GRID_ARGUMENTS
@@ -93,6 +94,7 @@ def load_pipeline(
     given = read_tensors(inputs or path / INPUTS_FILE) if inputs or (path / INPUTS_FILE).is_file() else {}
     arguments = _arguments(path, pipeline, given, call or PipelineCall())
     inferred = _record(path, pipeline, denoiser, arguments)
+    run = PipelineRun(pipeline, denoiser, arguments, BATCH)
     return Checkpoint(
         path=path,
         class_name=class_name,
@@ -103,17 +105,21 @@ def load_pipeline(
         weights_sha256=weights_hash(denoiser),
         config=config,
         unconditional=inferred.unconditional,
-        around=_around(pipeline, arguments),
+        around=_around(run),
+        run=run,
     )
 
 
-def _around(pipeline: Any, arguments: Mapping[str, Any]) -> Around | None:
+def _around(run: PipelineRun) -> Around | None:
     """What surrounds the loop, where stepfold knows pipelines of this class."""
-    name = type(pipeline).__name__
+    name = type(run.pipeline).__name__
     if name not in SURROUNDINGS:
         logger.info("%s: prompts and images of this pipeline are not compiled, only its denoiser", name)
         return None
-    return Around(SURROUNDINGS[name](pipeline), arguments.get("prompt"))
+    prompts, negative = (run.arguments.get(argument) for argument in ("prompt", "negative_prompt"))
+    if prompts is not None and not isinstance(negative, list):
+        negative = [negative or ""] * run.batch
+    return Around(SURROUNDINGS[name](run.pipeline, run.arguments), prompts, negative, run.drawn)
 
 
 class _Component(NamedTuple):

@@ -101,14 +101,17 @@ def recording(
     }
     if hasattr(scheduler, "set_begin_index"):
         patches["set_begin_index"] = scheduler, recorder.set_begin_index
-    wrappers = [(owner, name, _like(getattr(owner, name), patched)) for name, (owner, patched) in patches.items()]
-    for owner, name, wrapper in wrappers:
-        object.__setattr__(owner, name, wrapper)
+    before = {name: vars(owner).get(name) for name, (owner, _) in patches.items()}
+    for name, (owner, patched) in patches.items():
+        object.__setattr__(owner, name, _like(getattr(owner, name), patched))
     try:
         yield recorder.found
     finally:
-        for owner, name, _ in wrappers:
-            object.__delattr__(owner, name)
+        for name, (owner, _) in patches.items():
+            if before[name] is None:
+                object.__delattr__(owner, name)
+            else:
+                object.__setattr__(owner, name, before[name])
         hook.remove()
         recorder.found.rest = len(recorder.current.calls)
 

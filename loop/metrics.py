@@ -24,6 +24,22 @@ def psnr(samples: Array, reference: Array) -> Array:
     return 10.0 * np.log10(4.0 / np.nan_to_num(mse, nan=4.0))
 
 
+def range_psnr(samples: Array, reference: Array) -> Array:
+    """PSNR in dB of each sample, its peak the range of the reference: for latents, which have no range of their own.
+
+    Args:
+        samples: [B, ...].
+        reference: [B, ...].
+
+    Returns:
+        [B] `10 log10(range^2 / mse)`, at most that of equal samples in `psnr`; 0 where a sample is not a number.
+    """
+    rows, wanted = (value.astype(np.float64).reshape(len(value), -1) for value in (samples, reference))
+    peak = np.maximum(wanted.max(axis=1) - wanted.min(axis=1), np.finfo(np.float32).tiny)
+    relative = ((rows - wanted) ** 2).mean(axis=1) / peak**2
+    return -10.0 * np.log10(np.nan_to_num(np.maximum(relative, SMALLEST_MSE / 4.0), nan=1.0))
+
+
 def drift(values: Array, reference: Array) -> float:
     """Relative L2 error of `values` against `reference`."""
     scale = float(np.linalg.norm(reference.astype(np.float64)))

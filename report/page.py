@@ -174,6 +174,7 @@ def _bundle(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "tried": _tried(manifest),
         "loop": loop,
         "recipe": _recipe_name(manifest.get("recipe")),
+        "proof": prose.proof_words(manifest["proof"]) if manifest.get("proof") else None,
     }
 
 

@@ -47,6 +47,19 @@ def decibels(value: float) -> str:
     return "equal" if value >= EXACT_DB else f"{value:.1f} dB"
 
 
+def proof_words(proof: Mapping[str, Any]) -> str:
+    """How close the unoptimized program is to its pipeline: `equal latents and images ... 2 samples`."""
+    if "skipped" in proof:
+        return (
+            f"skipped ({proof['skipped']}); whether the unoptimized program draws what the pipeline draws is not known"
+        )
+    image = "" if proof["image_db"] is None else f", images {proof['image_db']:.1f} dB"
+    return (
+        f"the unoptimized program against the pipeline's own code: latents {proof['latent_db']:.1f} dB{image} (the worst of "
+        f"{proof['samples']} samples)"
+    )
+
+
 def pass_costs(passes: Sequence[Mapping[str, Any]]) -> list[float | None]:
     """What each pass cost in dB: the PSNR before it less the PSNR after it; None where nothing was measured.
 

@@ -63,6 +63,7 @@ class Job:
         overwrite: replace a bundle that is there.
         calibration: a store of `stepfold calibrate` for the passes to take statistics from.
         call: arguments of a pipeline's call that replace its defaults.
+        proof: whether the captured program of a pipeline is compared with the pipeline's own samples.
     """
 
     checkpoint: Path
@@ -77,6 +78,7 @@ class Job:
     overwrite: bool = False
     calibration: Path | None = None
     call: PipelineCall | None = None
+    proof: bool = True
 
 
 def optimize(job: Job, progress: Progress, finish: Finish | None = None) -> dict[str, Any]:
@@ -100,6 +102,7 @@ def optimize(job: Job, progress: Progress, finish: Finish | None = None) -> dict
     from ..frontend.load import load_checkpoint
     from ..passes.manager import run_passes
     from .packing import pack, summary
+    from .proof import prove, skipped
     from .surroundings import optimize_ends, pack_ends
 
     start = time.perf_counter()
@@ -116,6 +119,7 @@ def optimize(job: Job, progress: Progress, finish: Finish | None = None) -> dict
         if statistics is not None:
             statistics.require(original)
         ends = checkpoint.capture_ends()
+        proof = prove(checkpoint, original, ends, progress) if job.proof else skipped(checkpoint)
         context = make_context(original, shop, job.seed, job.min_psnr, progress, statistics)
         if ends is not None:
             ends = optimize_ends(ends, steps, lambda end: make_context(end, shop, job.seed, None, progress))
@@ -127,7 +131,7 @@ def optimize(job: Job, progress: Progress, finish: Finish | None = None) -> dict
         check_budget(program, entry, job.min_psnr)
         with writing(job.out, job.overwrite) as folder:
             pipeline = None if ends is None else pack_ends(folder, ends, shop, recipe)
-            manifest = pack(folder, program, bound, shop, recipe, entry, job.seed, pipeline, job.call)
+            manifest = pack(folder, program, bound, shop, recipe, entry, job.seed, pipeline, job.call, proof)
             document = summary(job.out, manifest, program, shop, time.perf_counter() - start)
             if finish is not None:
                 pictures = quality.pictures(PICTURES) if quality else {}

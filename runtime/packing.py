@@ -20,9 +20,11 @@ from ..bundle.manifest import (
     PassEntry,
     PipelineEntry,
     PortEntry,
+    ProofEntry,
     QualityEntry,
     ScheduleEntry,
     SharedEntry,
+    SkippedProofEntry,
     StageEntry,
     stepfold_version,
 )
@@ -53,6 +55,7 @@ def pack(
     seed: int | None,
     pipeline: PipelineEntry | None = None,
     call: PipelineCall | None = None,
+    proof: ProofEntry | SkippedProofEntry | None = None,
 ) -> Manifest:
     """Write stages, tables, schedule, probe and manifest into an empty folder.
 
@@ -66,6 +69,7 @@ def pack(
         seed: of the sample sets, None where they are not known.
         pipeline: what surrounds the loop, its files written before.
         call: arguments of the pipeline's call that replaced its defaults.
+        proof: of the unoptimized program against its pipeline.
     """
     stages = tuple(_copy_stage(folder, shop, stage) for stage in program.stages)
     shared = _share(folder, shop, stages)
@@ -104,6 +108,7 @@ def pack(
         further_probes=tuple(further),
         pipeline=pipeline,
         call=call if call is not None and call.given else None,
+        proof=proof,
     )
     manifest = write_manifest(folder, manifest)
     remember(manifest)
@@ -140,6 +145,7 @@ def summary(path: Path, manifest: Manifest, program: Program, shop: Workshop, se
         "shared": _shared(manifest),
         "schedule": manifest.schedule.model_dump(mode="json") if manifest.schedule else None,
         "quality": manifest.quality.model_dump(mode="json") if manifest.quality else None,
+        "proof": manifest.proof.model_dump(mode="json") if manifest.proof else None,
         "frozen_dimensions": [entry.model_dump(mode="json") for entry in manifest.frozen_dimensions],
         "seconds": seconds,
         "fit_seconds": fit,

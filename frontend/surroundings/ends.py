@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from ...ir.program import Program
 from ...loop.errors import StepfoldError, UsageError
 from ...loop.metrics import drift
 from ..capture import capture
+from ..images import LEAST_DB, unit_images, worst
 from .surroundings import Prompt, Surroundings, Text
 
 TOLERANCE = 1e-4  # relative L2, of conditions
@@ -39,24 +40,38 @@ class CapturedEnds:
     given: Mapping[str, Any]
 
 
-def capture_ends(
-    surroundings: Surroundings,
-    prompts: Sequence[str] | None,
-    conditions: Mapping[str, torch.Tensor],
-    latent: tuple[int, ...],
-) -> CapturedEnds:
+@dataclass(frozen=True)
+class Seen:
+    """What a pipeline did around its loop when it was run.
+
+    Attributes:
+        prompts: B of them; None where it was given embeddings, and has no prompts.
+        conditions: what its denoiser was given for them, name -> [B, ...].
+        negative: the prompts of the other branch; None where it has none.
+        unconditional: what its denoiser was given for those.
+        drawn: makes latents [B, *latent] and its images [B, C, H, W] in [0, 1] of them.
+    """
+
+    prompts: Sequence[str] | None
+    conditions: Mapping[str, torch.Tensor]
+    negative: Sequence[str] | None
+    unconditional: Mapping[str, torch.Tensor]
+    drawn: Callable[[], tuple[np.ndarray, np.ndarray]]
+
+
+def capture_ends(surroundings: Surroundings, seen: Seen, latent: tuple[int, ...]) -> CapturedEnds:
     """Capture what surrounds a loop.
 
     Args:
         surroundings: of the pipeline.
-        prompts: B prompts that the pipeline was run with; None where it was given embeddings, and has no prompts.
-        conditions: what its denoiser was given for them, name -> [B, ...].
+        seen: what the pipeline did, which the captured ends have to do too.
         latent: shape of one latent.
 
     Raises:
         StepfoldError: a captured end does not do what the pipeline did.
         UsageError: a tokenizer has no `tokenizer.json` form, or the pipeline makes a condition that nobody can give.
     """
+    prompts, conditions = seen.prompts, seen.conditions
     text = surroundings.text() if prompts is not None else None
     tokenizers, program, made = dict[str, str](), None, set[str]()
     if text is not None and prompts is not None:
@@ -65,15 +80,29 @@ def capture_ends(
         program = _captured(text, ids)
         made = set(program.outputs)
         _require_same(program, ids, conditions)
+        if seen.negative is not None and seen.unconditional:
+            negative = {name: _token_numbers(content, seen.negative) for name, content in tokenizers.items()}
+            _require_same(program, negative, {**conditions, **seen.unconditional})
     others = {name: value for name, value in conditions.items() if name not in made} if program is not None else {}
     given = {name: _given(name, value) for name, value in others.items()}
-    decoder = _decoder(surroundings, latent) if surroundings.has("vae") else None
+    decoder = _decoder(surroundings, latent, seen) if surroundings.has("vae") else None
     return CapturedEnds(type(surroundings.pipeline).__name__, tokenizers, program, decoder, given)
 
 
-def _decoder(surroundings: Surroundings, latent: tuple[int, ...]) -> Program:
+def _decoder(surroundings: Surroundings, latent: tuple[int, ...], seen: Seen) -> Program:
+    """The decoder, which has to draw what the pipeline draws at the size that it was called with."""
     example = torch.randn(2, *latent, generator=torch.Generator().manual_seed(0))
-    return capture(surroundings.decoder(latent), {"latents": example})
+    program = capture(surroundings.decoder(latent), {"latents": example})
+    latents, wanted = seen.drawn()
+    got = unit_images(program, latents)
+    received = worst(got, wanted)
+    if received < LEAST_DB:
+        raise StepfoldError(
+            f"decoder: expected the images of {type(surroundings.pipeline).__name__} of the same latents, "
+            f"{list(wanted.shape)}, within {LEAST_DB:g} dB; received {list(got.shape)}, {received:.1f} dB from them. This "
+            "is a defect of stepfold on this pipeline."
+        )
+    return program
 
 
 def _captured(text: Text, ids: Mapping[str, np.ndarray]) -> Program:

@@ -20,14 +20,16 @@ class FluxSurroundings(Surroundings):
             return None
         prompts = {
             "input_ids": Prompt("tokenizer", self.pipeline.tokenizer_max_length),
-            "input_ids_2": Prompt("tokenizer_2", self.default("max_sequence_length")),
+            "input_ids_2": Prompt("tokenizer_2", self.argument("max_sequence_length")),
         }
         return Text(prompts, _Encoder(self.pipeline))
 
     def decoder(self, latent: tuple[int, ...]) -> Decoder:
-        """From patches [B, H W / 4, 4 C] of the size that the pipeline draws by itself."""
-        size = 2 * (self.pipeline.default_sample_size // 2)
-        return _Decoder(self.pipeline.vae, size, size)
+        """From patches [B, H W / 4, 4 C] of images of the size that the pipeline was called with."""
+        factor = self.pipeline.vae_scale_factor
+        sizes = (self.argument(name) or self.pipeline.default_sample_size * factor for name in ("height", "width"))
+        height, width = (2 * (int(size) // (2 * factor)) for size in sizes)
+        return _Decoder(self.pipeline.vae, height, width)
 
 
 class _Encoder(torch.nn.Module):
@@ -45,7 +47,7 @@ class _Encoder(torch.nn.Module):
 
 class _Decoder(Decoder):
     def __init__(self, vae: Any, height: int, width: int):
-        super().__init__(vae)
+        super().__init__(vae, shifted=True)
         self.height, self.width = height, width  # of the latents
 
     def unpacked(self, latents: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from .surroundings import Prompt, Surroundings, Text
+from .surroundings import Decoder, Prompt, Surroundings, Text
 
 
 class StableDiffusion3Surroundings(Surroundings):
@@ -22,11 +22,15 @@ class StableDiffusion3Surroundings(Surroundings):
         """
         if not self.has("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"):
             return None
-        length, behind = self.pipeline.tokenizer_max_length, self.default("max_sequence_length")
+        length, behind = self.pipeline.tokenizer_max_length, self.argument("max_sequence_length")
         prompts = {"input_ids": Prompt("tokenizer", length), "input_ids_2": Prompt("tokenizer_2", length)}
         if self.has("tokenizer_3", "text_encoder_3"):
             prompts["input_ids_3"] = Prompt("tokenizer_3", behind)
         return Text(prompts, _Encoder(self.pipeline, behind))
+
+    def decoder(self, latent: tuple[int, ...]) -> Decoder:
+        """From latents [B, C, H, W]."""
+        return Decoder(self.pipeline.vae, shifted=True)
 
 
 class _Encoder(torch.nn.Module):

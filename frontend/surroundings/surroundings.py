@@ -47,9 +47,15 @@ class Surroundings(ABC):
 
     source: ClassVar[str]
 
-    def __init__(self, pipeline: Any):
-        """Of a loaded pipeline; components that its folder leaves out are None."""
+    def __init__(self, pipeline: Any, arguments: Mapping[str, Any] | None = None):
+        """What is around the loop of one call.
+
+        Args:
+            pipeline: as loaded; components that its folder leaves out are None.
+            arguments: of the call that its loop was recorded from.
+        """
         self.pipeline = pipeline
+        self.arguments = arguments or {}
 
     @abstractmethod
     def text(self) -> Text | None:
@@ -63,9 +69,10 @@ class Surroundings(ABC):
         """
         return Decoder(self.pipeline.vae)
 
-    def default(self, argument: str) -> Any:
-        """What an argument of the pipeline's call is when nobody gives it."""
-        return inspect.signature(self.pipeline.__call__).parameters[argument].default
+    def argument(self, name: str) -> Any:
+        """An argument of the call, its default where nobody gave it."""
+        given = self.arguments.get(name)
+        return inspect.signature(self.pipeline.__call__).parameters[name].default if given is None else given
 
     def has(self, *components: str) -> bool:
         """Whether the folder has all of these components."""
@@ -73,13 +80,13 @@ class Surroundings(ABC):
 
 
 class Decoder(torch.nn.Module):
-    """Latents to images with an autoencoder: undo its scale and shift, decode, clip."""
+    """Latents to images with an autoencoder: undo its scale, and its shift in the families that know one."""
 
-    def __init__(self, vae: Any):
+    def __init__(self, vae: Any, *, shifted: bool = False):
         super().__init__()
         self.vae = vae
         self.scale = float(vae.config.scaling_factor)
-        self.shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
+        self.shift = float(vae.config.shift_factor) if shifted else 0.0
 
     def unpacked(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [B, C, H, W] of what the loop carries."""

@@ -41,7 +41,7 @@ def test_refused(name: str, folder: Path) -> None:
         load_checkpoint(folder)
 
 
-@pytest.mark.parametrize("name", ["", "negated output"])
+@pytest.mark.parametrize("name", [pytest.param("", marks=pytest.mark.slow), "negated output"])
 def test_equal(name: str, folder: Path) -> None:
     with changed.change(name) as load:
         checkpoint = load_checkpoint(folder)

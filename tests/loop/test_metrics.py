@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from stepfold.loop.metrics import drift, lower_bound, psnr, ssim
+from stepfold.loop.metrics import drift, lower_bound, psnr, range_psnr, ssim
 
 
 def test_psnr_by_hand() -> None:
@@ -105,3 +105,13 @@ def test_ssim_clips_to_the_data_range() -> None:
     generator = np.random.default_rng(4)
     x, y = 2.0 * generator.standard_normal((2, 1, 1, 8, 8))
     np.testing.assert_allclose(ssim(x, y), ssim(np.clip(x, -1, 1), np.clip(y, -1, 1)))
+
+
+def test_the_peak_of_latents_is_their_range() -> None:
+    """mse 1e-4 of a range of 10: 10 log10(100 / 1e-4) = 60 dB, whatever their offset."""
+    reference = np.stack([np.linspace(0, 10, 50), np.linspace(100, 110, 50)])
+    np.testing.assert_allclose(range_psnr(reference + 0.01, reference), [60.0, 60.0])
+    np.testing.assert_allclose(range_psnr(reference, reference), [126.02, 126.02], atol=0.01)
+    assert range_psnr(np.full_like(reference, np.nan), reference).tolist() == [0.0, 0.0]
+    constant = np.ones((1, 4))
+    assert range_psnr(constant, constant)[0] > 126 and range_psnr(constant + 1e-3, constant)[0] < 0

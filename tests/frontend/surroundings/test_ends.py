@@ -11,10 +11,12 @@ import numpy as np
 import pipelines
 import pytest
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from safetensors.torch import save_file
 
 from stepfold.frontend.load import Checkpoint, load_checkpoint
 from stepfold.frontend.surroundings import SURROUNDINGS
-from stepfold.frontend.surroundings.ends import CapturedEnds, capture_ends
+from stepfold.frontend.surroundings.ends import CapturedEnds, Seen, capture_ends
 from stepfold.frontend.surroundings.surroundings import Prompt
 from stepfold.loop.errors import StepfoldError, UsageError
 
@@ -78,19 +80,35 @@ def test_prompts_become_the_conditions_of_the_pipeline(name: str, loaded: Any) -
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MAKERS)
 def test_latents_become_the_images_of_the_pipeline(name: str, loaded: Any) -> None:
+    """Another number than it was captured with; judged by the pipeline's own code, which is given the latents."""
     checkpoint, ends = loaded(name)
     pipeline, shape = checkpoint.around.surroundings.pipeline, checkpoint.loop.latent.shape
-    latents = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
-    config = pipeline.vae.config
-    unpacked = latents
-    if name == "FluxPipeline":
-        side = pipeline.default_sample_size * pipeline.vae_scale_factor
-        unpacked = pipeline._unpack_latents(latents, side, side, pipeline.vae_scale_factor)
-    with torch.no_grad():
-        scaled = unpacked / config.scaling_factor + (config.shift_factor or 0.0)
-        wanted = pipeline.vae.decode(scaled, return_dict=False)[0].clamp(-1, 1)
-    (received,) = ends.decoder.bind().evaluate({"latents": latents.numpy()})
-    np.testing.assert_allclose(received, wanted.numpy(), atol=1e-5)
+    latents = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
+    made = pipeline.scheduler.step
+
+    def step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, **_: Any) -> SchedulerOutput:
+        made(model_output, timestep, sample)
+        return SchedulerOutput(torch.cat([latents] * (len(sample) // len(latents))))  # DiT carries both branches
+
+    object.__setattr__(pipeline.scheduler, "step", step)
+    try:
+        answer = checkpoint.run.watched(lambda *_: None, answer=True, images=True)
+    finally:
+        object.__delattr__(pipeline.scheduler, "step")
+    wanted = 2 * np.moveaxis(np.asarray(answer[0] if isinstance(answer, tuple) else answer.images), -1, 1) - 1
+    for rows in (slice(0, 1), slice(0, 2)):
+        (received,) = ends.decoder.bind().evaluate({"latents": latents[rows].numpy()})
+        np.testing.assert_allclose(received, wanted[rows], atol=1e-4)
+
+
+def test_flux_draws_at_the_size_that_it_was_called_with(tmp_path: Path) -> None:
+    folder = pipelines.flux(tmp_path / "flux")
+    save_file({"height": torch.tensor(32), "width": torch.tensor(64)}, tmp_path / "in.safetensors")
+    checkpoint = load_checkpoint(folder, inputs=tmp_path / "in.safetensors")
+    assert checkpoint.around is not None
+    ends = replace(checkpoint, around=replace(checkpoint.around, prompts=None)).capture_ends()
+    assert ends is not None and ends.decoder is not None
+    assert ends.decoder.stages[0].outputs[0].shape == (None, 3, 32, 64)
 
 
 @pytest.mark.slow
@@ -119,9 +137,31 @@ def test_without_t5_there_are_zeros(tmp_path: Path) -> None:
 def test_conditions_that_are_not_those_of_the_pipeline_fail(loaded: Any) -> None:
     checkpoint, _ = loaded("StableDiffusionPipeline")
     around, loop = checkpoint.around, checkpoint.loop
-    conditions = {"encoder_hidden_states": checkpoint.kwargs["encoder_hidden_states"] * 1.01}
-    with pytest.raises(StepfoldError, match="encoder_hidden_states: expected the captured text encoders to give what"):
-        capture_ends(around.surroundings, around.prompts, conditions, loop.latent.shape)
+    conditions = {"encoder_hidden_states": checkpoint.kwargs["encoder_hidden_states"]}
+    wrong = {name: value * 1.01 for name, value in conditions.items()}
+    for pair in ((wrong, checkpoint.unconditional), (conditions, wrong)):
+        seen = Seen(around.prompts, pair[0], around.negative, pair[1], around.drawn)
+        with pytest.raises(StepfoldError, match="encoder_hidden_states: expected the captured text encoders to give"):
+            capture_ends(around.surroundings, seen, loop.latent.shape)
+
+
+def test_a_decoder_that_is_not_the_pipelines_fails(loaded: Any) -> None:
+    """The pipeline draws at another size, or otherwise, than what is captured."""
+    checkpoint, _ = loaded("StableDiffusionPipeline")
+    around, loop = checkpoint.around, checkpoint.loop
+
+    def mirrored() -> tuple[np.ndarray, np.ndarray]:
+        latents, images = around.drawn()
+        return latents, images[..., ::-1]
+
+    def smaller() -> tuple[np.ndarray, np.ndarray]:
+        latents, images = around.drawn()
+        return latents, images[..., :8]
+
+    for drawn in (mirrored, smaller):
+        seen = Seen(None, {}, None, {}, drawn)
+        with pytest.raises(StepfoldError, match="decoder: expected the images of StableDiffusionPipeline of the same"):
+            capture_ends(around.surroundings, seen, loop.latent.shape)
 
 
 def test_embeddings_leave_no_prompts(loaded: Any) -> None:

@@ -1,0 +1,66 @@
+"""`optimize` ends with the proof of a pipeline: printed, in the JSON, in the manifest and in the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import changed
+import pytest
+from checkpoints import HOIST
+
+from stepfold.frontend import pipeline
+from stepfold.frontend.surroundings import SURROUNDINGS
+from stepfold.frontend.surroundings.dit import DitSurroundings
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with changed.change(""), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SURROUNDINGS, "ChangedPipeline", DitSurroundings)
+        patch.setattr("stepfold.runtime.quality.HELD_OUT", 2)
+        yield changed.folder(tmp_path_factory.mktemp("changed") / "pipeline")
+
+
+@pytest.mark.slow
+def test_the_proof_is_told_everywhere(stepfold: Any, folder: Path, tmp_path: Path) -> None:
+    result = stepfold("optimize", folder, "--out", tmp_path / "json", "--recipe", HOIST, "--json")
+    assert result.code == 0, result.err
+    proof = result.document()["proof"]
+    assert proof["samples"] == 2 and proof["latent_db"] > 100 and proof["image_db"] > 100
+    assert json.loads((tmp_path / "json" / "manifest.json").read_text())["proof"] == proof
+    sentence = "Proof: the unoptimized program against the pipeline's own code: latents 1"
+    page = (tmp_path / "json" / "report.html").read_text()
+    assert sentence.replace("'", "&#39;") in page
+    assert sentence in stepfold("inspect", tmp_path / "json").out
+    told = stepfold("optimize", folder, "--out", tmp_path / "text", "--recipe", HOIST, "--no-proof")
+    assert "Proof: skipped (--no-proof)" in told.out
+    manifest = json.loads((tmp_path / "text" / "manifest.json").read_text())
+    assert manifest["proof"] == {"skipped": "--no-proof"}
+    assert stepfold("verify", tmp_path / "text").code == 0
+
+
+@pytest.mark.slow
+def test_a_wrong_capture_leaves_nothing(
+    stepfold: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loop that the recorder takes for another one."""
+    infer: Any = pipeline._record
+
+    def other_scale(*words: Any) -> Any:
+        inferred = infer(*words)
+        assert inferred.loop.guidance is not None
+        guidance = inferred.loop.guidance.model_copy(update={"scale": 3.5})
+        return replace(inferred, loop=inferred.loop.model_copy(update={"guidance": guidance}))
+
+    monkeypatch.setattr(pipeline, "_record", other_scale)
+    result = stepfold("optimize", folder, "--out", tmp_path / "out", "--recipe", HOIST)
+    assert result.code == 1 and result.error.startswith("proof: expected latents within 60 dB of those of")
+    assert "part at step" in result.error and list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_is_no_pipeline_has_no_proof(read_only_bundle: Path) -> None:
+    assert json.loads((read_only_bundle / "manifest.json").read_text())["proof"] is None
