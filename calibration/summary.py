@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..loop.errors import StepfoldError
-from .document import Memory, StoreDocument, read_document
+from .document import StoreDocument, read_document
 from .read import Calibration, open_finished
 from .shards import open_shard
 from .tensors import TensorFile
@@ -46,10 +46,11 @@ def store_summary(folder: Path) -> dict[str, Any]:
 
 def plan_bytes(document: StoreDocument) -> dict[str, int]:
     """Bytes by part, what collecting adds to the memory of a process, and what a finished store takes on disk."""
-    memory: Memory = document.plan
+    memory, shards = document.plan, len(document.shards)
+    sums = memory.shard_file + memory.rows * (shards - 1)  # raw rows are joined, everything else is added up
     return memory.model_dump(exclude={"shard_file"}) | {
         "planned": memory.planned,
-        "disk": memory.shard_file * (len(document.shards) + 1),
+        "disk": memory.shard_file * shards + sums,
     }
 
 
