@@ -27,7 +27,7 @@ from rich.table import Table
 from .streams import printable
 
 WIDTH = 160  # columns where the output is no terminal
-TOLD = "stepfold.frontend.ignored"
+TOLD = "stepfold.frontend.notes"
 """The logger whose information everybody is shown, and not only who debugs."""
 OFFLINE = {"HF_HUB_OFFLINE": "1"}  # no command downloads anything
 QUIET = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}

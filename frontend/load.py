@@ -125,8 +125,25 @@ def load_checkpoint(
 
         return load_pipeline(path, loop=loop, inputs=inputs, call=call)
     refuse_call(call, f"{path} is no pipeline folder; its loop file says them")
+    return load_network(path, loop=loop, inputs=inputs)
+
+
+def load_network(
+    path: Path, *, loop: Path | None, inputs: Path | None, listed: tuple[str, str] | None = None
+) -> Checkpoint:
+    """Load the folder of one network.
+
+    Args:
+        path: a folder with `config.json` and safetensors.
+        loop: see `load_checkpoint`.
+        inputs: see `load_checkpoint`.
+        listed: class and library that the index of a pipeline names for it; its own `config.json` may name another.
+
+    Raises:
+        UsageError: as `load_checkpoint`.
+    """
     config = read_config(path)
-    class_name, library = class_of(path, config)
+    class_name, library = listed or class_of(path, config)
     description = _description(path, loop)
     cls = model_class(class_name, library)
     component = description if isinstance(description, ComponentFile) else None

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import inspect
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ..loop.errors import StepfoldError, UsageError, nearest
 from ..loop.pipeline_call import PipelineCall
-from ..loop.reading import Expected, read_json
+from .components import Index, read_index, read_parts, staged
 from .examples import BATCH, read_tensors
 from .identity import weights_hash
 from .load import (
     INPUTS_FILE,
-    LARGEST_CONFIG_BYTES,
     LOOP_FILE,
     PIPELINE_FILE,
     Around,
     Checkpoint,
-    class_of,
-    load_checkpoint,
+    load_network,
     loop_lines,
     read_config,
     refuse_call,
@@ -37,17 +33,12 @@ from .roles import Inferred
 from .schedulers import GRID_ARGUMENTS
 from .surroundings import SURROUNDINGS
 from .watch import Watch
-from .weights import find_weights, first_line, read_model, without_progress_bars
+from .weights import first_line, without_progress_bars
 
 logger = logging.getLogger(__name__)
 
 DENOISERS = ("transformer", "unet")
-LIBRARIES = ("diffusers", "transformers")
-UNCOMPILED = ("safety_checker", "feature_extractor", "image_encoder")
-"""Components that neither the loop nor its ends read, so they need not load."""
 PROMPTS = ["a photo of a cat", "a drawing of a tree"]
-CHOOSES_CODE = re.compile("Auto[A-Z]")
-"""Classes of transformers and diffusers that take the class to load, and its code, from the folder (`AutoTokenizer`)."""
 USUAL_STEPS = 50
 KNOWN_ARGUMENTS: Mapping[str, Any] = {"prompt": PROMPTS, "class_labels": [0, 1]}
 
@@ -71,9 +62,11 @@ def load_pipeline(
     Raises:
         UsageError: the folder is no pipeline with one denoiser, it cannot be run, or its loop does not fold.
     """
-    name, components = _index(path)
+    index = read_index(path)
+    components = index.components
     role = next((name for name in DENOISERS if components.get(name)), None)
-    if role is None or not components.get("scheduler"):
+    listed = components.get(role or "")
+    if role is None or listed is None or not components.get("scheduler"):
         raise UsageError(
             f"{path / PIPELINE_FILE}: expected a pipeline with a scheduler and a {' or a '.join(DENOISERS)}; it has "
             f"{', '.join(name for name, value in components.items() if value) or 'none'}."
@@ -81,29 +74,28 @@ def load_pipeline(
     file = loop or path / LOOP_FILE
     if loop is not None or file.is_file():
         refuse_call(call, f"{file} says them")
-        return load_checkpoint(path / role, loop=file, inputs=inputs)
-    config = read_config(path / role)
-    class_name, _ = class_of(path / role, config)
-    parts = _parts(path, components)
+        return load_network(path / role, loop=file, inputs=inputs, listed=(listed.class_name, listed.library))
+    parts = read_parts(index)
     denoiser = parts.get(role)
     if denoiser is None:
         raise UsageError(
-            f"{path / PIPELINE_FILE}: component {role!r}: expected a network of diffusers; received {components[role]}."
+            f"{path / PIPELINE_FILE}: component {role!r}: expected a network of diffusers; received "
+            f"{listed.library}.{listed.class_name}."
         )
-    pipeline = _pipeline(path, name, parts, denoiser)
+    pipeline = _pipeline(index, parts, denoiser)
     given = read_tensors(inputs or path / INPUTS_FILE) if inputs or (path / INPUTS_FILE).is_file() else {}
     arguments = _arguments(path, pipeline, given, call or PipelineCall())
     inferred = _record(path, pipeline, denoiser, arguments)
     run = PipelineRun(pipeline, denoiser, arguments, BATCH)
     return Checkpoint(
         path=path,
-        class_name=class_name,
+        class_name=type(denoiser).__name__,
         model=denoiser,
         loop=inferred.loop,
         component=None,
         kwargs=inferred.kwargs,
         weights_sha256=weights_hash(denoiser),
-        config=config,
+        config=read_config(path / role),
         unconditional=inferred.unconditional,
         around=_around(run),
         run=run,
@@ -122,83 +114,21 @@ def _around(run: PipelineRun) -> Around | None:
     return Around(SURROUNDINGS[name](run.pipeline, run.arguments), prompts, negative, run.drawn)
 
 
-class _Component(NamedTuple):
-    """An entry of `model_index.json`."""
-
-    library: str
-    class_name: str
-
-
-def _index(path: Path) -> tuple[str, dict[str, _Component | None]]:
-    """The pipeline class of `model_index.json` and its components by name; one that is left out is None."""
-    file = path / PIPELINE_FILE
-    index = read_json(file, Expected("the JSON of a diffusers pipeline"), LARGEST_CONFIG_BYTES, strict=False)
-    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
-        raise UsageError(f"{file}: expected a JSON object with `_class_name`, a pipeline of diffusers.")
-    found: dict[str, _Component | None] = {}
-    for name, value in index.items():
-        if name.startswith("_") or not (isinstance(value, list) and len(value) == 2):
-            continue
-        library, class_name = value
-        if not all(entry is None or isinstance(entry, str) for entry in value):
-            raise UsageError(f"{file}: component {name!r}: expected a library and a class; received {value!r:.80}.")
-        foreign = library not in LIBRARIES and not _is_pipeline_module(library)
-        if class_name is not None and (foreign or CHOOSES_CODE.match(str(class_name))):
-            raise UsageError(
-                f"{file}: component {name!r} is {library}.{class_name}; only classes of diffusers and transformers are "
-                "loaded, no code from a checkpoint is run."
-            )
-        found[name] = _Component(library, class_name) if class_name else None
-    return index["_class_name"], found
-
-
-def _is_pipeline_module(library: str) -> bool:
-    """Whether diffusers itself has a pipeline module of this name (safety checkers live there)."""
-    import diffusers.pipelines
-
-    return isinstance(library, str) and library.isidentifier() and hasattr(diffusers.pipelines, library)
-
-
-def _parts(path: Path, components: Mapping[str, _Component | None]) -> dict[str, Any]:
-    """The networks of a pipeline, each read as a checkpoint of its own; None for what is left out or never compiled.
-
-    Tokenizers and schedulers are not among them: diffusers reads them, as they have no weights.
-    """
-    parts: dict[str, Any] = {}
-    for name, component in components.items():
-        if component is None or name in UNCOMPILED:
-            parts[name] = None
-        elif _has_weights(component):
-            folder = path / name
-            if not folder.is_dir():
-                raise UsageError(
-                    f"{folder}: expected the folder of component {name!r}, as {PIPELINE_FILE} lists it; there is none."
-                )
-            read_config(folder)  # refuses what asks for code
-            parts[name] = read_model(folder, component.class_name, component.library, find_weights(folder))
-    return parts
-
-
-def _has_weights(component: _Component) -> bool:
-    """Whether a component is a network of diffusers or transformers."""
-    if component.library not in LIBRARIES or not component.class_name.isidentifier():
-        return False
-    found = getattr(import_module(component.library), component.class_name, None)
-    return isinstance(found, type) and issubclass(found, torch.nn.Module)
-
-
-def _pipeline(path: Path, name: str, parts: Mapping[str, Any], denoiser: torch.nn.Module) -> Any:
+def _pipeline(index: Index, parts: Mapping[str, Any], denoiser: torch.nn.Module) -> Any:
     """The pipeline around its loaded networks."""
     import diffusers
 
-    cls = getattr(diffusers, name, None) if name.isidentifier() else None
-    if not (isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)):
-        known = [entry for entry in dir(diffusers) if entry.endswith("Pipeline")]
-        raise UsageError(f"{path / PIPELINE_FILE}: diffusers has no pipeline {name!r}; {nearest(name, known)}")
+    cls = getattr(diffusers, index.class_name)
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "torch_dtype": torch.float32}
     expected = inspect.signature(cls.__init__).parameters
-    with _runs(path, name, denoiser), without_progress_bars("diffusers"), without_progress_bars("transformers"):
-        pipeline = cls.from_pretrained(str(path), **{k: v for k, v in parts.items() if k in expected}, **options)
+    given = {name: part for name, part in parts.items() if name in expected}
+    with (
+        staged(index, parts) as stage,
+        _runs(index.path, index.class_name, denoiser, stage),
+        without_progress_bars("diffusers"),
+        without_progress_bars("transformers"),
+    ):
+        pipeline = cls.from_pretrained(str(stage), **given, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -252,7 +182,7 @@ def _record(path: Path, pipeline: Any, denoiser: torch.nn.Module, arguments: dic
 
 
 @contextmanager
-def _runs(path: Path, name: str, denoiser: torch.nn.Module) -> Iterator[None]:
+def _runs(path: Path, name: str, denoiser: torch.nn.Module, stage: Path | None = None) -> Iterator[None]:
     """Turn what a pipeline raises, which may be anything, into an error that says what to give instead."""
     try:
         yield
@@ -260,7 +190,7 @@ def _runs(path: Path, name: str, denoiser: torch.nn.Module) -> Iterator[None]:
         raise
     except Exception as error:
         raise UsageError(
-            f"{path}: {name} cannot be run: {first_line(error)} Give what is missing with --inputs "
+            f"{path}: {name} cannot be run: {first_line(error).replace(str(stage), str(path))} Give what is missing with --inputs "
             f"FILE.safetensors (arguments of its call, such as prompt_embeds), or a {LOOP_FILE} for the "
             f"{type(denoiser).__name__}. {loop_lines(type(denoiser))}"
         ) from error

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..loop.errors import UsageError, nearest
 from ..loop.spec import SamplerSpec
-from .ignored import report_ignored
+from .notes import report_ignored
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import signature
 from math import prod
 from pathlib import Path
 from shlex import quote
@@ -22,11 +23,13 @@ import torch
 from ..loop.array_files import TensorEntry, tensor_entries
 from ..loop.errors import StepfoldError, UsageError, nearest
 from ..loop.reading import Expected, read_json
+from .notes import report_ignored
 
 logger = logging.getLogger(__name__)
 
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+FLAX = ".msgpack"
 PICKLED_STEMS = ("pytorch_model", *STEMS)
 LARGEST_INDEX_BYTES = 64 << 20
 LARGEST_CONFIG_BYTES = 16 << 20
@@ -136,7 +139,10 @@ def _shards(index: Path) -> list[str]:
 def _no_weights(folder: Path) -> str:
     pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
     if not pickles:
-        return f"{folder}: no weights; expected {STEMS[0]}.safetensors or {STEMS[1]}.safetensors."
+        flax = sorted(path.name for path in folder.iterdir() if path.suffix == FLAX)
+        what = f"its weights are those of Flax ({', '.join(flax[:NAMED])})" if flax else "no weights"
+        release = " Take a release with weights for PyTorch." if flax else ""
+        return f"{folder}: {what}; expected {STEMS[0]}.safetensors or {STEMS[1]}.safetensors.{release}"
     named = [path for path in pickles if path.name.startswith(PICKLED_STEMS)] or pickles
     plain = [path for path in named if path.name.count(".") == 1] or named
     stem = STEMS[0] if plain[0].name.startswith(STEMS[0]) else STEMS[1]
@@ -181,7 +187,16 @@ def read_model(folder: Path, class_name: str, library: str, files: WeightFiles) 
         model, report = cls.from_pretrained(str(stage), **options)
     mismatched = [item[0] for item in report["mismatched_keys"]]
     _require_fit(folder, class_name, report["missing_keys"], report["unexpected_keys"], mismatched)
+    if library == "diffusers":
+        _report_foreign(folder, type(model))
     return model.eval().requires_grad_(False)
+
+
+def _report_foreign(folder: Path, cls: type) -> None:
+    """Tell which keys of a configuration its class does not have; diffusers builds the model without them."""
+    content = read_json(folder / "config.json", CONFIG, LARGEST_CONFIG_BYTES, strict=False)
+    known = signature(cls.__init__).parameters
+    report_ignored(folder.name, cls.__name__, [key for key in content if key[0] != "_" and key not in known])
 
 
 @contextmanager
@@ -192,17 +207,17 @@ def _staged(folder: Path, library: str, files: WeightFiles) -> Iterator[Path]:
         stage = Path(made)
         (stage / "config.json").write_bytes((folder / "config.json").read_bytes())
         if len(files.files) == 1:
-            _link(files.files[0], stage / f"{stem}.safetensors")
+            link(files.files[0], stage / f"{stem}.safetensors")
         else:
             names = {file: f"{stem}-{i:05}.safetensors" for i, file in enumerate(files.files)}
             for file, name in names.items():
-                _link(file, stage / name)
+                link(file, stage / name)
             index = {"metadata": {}, "weight_map": {name: names[file] for name, file in files.places.items()}}
             (stage / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
         yield stage
 
 
-def _link(file: Path, name: Path) -> None:
+def link(file: Path, name: Path) -> None:
     """A link, or a copy where the system has no links for this user."""
     try:
         name.symlink_to(file.resolve())

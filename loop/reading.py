@@ -19,6 +19,8 @@ from typing import IO, Any
 from .errors import StepfoldError, UsageError
 from .held import HeldFile, Source
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the file begins that Git leaves where a large one was not fetched."""
 LARGEST_TEXT_BYTES = 64 << 20
 DEEPEST = 64  # levels of lists and mappings; what people and libraries write has fewer than ten
 LONGEST_NUMBER = 400  # digits; a float has at most 309 before its point
@@ -75,6 +77,8 @@ def opened(path: Source, expected: Expected) -> Iterator[IO[bytes]]:
         raise expected.refusal(path, f"received {kind}")
     with os.fdopen(descriptor, "rb") as stream:
         try:
+            if stream.peek(len(LFS_POINTER))[: len(LFS_POINTER)] == LFS_POINTER:
+                raise expected.refusal(path, "received a Git LFS pointer in its place. Fetch the files: git lfs pull")
             yield stream
         except OSError as problem:
             if problem.errno == errno.ENOSPC:

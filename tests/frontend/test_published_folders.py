@@ -13,14 +13,21 @@ import pipelines
 import pytest
 import torch
 
+from stepfold.frontend.components import read_index
 from stepfold.frontend.load import load_checkpoint
 from stepfold.frontend.sampler import probe
 from stepfold.loop.errors import UsageError
 from stepfold.loop.pipeline_call import pipeline_call
 
+NOTES = "stepfold.frontend.notes"
+
 
 def edit_json(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == NOTES]
 
 
 @pytest.fixture
@@ -54,14 +61,13 @@ def test_keys_that_a_scheduler_does_not_have_are_told_and_not_read(
 ) -> None:
     scheduler, keys = FOREIGN[name]
     scheduler_of(folder, scheduler, **keys)
-    with caplog.at_level(logging.INFO, "stepfold.frontend.ignored"):
+    with caplog.at_level(logging.INFO, NOTES):
         loop = load_checkpoint(folder).loop
     assert loop is not None and not keys.keys() & loop.sampler.config.keys()
     scheduler.set_timesteps(loop.sampler.steps)
     np.testing.assert_allclose(probe(loop.sampler).timesteps, scheduler.timesteps)
-    lines = [record.getMessage() for record in caplog.records if record.name == "stepfold.frontend.ignored"]
-    told = f"scheduler: {type(scheduler).__name__} has no {', '.join(keys)}; ignored, as diffusers ignores them"
-    assert lines == [told]
+    line = f"scheduler: {type(scheduler).__name__} has no {', '.join(keys)}; ignored, as diffusers ignores them"
+    assert told(caplog) == [line]
 
 
 def test_eta_that_a_pipeline_gives_is_recorded(folder: Path) -> None:
@@ -108,3 +114,105 @@ def test_a_call_beside_a_loop_file_is_refused(folder: Path, tmp_path: Path) -> N
         load_checkpoint(folder, loop=tmp_path / "loop.yaml", call=pipeline_call(steps=3))
     with pytest.raises(UsageError, match=r"^steps: .*unet is no pipeline folder"):
         load_checkpoint(folder / "unet", call=pipeline_call(steps=3))
+
+
+# -- names
+
+
+def test_flax_names_beside_weights_of_pytorch(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The index and a configuration as the Flax release of Stable Diffusion 1.5 has them."""
+    names = {"scheduler": "FlaxPNDMScheduler", "unet": "FlaxUNet2DConditionModel", "vae": "FlaxAutoencoderKL"}
+    edit_json(
+        folder / "model_index.json",
+        _class_name="FlaxStableDiffusionPipeline",
+        text_encoder=["transformers", "FlaxCLIPTextModel"],
+        safety_checker=["stable_diffusion", "FlaxStableDiffusionSafetyChecker"],
+        **{name: ["diffusers", class_name] for name, class_name in names.items()},
+    )
+    edit_json(folder / "unet" / "config.json", _class_name="FlaxUNet2DConditionModel")
+    edit_json(folder / "scheduler" / "scheduler_config.json", _class_name="FlaxPNDMScheduler")
+    with caplog.at_level(logging.INFO, NOTES):
+        checkpoint = load_checkpoint(folder)
+    assert checkpoint.class_name == "UNet2DConditionModel" and checkpoint.around is not None
+    lines = told(caplog)
+    assert "model_index.json: FlaxStableDiffusionPipeline is read as StableDiffusionPipeline" in lines
+    assert "model_index.json: unet: FlaxUNet2DConditionModel is read as UNet2DConditionModel" in lines
+
+
+def test_the_index_names_the_class_that_a_configuration_does_not(folder: Path, tmp_path: Path) -> None:
+    """As the copies of user interfaces have it; with a loop file, too."""
+    config = folder / "unet" / "config.json"
+    content = {name: value for name, value in json.loads(config.read_text()).items() if name != "_class_name"}
+    config.write_text(json.dumps(content))
+    checkpoint = load_checkpoint(folder)
+    assert checkpoint.class_name == "UNet2DConditionModel" and checkpoint.loop is not None
+    (tmp_path / "loop.yaml").write_text(json.dumps(checkpoint.loop.model_dump(mode="json")))
+    assert load_checkpoint(folder, loop=tmp_path / "loop.yaml").class_name == "UNet2DConditionModel"
+
+
+def test_keys_that_a_network_does_not_have_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    edit_json(folder / "vae" / "config.json", _note="ours", force_upcastt=True, attention_type="default")
+    with caplog.at_level(logging.INFO, NOTES):
+        load_checkpoint(folder)
+    assert told(caplog) == [
+        "vae: AutoencoderKL has no force_upcastt, attention_type; ignored, as diffusers ignores them"
+    ]
+
+
+def test_values_beside_components_are_no_components(folder: Path) -> None:
+    edit_json(folder / "model_index.json", boundary_ratio=0.875, size=[64, 64], text_encoder_3=[None, None])
+    index = read_index(folder)
+    assert {name: index.values[name] for name in ("boundary_ratio", "size")} == {
+        "boundary_ratio": 0.875,
+        "size": [64, 64],
+    }
+    assert index.components["text_encoder_3"] is None
+    assert load_checkpoint(folder).loop is not None
+
+
+def test_a_pipeline_that_has_another_name_by_now(folder: Path) -> None:
+    edit_json(folder / "model_index.json", _class_name="TextToVideoMSPipeline")
+    assert read_index(folder).class_name == "TextToVideoSDPipeline"
+
+
+def test_components_of_onnx_are_refused_by_name(folder: Path) -> None:
+    edit_json(folder / "model_index.json", unet=["diffusers", "OnnxRuntimeModel"])
+    with pytest.raises(UsageError, match=r"component 'unet' is an ONNX file \(OnnxRuntimeModel\); .* for PyTorch"):
+        load_checkpoint(folder)
+
+
+# -- files
+
+
+def test_infinities_in_a_configuration(folder: Path) -> None:
+    """DPM-Solver is published with a bare -Infinity, which is no JSON."""
+    scheduler_of(folder, diffusers.DPMSolverMultistepScheduler())
+    file = folder / "scheduler" / "scheduler_config.json"
+    assert "-Infinity" in file.read_text()
+    edit_json(folder / "unet" / "config.json", unknown=float("-inf"))
+    loop = load_checkpoint(folder).loop
+    assert loop is not None and "lambda_min_clipped" not in loop.sampler.config
+
+
+POINTED = [
+    "model_index.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+    "scheduler/scheduler_config.json",
+    "tokenizer/tokenizer_config.json",
+]
+
+
+@pytest.mark.parametrize("name", POINTED)
+def test_a_pointer_in_the_place_of_a_file_is_named_as_such(folder: Path, name: str) -> None:
+    size = (folder / name).stat().st_size
+    (folder / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize {size}\n")
+    with pytest.raises(UsageError, match=rf"{name}: expected .*; received a Git LFS pointer .* git lfs pull"):
+        load_checkpoint(folder)
+
+
+def test_weights_of_flax_alone_are_refused_by_name(folder: Path) -> None:
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(folder / "unet" / "diffusion_flax_model.msgpack")
+    with pytest.raises(UsageError, match=r"unet: its weights are those of Flax \(diffusion_flax_model.msgpack\)"):
+        load_checkpoint(folder)
