@@ -13,10 +13,10 @@ class Capability:
     """Whether a backend can build and run here, and how to get it.
 
     Attributes:
-        name: of the backend.
+        name: name of the backend.
         can_build: whether stages can be compiled here.
         can_run: whether compiled stages can be run here.
-        version: of the installed engine, None when it is not installed.
+        version: version of the installed engine, None when it is not installed.
         reason: why something is not possible, empty when everything is.
         install: the command that installs it.
     """

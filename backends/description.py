@@ -20,7 +20,7 @@ class Description(Strict):
     """The description of an engine file; a backend adds what its engine needs to know.
 
     Attributes:
-        suffix: of the description, behind the name of the engine file.
+        suffix: suffix of the description, after the name of the engine file.
         inputs: what the engine reads, in its order.
         outputs: what it computes, in its order.
     """
@@ -56,7 +56,7 @@ class Description(Strict):
 
         Args:
             engine: the engine file.
-            files: that may be read; None takes those of the folder.
+            files: files that may be read; None takes those of the folder.
 
         Raises:
             BundleError: it is missing, damaged, or of a newer stepfold.

@@ -15,7 +15,7 @@ def check_ports(file: Path, kind: str, received: Mapping[str, tuple[str, int]], 
     """Raise BundleError unless the model in a file has the ports that the manifest promises.
 
     Args:
-        file: of the model.
+        file: file of the model.
         kind: `input` or `output`.
         received: name -> dtype and rank of the model's own.
         expected: those of the manifest.

@@ -32,8 +32,8 @@ class Backend:
     """An engine by name.
 
     Attributes:
-        name: as in `--backend`, and the folder of its modules.
-        suffix: of a compiled stage's file.
+        name: name of the backend, as in `--backend`, and of the folder of its modules.
+        suffix: suffix of a compiled stage's file.
         device: it runs on where no other is asked for.
         native: whether a stage is code that this process loads and runs, with all rights of the user.
         options: how stages are lowered and run. An engine that has options is registered with their defaults, and its
@@ -61,7 +61,7 @@ class Backend:
         return module.capability_for(self.options) if hasattr(module, "capability_for") else module.capability()
 
     def with_options(self, values: Mapping[str, Any]) -> Backend:
-        """The backend with options in the place of its defaults.
+        """The backend with options that replace its defaults.
 
         Raises:
             UsageError: an unknown option or value.
@@ -136,9 +136,10 @@ class Backend:
             file: the main file.
             inputs: what it must read.
             outputs: what it must compute.
-            threads: to compute with; None leaves the number to the engine.
-            device: to run on; None takes that of the engine.
-            files: that the engine may read; None takes those that lie in the folder, which the caller has just made.
+            threads: number of threads to compute with; None leaves it to the engine.
+            device: device to run on; None takes that of the engine.
+            files: files that the engine may read; None takes those that lie in the folder, which the caller has just
+                made.
 
         Raises:
             UsageError: the engine or the device is missing here.

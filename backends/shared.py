@@ -43,9 +43,9 @@ class Shared:
     """What was shared.
 
     Attributes:
-        file: with the weights.
+        file: file with the weights.
         readers: the main files of the stages that read it, in the order they were given.
-        saved_bytes: of tensors that would otherwise be stored again.
+        saved_bytes: bytes of tensors that would otherwise be stored again.
     """
 
     file: Path
@@ -90,7 +90,7 @@ def common(stages: Iterable[Mapping[str, int]]) -> set[str]:
     """What two or more stages hold and is not small.
 
     Args:
-        stages: of each stage, digest -> bytes of its tensors.
+        stages: digests of the tensors of each stage, with their bytes.
     """
     counts = Counter(digest for stage in stages for digest, size in stage.items() if size >= SMALLEST_BYTES)
     return {digest for digest, count in counts.items() if count > 1}
@@ -100,14 +100,14 @@ class WeightFile:
     """A file of tensors that holds equal bytes once, in the order in which they were added.
 
     Attributes:
-        saved_bytes: of tensors that were added and are there already.
+        saved_bytes: bytes of added tensors that the file holds already.
     """
 
     def __init__(self, path: Path):
         """Begin the file.
 
         Args:
-            path: to write to; it must not exist.
+            path: path to write to; it must not exist.
         """
         self.saved_bytes = 0
         self._path = path
@@ -127,7 +127,7 @@ class WeightFile:
         """Where the bytes begin; they are written unless they are there.
 
         Args:
-            digest: of the content.
+            digest: digest of the content.
             content: the bytes of a tensor.
         """
         size = size_of(content)

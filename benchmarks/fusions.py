@@ -158,7 +158,7 @@ def build(original: Program, left_out: str, out: Path) -> Path:
 
 
 def operators(bundle: Path) -> int:
-    """Operators of an evaluation behind the engine's own optimization."""
+    """Operators of an evaluation after the engine's own optimization."""
     import onnx
     import onnxruntime
 

@@ -37,7 +37,7 @@ class Entry(Strict):
     """What one folder of the cache holds.
 
     Attributes:
-        name: of the result, for people.
+        name: name of the result, for people.
         parts: what the key was made from.
         main: the first of its files.
         files: digest and size of every file.
@@ -120,10 +120,10 @@ class Cache:
         """Store the files of a result, the main one first.
 
         Args:
-            key: of the result, see `key_of`.
-            name: of the result, for people.
+            key: key of the result, see `key_of`.
+            name: name of the result, for people.
             parts: what the key was made from.
-            files: that are copied.
+            files: files that are copied.
         """
         sizes = {file.name: file.stat().st_size for file in files}
         if sum(sizes.values()) > self.limit:
@@ -140,8 +140,8 @@ class Cache:
         """Store a result that is one file.
 
         Args:
-            key: of the result, see `key_of`.
-            name: of the result, for people.
+            key: key of the result, see `key_of`.
+            name: name of the result, for people.
             parts: what the key was made from.
             file: its name.
             content: its bytes.

@@ -24,7 +24,7 @@ def inside(folder: Path, name: str) -> Path:
     """The file of a bundle that `name` stands for.
 
     Args:
-        folder: of the bundle.
+        folder: folder of the bundle.
         name: a relative POSIX path from the manifest.
 
     Raises:
@@ -79,7 +79,7 @@ def checked(folder: Path, name: str, sha256: str, size: int) -> HeldFile | str:
     """One file of a bundle, held open so that what is read later is what was checked; or what is wrong with it.
 
     Args:
-        folder: of the bundle.
+        folder: folder of the bundle.
         name: relative path.
         sha256: expected digest.
         size: expected bytes.

@@ -67,7 +67,7 @@ class StageEntry(Strict):
     """One engine file, run at one rate.
 
     Attributes:
-        calls: first grid call it runs at and the one behind its last; None for all.
+        calls: first grid call it runs at and the one after its last; None for all.
         exact_forms: layers whose 8-bit codes saturate on processors without VNNI, and the form that each has instead.
         float_without_vnni: whether such processors compute it in float, and others in integers.
     """
@@ -172,8 +172,8 @@ class ProofEntry(Strict):
 
     Attributes:
         latent_db: PSNR of the worst sample's latents, its peak the range of the pipeline's.
-        image_db: that of images; None where the bundle has no decoder.
-        samples: that were compared.
+        image_db: agreement of the images; None where the bundle has no decoder.
+        samples: number of samples that were compared.
     """
 
     latent_db: float
@@ -230,8 +230,8 @@ class SharedEntry(Strict):
 
     Attributes:
         file: it is named here for people; the engine files refer to it.
-        stages: that read it.
-        saved_bytes: of weights that would otherwise be stored again.
+        stages: stages that read it.
+        saved_bytes: bytes of weights that would otherwise be stored again.
     """
 
     file: str

@@ -92,7 +92,7 @@ def write_manifest(folder: Path, manifest: Manifest, known: Mapping[str, FileEnt
     """Write `manifest.json` last: it takes the hash and size of every file in the folder.
 
     Args:
-        folder: of the bundle.
+        folder: folder of the bundle.
         manifest: its `files` are replaced.
         known: entries of files that were taken over from a checked bundle, which are kept: a file that was changed
             since then does not get a digest that fits it.

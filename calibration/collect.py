@@ -34,7 +34,7 @@ class Moment:
     """Where in the loop values are observed.
 
     Attributes:
-        call: of the grid.
+        call: call of the grid.
         timestep: what the denoiser receives, None for a component.
         first: index of the first sample of the batch.
         batch: B samples; each branch has a row for each of them.
@@ -114,7 +114,7 @@ def collect_shard(plan: Plan, index: int, on_evaluation: OnEvaluation) -> dict[s
 
     Args:
         plan: the run.
-        index: of the shard.
+        index: number of the shard.
         on_evaluation: progress.
 
     Returns:

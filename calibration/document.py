@@ -39,9 +39,9 @@ class SiteEntry(Strict):
     """A value that linear layers read.
 
     Attributes:
-        name: module path of the first layer, with `#2`, `#3`... behind one that occurs again.
+        name: module path of the first layer, with `#2`, `#3`... after one that occurs again.
         value: its node.
-        layers: that read it.
+        layers: layers that read it.
         width: M.
         tokens: rows a sample T.
         gram: whether its Gram matrix is kept; not of values wider than the limit.
@@ -59,12 +59,12 @@ class Memory(Strict):
     """Bytes of one process, known before the start.
 
     Attributes:
-        weights: of the program; they lie in memory already.
+        weights: bytes of the program's weights, which lie in memory already.
         accumulators: ranges, sums and counts.
         gram: Gram matrices.
         rows: raw rows.
         activations: the largest set of values that are alive at once in one evaluation of a shard.
-        shard_file: on disk, of each shard.
+        shard_file: bytes of each shard on disk.
     """
 
     weights: Count
@@ -203,8 +203,8 @@ def damage(folder: Path, name: str, entry: FileEntry, *, content: bool = True) -
     """What is wrong with a file of a finished store, or None.
 
     Args:
-        folder: of the store.
-        name: of the file, relative.
+        folder: folder of the store.
+        name: name of the file, relative to the folder.
         entry: its size and digest.
         content: check the digest too, which reads the file.
     """

@@ -26,7 +26,7 @@ class Settings:
 
     Attributes:
         samples: calibration samples; None takes the default. A component runs on its example.
-        seed: of the noise and of every choice of rows.
+        seed: seed of the noise and of every choice of rows.
         buckets: equal parts of the calls of the loop; None takes the default, or one for each call of a shorter loop.
         gram_width: widest value that gets a Gram matrix; 0 keeps none.
     """
@@ -42,7 +42,7 @@ class Plan:
     """A calibration run of one program.
 
     Attributes:
-        program: that runs.
+        program: program that runs.
         seed: see `Settings`.
         samples: B of all shards together.
         buckets: equal parts of the calls.

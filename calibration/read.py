@@ -222,7 +222,7 @@ def open_store(path: Path, program: Program) -> Calibration:
 
     Args:
         path: folder of the store.
-        program: that its statistics are to be used for; passes that keep what linear layers read may have run.
+        program: program that its statistics are to be used for; passes that keep what linear layers read may have run.
 
     Raises:
         UsageError: no store, an unfinished one, or one of another model, loop or pass history.

@@ -35,7 +35,7 @@ class Prepared:
 
     Attributes:
         plan: what it does.
-        document: of its store, not finished.
+        document: document of its store, not finished.
     """
 
     plan: Plan
@@ -47,7 +47,7 @@ class Outcome:
     """What a run did.
 
     Attributes:
-        document: of the finished store.
+        document: document of the finished store.
         resumed: shards that an earlier run had finished.
     """
 
@@ -85,7 +85,7 @@ def calibrate(
         out: folder of the store.
         progress: called with (task, done, total).
         work: how shards are collected; None takes this process.
-        wait: for another process that works on the store, instead of refusing.
+        wait: wait for another process that works on the store, instead of refusing.
 
     Raises:
         UsageError: the folder belongs to another run, or another process works on it.
@@ -129,11 +129,11 @@ def collected(
     """Statistics of a program without a store of the user's: calibrated now, or read from the cache.
 
     Args:
-        program: as the passes before left it.
-        seed: of the samples.
+        program: program as the passes before left it.
+        seed: seed of the samples.
         cache: folder; the store in it is named by the key of the run.
         progress: called with (task, done, total).
-        samples: of the calibration set; None takes the default.
+        samples: number of samples of the calibration set; None takes the default.
         gram: also collect Gram matrices, which takes about as long as everything else.
 
     Raises:

@@ -62,7 +62,7 @@ def gram_tokens(
 
     Args:
         values: [B, T, M].
-        seed: of the run.
+        seed: seed of the run.
         at: site, branch, call, and the number of the first sample.
         most: rows of a sample; `TOKENS` by default.
 

@@ -29,7 +29,7 @@ class Watched:
     """A value of a stage and the linear layers that read it.
 
     Attributes:
-        node: of the value [..., M].
+        node: node of the value [..., M].
         entry: what the store says about it.
     """
 

@@ -32,7 +32,7 @@ def step_inputs(
     """Run the real loop with the program's PyTorch reference and keep what its step stage was given.
 
     Args:
-        program: with the passes so far.
+        program: program after the passes so far.
         samples: noise and conditions.
         evaluations: how many to keep; all when the loop has fewer.
         progress: called with (task, done, total).

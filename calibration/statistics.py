@@ -122,9 +122,9 @@ def combine(name: str, first: Array, second: Array) -> Array:
     """One accumulator of two disjoint sets of samples, the earlier first.
 
     Args:
-        name: of the accumulator, as in `Statistics.arrays`.
-        first: of the earlier samples.
-        second: of the later samples.
+        name: name of the accumulator, as in `Statistics.arrays`.
+        first: its value over the earlier samples.
+        second: its value over the later samples.
     """
     if name == "low":
         return np.minimum(first, second)

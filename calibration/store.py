@@ -36,9 +36,9 @@ def writing_store(folder: Path, document: StoreDocument, *, wait: bool = False) 
     """Hold a store of this run, made when there is none.
 
     Args:
-        folder: of the store.
-        document: of the run, not finished.
-        wait: for another process that works on it, instead of refusing.
+        folder: folder of the store.
+        document: document of the run, not finished.
+        wait: wait for another process that works on it, instead of refusing.
 
     Raises:
         UsageError: the folder holds something else, a store of another run, or another process works on it.
@@ -60,9 +60,9 @@ def require_same(folder: Path, stored: StoreDocument, parts: Mapping[str, object
     """Refuse a store that was made by another run.
 
     Args:
-        folder: of the store, for the message.
+        folder: folder of the store, for the message.
         stored: its document.
-        parts: of the run at hand; parts that it leaves out may differ.
+        parts: parts of the run at hand; parts that it leaves out may differ.
 
     Raises:
         UsageError: the message names what differs.
@@ -129,7 +129,7 @@ def _sum(name: str, shards: Sequence[TensorFile]) -> Array:
 
 
 def _joined(name: str, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of the sum; raw rows are put behind each other."""
+    """The shape of the sum; raw rows are joined."""
     if name.rpartition(".")[2] not in ("rows", "rows_at"):
         return shapes[0]
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])

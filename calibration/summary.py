@@ -22,7 +22,7 @@ def store_summary(folder: Path) -> dict[str, Any]:
     """The object of `inspect STORE --json`.
 
     Args:
-        folder: of a store, finished or not; figures of sites need a finished one.
+        folder: folder of a store, finished or not; figures of sites need a finished one.
 
     Raises:
         UsageError: the folder is no store.

@@ -36,7 +36,7 @@ def write_tensors(stream: IO[bytes], shapes: Shapes, arrays: Iterable[Array], me
     """Write a file.
 
     Args:
-        stream: to write to.
+        stream: stream to write to.
         shapes: dtype and shape by name, in the order of `arrays`.
         arrays: one for each name; taken one at a time.
         metadata: text.
@@ -65,7 +65,7 @@ def digest_of(shapes: Shapes, chunks: Iterable[Any]) -> str:
 
     Args:
         shapes: dtype and shape by name, in the order of the file.
-        chunks: the data behind the header, as it stands in the file.
+        chunks: the data after the header, as it stands in the file.
     """
     outline = [[name, NAMES[dtype], list(shape)] for name, (dtype, shape) in shapes.items()]
     digest = hashlib.sha256(json.dumps(outline).encode())
@@ -88,7 +88,7 @@ class TensorFile:
         metadata: text.
         shapes: dtype and shape by name.
         offsets: first byte by name.
-        data: first byte behind the header.
+        data: first byte after the header.
     """
 
     path: Path

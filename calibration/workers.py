@@ -26,7 +26,7 @@ class Source:
     Attributes:
         checkpoint: folder.
         loop: a loop file that replaces the checkpoint's.
-        settings: of the run.
+        settings: settings of the run.
         call: arguments of a pipeline's call that replace its defaults.
     """
 
@@ -51,7 +51,7 @@ class Workers:
 
     Attributes:
         count: processes.
-        source: of the program.
+        source: source of the program.
     """
 
     count: int

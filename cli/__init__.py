@@ -52,7 +52,7 @@ def options(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     debug: Annotated[
-        bool, typer.Option(DEBUG, help="Show tracebacks and library messages. Works behind a command too.")
+        bool, typer.Option(DEBUG, help="Show tracebacks and library messages. Works after a command too.")
     ] = False,
 ) -> None:
     """Compile a diffusion model together with the loop that calls it."""
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: the words behind `stepfold`; None takes those of this process.
+        arguments: the words after `stepfold`; None takes those of this process.
 
     Returns:
         The exit code: 0 done, 1 the work failed, 2 wrong use, 3 a gate failed.

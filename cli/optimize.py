@@ -183,7 +183,7 @@ def shared_line(shared: Mapping[str, Any], size: int) -> str:
     """What stages share in a sentence.
 
     Args:
-        shared: as the manifest has it.
+        shared: weights that several stages share, as the manifest lists them.
         size: bytes of the file.
     """
     return (

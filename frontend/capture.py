@@ -175,7 +175,7 @@ def export(calling: Calling, example: Mapping[str, torch.Tensor], name: str) -> 
     Args:
         calling: the call.
         example: its inputs; every one whose first size is that of the first input has a batch [B, ...].
-        name: of the model, for the message.
+        name: name of the model, for the message.
 
     Raises:
         UsageError: the module itself does not run with this call.

@@ -79,7 +79,7 @@ def node_rates(program: Program) -> dict[fx.Node, Rate]:
 def parameters_by_rate(program: Program) -> dict[Rate, int]:
     """How many weights are read at each rate, each counted once at the highest rate that reads it.
 
-    Weights behind a constant expression count where that expression is read.
+    Weights after a constant expression count where that expression is read.
     """
     rates = node_rates(program)
     highest: dict[tuple[str, str], Rate] = {}

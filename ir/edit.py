@@ -57,8 +57,8 @@ def extract(stage: Stage, name: str, rate: Rate, values: Sequence[fx.Node], name
 
     Args:
         stage: the stage that computes the values today.
-        name: of the new stage.
-        rate: of the new stage.
+        name: name of the new stage.
+        rate: rate of the new stage.
         values: nodes of `stage`, each with the batch as first dimension.
         names: the port names of the values.
     """

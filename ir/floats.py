@@ -18,7 +18,7 @@ class FloatFormat:
     Attributes:
         bits: width of a code.
         mantissa: bits of the mantissa.
-        exponent: of the smallest normal number; subnormal numbers have its step.
+        exponent: exponent of the smallest normal number; subnormal numbers have its step.
         largest: largest finite value.
     """
 

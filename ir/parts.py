@@ -14,7 +14,7 @@ def split(program: Program, calls: range) -> Program:
     A stage is cut where it has to be; its pieces share graph and weights until a pass changes one of them.
 
     Args:
-        program: with a loop.
+        program: program with a loop.
         calls: not empty, within the loop.
     """
     assert program.recurrence is not None

@@ -122,7 +122,7 @@ class Program:
     """A network, the loop around it, and everything passes decided.
 
     Attributes:
-        stages: in topological order; a stage input takes the program input or earlier stage output of its name.
+        stages: stages in topological order; a stage input takes the program input or earlier stage output of its name.
         inputs: program inputs by role.
         outputs: names of the program outputs; for a loop the first is the prediction.
         example: a valid value [B, ...] for each program input, B at least 2: the probe of verification, and the

@@ -20,7 +20,7 @@ class ClassInput:
     """The condition that is a class index.
 
     Attributes:
-        name: of the input.
+        name: name of the input.
         dtype: its NumPy dtype name.
         classes: the valid indices; the row of the unconditional branch is not a class.
     """
@@ -76,7 +76,7 @@ def class_conditions(
     """The conditions of `count` samples by class; empty for a model without conditions.
 
     Args:
-        inputs: of the program.
+        inputs: inputs of the program.
         loop: names the unconditional row.
         count: number of samples B.
         classes: class of sample i is the i-th of these, cycled; None takes i modulo the number of classes.

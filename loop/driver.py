@@ -132,7 +132,7 @@ class LoopRun:
         self.latent, self.history = other.latent, dict(other.history)
 
     def fork(self) -> LoopRun:
-        """A run that stands where this one does and goes on by itself."""
+        """A run that stands where this one does and continues independently."""
         twin = copy(self)
         twin.history = dict(self.history)  # arrays are replaced, never written, so they may be shared
         return twin

@@ -89,8 +89,8 @@ class StageFiles:
         """Say which files.
 
         Args:
-            folder: of the stage.
-            held: by name; None takes whatever lies in the folder, which the caller has just made.
+            folder: folder of the stage.
+            held: files by name; None takes whatever lies in the folder, which the caller has just made.
         """
         self.folder = folder
         self._held = held

@@ -18,7 +18,7 @@ def option_problem(kind: type[Options], owner: str, error: ValidationError) -> s
     Args:
         kind: the options that were validated.
         owner: what has them, `pass` or `backend`.
-        error: of the validation.
+        error: error of the validation.
     """
     first = error.errors()[0]
     option = str(first["loc"][0]) if first["loc"] else "options"

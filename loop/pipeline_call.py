@@ -40,10 +40,10 @@ class PipelineCall(Strict):
     Attributes:
         steps: number of inference steps.
         guidance: guidance scale; at most 1 is one branch.
-        height: of the images, in pixels.
-        width: of the images, in pixels.
-        frames: of a video.
-        negative_prompt: of the unconditional branch while the pipeline is watched.
+        height: height of the images, in pixels.
+        width: width of the images, in pixels.
+        frames: number of frames of a video.
+        negative_prompt: negative prompt of the unconditional branch while the pipeline is watched.
         arguments: further arguments by the name that the pipeline has for them.
     """
 

@@ -39,7 +39,7 @@ class Expected:
     """What a file should be, and how another one is refused.
 
     Attributes:
-        what: for the message: `a loop file`.
+        what: kind of file, for the message: `a loop file`.
         error: class to raise: `UsageError` for what a user gave, `BundleError` or `StepfoldError` for what stepfold
             wrote.
         hint: next step, a sentence.
@@ -119,7 +119,7 @@ def read_json(path: Source, expected: Expected, most: int = LARGEST_TEXT_BYTES, 
         strict: whether NaN, infinity and a key that stands twice are refused; other libraries write and take them.
 
     Raises:
-        StepfoldError: as `opened`; or it is not JSON, is nested too deeply, or holds a number that is too long.
+        StepfoldError: see `opened`; or the file is not JSON, is nested too deeply, or holds a number that is too long.
     """
     return parse_json(read_text(path, expected, most), path, expected, strict=strict)
 

@@ -60,7 +60,7 @@ def require_writable(option: str, path: Path) -> None:
 
     Args:
         option: names the place in the message, such as `--out`.
-        path: of the file or folder to write.
+        path: path of the file or folder to write.
 
     Raises:
         UsageError: a parent is a file or may not be written, the name is too long, or the system has no such place.

@@ -49,7 +49,7 @@ class Context:
         engine: lowers a program and opens it: the callables that will be deployed.
         reference: opens the original program, the loop that reference trajectories are made with.
         engine_name: the backend, and what its artifacts depend on.
-        seed: of the three sets of samples.
+        seed: seed of the three sets of samples.
         cache: where reference trajectories and statistics are kept between runs.
         min_psnr: a quality budget given by the user, which wins over the recipe's.
         calibration: statistics of a store that the user gave; a pass asks it whether they are those of its program.
@@ -95,7 +95,7 @@ class Pass(ABC, Generic[OptionsT]):
 
     Class attributes name it in recipes and tables. `exact` passes must keep the outputs within the tolerance of the
     dtype; the manager checks it. Those that `keeps_activations` names also keep what every linear layer reads, so that
-    a calibration store made before them may be used behind them. `phase` says where in a recipe it belongs; without one
+    a calibration store made before them may be used after them. `phase` says where in a recipe it belongs; without one
     it may stand anywhere before the schedule.
     """
 

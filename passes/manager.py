@@ -38,7 +38,7 @@ def run_passes(program: Program, steps: Sequence[Step], context: Context) -> Pro
     """Apply the passes and append one record for each.
 
     Raises:
-        UsageError: a pass stands behind one of a later phase; nothing was run.
+        UsageError: a pass stands after one of a later phase; nothing was run.
         StepfoldError: a pass that should have acted changed nothing, broke the program, or drifted further than
             its contract allows.
     """
@@ -54,14 +54,14 @@ def run_passes(program: Program, steps: Sequence[Step], context: Context) -> Pro
 
 @dataclass(frozen=True)
 class Misplaced:
-    """A pass that stands behind one of a later phase: its place in the recipe, and what is wrong."""
+    """A pass that stands after one of a later phase: its place in the recipe, and what is wrong."""
 
     index: int
     problem: str
 
 
 def out_of_order(steps: Sequence[Step]) -> Misplaced | None:
-    """The first pass that stands behind one of a later phase, if any does."""
+    """The first pass that stands after one of a later phase, if any does."""
     latest, before = Phase.HOIST, ""
     for i, step in enumerate(steps):
         name, phase = step.operation.name, step.operation.phase

@@ -31,8 +31,8 @@ class Entry:
     """One pass of a recipe, as written.
 
     Attributes:
-        name: of the pass.
-        options: as written.
+        name: name of the pass.
+        options: options as they are written.
         optional: whether it may find nothing to do; None when the recipe does not say.
         place: file and line, for errors.
     """
@@ -61,7 +61,7 @@ class Recipe:
         """The passes with checked options.
 
         Raises:
-            UsageError: an unknown pass, option or value, or a pass that stands behind one of a later phase.
+            UsageError: an unknown pass, option or value, or a pass that stands after one of a later phase.
         """
         steps = [_step(entry) for entry in self.entries]
         misplaced = out_of_order(steps)
@@ -201,7 +201,7 @@ def _target(written: _Written) -> dict[str, str]:
 
 
 def _extended(base: Sequence[Entry], own: Sequence[Entry]) -> list[Entry]:
-    """The base with passes of the same name given new options, others put behind those of their phase."""
+    """The base with passes of the same name given new options, others put after those of their phase."""
     named: dict[str, Entry] = {}
     for entry in own:
         if entry.name in named and any(entry.name == e.name for e in base):

@@ -69,7 +69,7 @@ def bench(
         count: samples of one timed call.
         quality_count: samples that quality is measured over.
         repeats: timed calls of each row.
-        seed: of the noise.
+        seed: seed of the noise.
         out: folder for report.json and report.html; None writes nothing.
         progress: called with (task, done, total).
         cache: keeps exported models and reference samples for the next bench; None keeps nothing.

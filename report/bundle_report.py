@@ -32,8 +32,8 @@ def write_bundle_report(
     Without the extra `report` the page is left out, and the log says what to install.
 
     Args:
-        folder: of the bundle, with its manifest written; the name of the bundle is that of `summary["bundle"]`.
-        manifest: as it was written.
+        folder: folder of the bundle, with its manifest written; the name of the bundle is that of `summary["bundle"]`.
+        manifest: manifest as it was written.
         summary: the object of `optimize --json`.
         pictures: name -> samples [B, C, H, W] in [-1, 1]; `reference` stands first.
         model: the checkpoint as `inspect --json` tells it.

@@ -25,8 +25,8 @@ class ComparedRow:
 
     Attributes:
         report: the file, as it was given.
-        name: of the row.
-        base_name: of the base row it is compared with.
+        name: name of the row.
+        base_name: name of the base row that it is compared with.
         kind: `bundle` or `baseline`.
         latency_ratio: median over median of the base; above 1 is slower.
         latency_ratio_ci: 95 % confidence interval of it, from the spread of the calls inside each run. Speed that

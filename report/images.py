@@ -42,7 +42,7 @@ def grid_png(samples: Array, columns: int | None = None, transparent: bool = Fal
     """Draw samples [B, C, H, W] in rows, first to last, as a PNG.
 
     Args:
-        samples: in [-1, 1], one or three channels.
+        samples: samples in [-1, 1], of one or three channels.
         columns: samples in a row; None makes the grid about square, one row for up to ten.
         transparent: leave the gaps between samples out, for a page that may be dark; else they are white.
 

@@ -39,7 +39,7 @@ class Settings:
         count: samples of one timed call.
         quality_count: samples that quality is measured over.
         repeats: timed calls of each row.
-        threads: of each row.
+        threads: number of threads of each row.
     """
 
     count: int
@@ -84,7 +84,7 @@ class Measurement:
             workers: start processes.
             request: the samples to compute, see `work`.
             settings: how much.
-            folder: for samples.
+            folder: folder for samples.
             progress: called with (task, done, total).
         """
         self._workers, self._request, self._settings = workers, request, settings
@@ -262,8 +262,8 @@ class KeptReference:
         """Those of a request.
 
         Args:
-            folder: of all caches.
-            key: of the checkpoint and how it is called.
+            folder: folder of all caches.
+            key: key of the checkpoint and of how it is called.
             request: the file with the noise and the conditions.
         """
         parts: dict[str, JsonValue] = {"checkpoint": key, "request": sha256_of(request)}

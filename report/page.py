@@ -51,7 +51,7 @@ def describe_bundle(folder: Path, summary: Mapping[str, Any] | None = None) -> d
     """What the page says about a bundle: its manifest, with `name` and the content of `schedule.json`.
 
     Args:
-        folder: of the bundle, finished or in the making.
+        folder: folder of the bundle, finished or in the making.
         summary: the object of `optimize --json`, which knows the FLOPs of each stage.
     """
     described = read_json(folder / MANIFEST, MANIFEST_FILE)
@@ -73,7 +73,7 @@ def build_page(
     """The page of a bench, or of one `optimize` (no report).
 
     Args:
-        title: of the page.
+        title: title of the page.
         report: the object of `bench --json`.
         manifests: manifests of bundles, best as `describe_bundle` gives them.
         pictures: row name -> samples [B, C, H, W] in [-1, 1]; `reference` stands first. Samples that are no images
@@ -103,7 +103,7 @@ def comparison_page(title: str, comparison: Comparison, reports: Mapping[str, Re
     """The page of a comparison: ratios, and the plots of every report.
 
     Args:
-        title: of the page.
+        title: title of the page.
         comparison: what `compare` found.
         reports: file as it was given -> report, the base first.
 

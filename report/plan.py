@@ -36,7 +36,7 @@ class RowPlan:
     """One row to measure.
 
     Attributes:
-        name: of the row.
+        name: name of the row.
         kind: `bundle` or `baseline`.
         row: what a worker needs to open it.
         is_reference: whether it computes exactly what quality is measured against.
@@ -55,8 +55,8 @@ class Prepared:
     Attributes:
         checkpoint: the folder.
         work: how the model is called, with the loop of the checkpoint.
-        class_name: of the network.
-        weights_sha256: of its weights.
+        class_name: class of the network.
+        weights_sha256: digest of its weights.
         tables: baseline name, or `reference`, to the file of its table.
         reasons: baseline name to why it has none.
         example: request file with the recorded inputs.
@@ -91,7 +91,7 @@ def prepare(
         checkpoint: the folder.
         baselines: whose samplers are folded.
         bundles: their loop is the reference when they share one, else that of the checkpoint.
-        folder: for tables and example inputs.
+        folder: folder for tables and example inputs.
 
     Raises:
         UsageError: it cannot be read, torch is missing, a solver does not exist, or the bundles are of another model.
@@ -175,7 +175,7 @@ class Models:
     """Where the model files of baselines lie.
 
     Attributes:
-        folder: of this bench, with a folder for each artifact.
+        folder: folder of this bench, with a folder for each artifact.
         cache: keeps them for the next bench; None keeps nothing.
     """
 
@@ -219,7 +219,7 @@ def baseline_plans(
         prepared: the checkpoint.
         baselines: what was asked for.
         models: where model files go; those that are kept are used again.
-        threads: of calibration.
+        threads: number of threads of calibration.
         progress: called with (task, done, total).
     """
     builder = _Builder(workers, prepared, models, threads, progress)

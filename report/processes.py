@@ -39,9 +39,9 @@ class Worker:
         """Start the process.
 
         Args:
-            name: for its error file.
-            threads: of its engine.
-            folder: for its standard error.
+            name: name for its error file.
+            threads: number of threads of its engine.
+            folder: folder for its standard error.
             command: what to start; `stepfold.report.worker` describes what it must answer.
         """
         self.name = name
@@ -141,6 +141,6 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """The parent's environment with every thread pool that starts by itself set to the same size."""
+    """The parent's environment with every thread pool that starts on its own set to the same size."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     return {**os.environ, **dict.fromkeys(names, str(threads)), "PYTHONUNBUFFERED": "1"}

@@ -52,14 +52,14 @@ class Row(Record):
     Attributes:
         name: folder name of a bundle, or the exact string that asked for a baseline.
         kind: `bundle` or `baseline`.
-        latency_ms: of `count` samples at once.
+        latency_ms: latency of `count` samples at once, in milliseconds.
         speedup: latency of the row `eager` over this one, when it was asked for.
         evaluations: denoiser calls of one loop; None for a component.
         psnr_db: against the reference loop, None without one.
         ssim: mean over samples, None without a reference or for samples that are no images.
         drift: relative L2 error of all samples.
         size_bytes: files the engine needs to run.
-        peak_memory_bytes: of its process.
+        peak_memory_bytes: peak memory of its process, in bytes.
     """
 
     name: str
@@ -88,10 +88,10 @@ class Protocol(Record):
         warmup: untimed calls of a row before the timed one of each of its turns.
         repeats: turns, and so timed calls, of each row.
         interleaved: whether the rows took turns.
-        threads: of every row.
+        threads: number of threads of every row.
         count: samples of one timed call.
         quality_count: samples that quality is measured over.
-        seed: of their noise.
+        seed: seed of their noise.
         guidance: scale, None for a loop without guidance.
         reference: class and weights of the checkpoint quality is measured against, None without one.
     """

@@ -62,10 +62,10 @@ def along_loop(
 
     Args:
         denoiser: name -> [B, ...] to its outputs, the prediction first.
-        inputs: of the denoiser.
+        inputs: inputs of the denoiser.
         loop: roles, guidance and latent shape.
         table: the sampler, folded with the guidance scale.
-        size_bytes: of the model.
+        size_bytes: size of the model, in bytes.
     """
     output = Port("sample", (None, *loop.latent.shape), "float32")
     stage = BoundStage("denoiser", Rate.STEP, tuple(i.port for i in inputs), (output,), lambda v: denoiser(v)[:1])

@@ -40,9 +40,9 @@ def check_arguments(
     """The arrays of one evaluation, checked.
 
     Args:
-        inputs: of the program.
+        inputs: inputs of the program.
         constants: arguments baked in at capture; passing one is fine when it has that value.
-        kwargs: as the model's forward gets them.
+        kwargs: arguments as the model's forward gets them.
 
     Returns:
         name -> [B, ...] for every input.

@@ -22,8 +22,8 @@ class Ends:
 
     Attributes:
         tokenizers: input of `text` -> content of its `tokenizer.json`, padding and truncation included.
-        text: from token numbers [B, T] to conditions; None where there are no prompts.
-        decoder: from latents to images; None where latents are images.
+        text: encoder from token numbers [B, T] to conditions; None where there are no prompts.
+        decoder: decoder from latents to images; None where latents are images.
         given: conditions that the pipeline sets itself, name -> the value of one sample.
     """
 
@@ -57,8 +57,8 @@ class Ends:
         """The conditions that do not come from the prompt.
 
         Args:
-            dtypes: of the conditions by name.
-            count: of samples B.
+            dtypes: types of the conditions, by name.
+            count: number of samples B.
 
         Returns:
             name -> [B, ...].

@@ -49,7 +49,7 @@ def load(
 
     Args:
         path: the folder.
-        threads: of an operator; None leaves the number to the engine.
+        threads: number of threads of an operator; None leaves it to the engine.
         device: `cpu` or `cuda`; None is the one its engine is made for.
         allow_native: whether native code that was not built here by this user may be opened.
 
@@ -199,7 +199,7 @@ class Engine:
 
         Args:
             count: number of samples.
-            seed: of the noise, see `stepfold.loop.noise`.
+            seed: seed of the noise, see `stepfold.loop.noise`.
             classes: class indices; the unconditional row is not one.
             guidance: see `sample`.
             on_step: see `sample`.
@@ -232,8 +232,8 @@ class Engine:
         Args:
             prompt: one, or one for each image.
             negative_prompt: what to keep away from; empty when it is not given.
-            count: of images; None makes one for each prompt. Prompts are cycled.
-            seed: of the noise, see `stepfold.loop.noise`.
+            count: number of images; None makes one for each prompt. Prompts are cycled.
+            seed: seed of the noise, see `stepfold.loop.noise`.
             guidance: see `sample`.
             on_step: see `sample`.
 

@@ -162,7 +162,7 @@ def _shared(manifest: Manifest) -> dict[str, Any] | None:
 def pass_entry(record: PassRecord) -> PassEntry:
     """A pass record as the manifest keeps it."""
     values = asdict(record)
-    del values["keeps_activations"]  # says something to the passes behind it, and nothing about the bundle
+    del values["keeps_activations"]  # says something to the passes after it, and nothing about the bundle
     return PassEntry.model_validate({**values, "details": plain(record.details)})
 
 
@@ -200,7 +200,7 @@ def _exact_forms(shop: Workshop, stage: Stage) -> dict[str, str]:
 def _share(folder: Path, shop: Workshop, stages: Sequence[StageEntry]) -> SharedEntry | None:
     """Store weights that several stages hold once.
 
-    It is done to the copies: a compiled stage that other builds take again is whole by itself.
+    It is done to the copies: a compiled stage that other builds take again is whole on its own.
     """
     by_file = {folder / stage.file: stage.name for stage in stages}
     shared = shop.backend.share(list(by_file))

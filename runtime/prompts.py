@@ -54,7 +54,7 @@ def draw(
     Args:
         sampler: runs the loop.
         loop: around the denoiser.
-        ends: of the pipeline.
+        ends: ends of the pipeline.
         noise: float32 [B, *latent], standard normal.
         prompts: cycled to B.
         negative_prompt: what to keep away from; empty when it is not given.

@@ -32,7 +32,7 @@ class Quality:
     """Figures and the samples behind them.
 
     Attributes:
-        entry: as the manifest keeps it.
+        entry: figures as the manifest keeps them.
         samples: [B, *latent] of the compiled program.
         reference: [B, *latent] of the full loop.
     """

@@ -28,7 +28,7 @@ class Reduced:
     Attributes:
         stage: its name.
         file: the part, as ONNX.
-        nodes: of the part.
+        nodes: nodes of the part.
         of: nodes of the stage.
     """
 
@@ -43,7 +43,7 @@ def reduce_bundle(path: Path, folder: Path) -> list[Reduced]:
 
     Args:
         path: a bundle whose files are whole.
-        folder: to write `<bundle>-<stage>-reduced.onnx` into.
+        folder: folder to write `<bundle>-<stage>-reduced.onnx` into.
 
     Returns:
         One entry for each stage that fails; none where the engine computes every stage as its graph says.
@@ -82,7 +82,7 @@ def _feeds(bundle: Bundle) -> dict[str, Mapping[str, Array]]:
 
     program = bind(bundle, bundle.tables(), load_session)
     for probe in bundle.probes():
-        with suppress(Exception):  # a stage that cannot be run has its feed; those behind it have none
+        with suppress(Exception):  # a stage that cannot be run has its feed; those after it have none
             program.evaluate({port.name: probe.inputs[port.name] for port in program.inputs}, probe.call)
     return feeds
 

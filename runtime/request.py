@@ -48,7 +48,7 @@ def build_request(
     """Everything about one call of the loop, checked.
 
     Args:
-        inputs: of the program.
+        inputs: inputs of the program.
         loop: roles and guidance.
         noise: [B, *latent] float32.
         conditions: name -> [B, ...] of the conditional branch.

@@ -13,7 +13,7 @@ def finite(samples: Array, what: str = "samples") -> Array:
     """The samples [B, ...] as they are.
 
     Args:
-        samples: to give away.
+        samples: samples to give away.
         what: they are, for the message.
 
     Raises:

@@ -27,9 +27,9 @@ def optimize_ends(ends: CapturedEnds, steps: Sequence[Step], context: Callable[[
     Nothing that surrounds the loop is measured by the quality of its samples, so nothing there is made worse.
 
     Args:
-        ends: as captured.
-        steps: of the recipe.
-        context: of a program.
+        ends: text encoder and decoder as captured.
+        steps: passes of the recipe.
+        context: function that makes the context of a program.
     """
     from ..passes.manager import run_passes
 
@@ -45,10 +45,10 @@ def pack_ends(folder: Path, ends: CapturedEnds, shop: Workshop, recipe: Recipe) 
     """Write tokenizers and bundles into the folder of a bundle.
 
     Args:
-        folder: of the bundle.
-        ends: after all passes.
+        folder: folder of the bundle.
+        ends: text encoder and decoder after all passes.
         shop: where its stages are compiled.
-        recipe: as it was run.
+        recipe: recipe as it was run.
     """
 
     def packed(program: Program | None, name: str) -> str | None:

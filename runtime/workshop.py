@@ -120,8 +120,8 @@ def workshop(backend: str, options: Mapping[str, Any] | None = None, cache: Cach
 
     Args:
         backend: name of the engine.
-        options: of the engine, in the place of its defaults.
-        cache: of stages that earlier builds compiled; without one every stage is compiled.
+        options: options of the engine that replace its defaults.
+        cache: cache of the stages that earlier builds compiled; without one every stage is compiled.
 
     Raises:
         UsageError: the backend is unknown or cannot build here, or lacks an option.

@@ -11,7 +11,7 @@ class InductorOptions(Options):
     """Options of the engine.
 
     Attributes:
-        precision: of products and of what lies between them; norms and timesteps stay in float32.
+        precision: type of products and of what lies between them; norms and timesteps stay in float32.
     """
 
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -40,10 +40,10 @@ def open_session(
         file: the `.so` file, with its description beside it.
         inputs: what it must read.
         outputs: what it must compute.
-        threads: of one kernel; None leaves the number to PyTorch.
+        threads: number of threads of one kernel; None leaves it to PyTorch.
         device: `cpu`.
-        options: of the engine; what they decide is compiled in.
-        files: that may be read; None takes those of the folder.
+        options: options of the engine; what they decide is compiled in.
+        files: files that may be read; None takes those of the folder.
 
     Returns:
         A function from name -> array to the outputs in the order of `outputs`. Threads that share it take turns.
@@ -113,7 +113,7 @@ def _runner(file: Path, files: StageFiles) -> Any:
 
 
 class _Session:
-    """A loaded object. It checks nothing by itself and would read past the end of an array that is too short."""
+    """A loaded object. It checks nothing on its own and would read past the end of an array that is too short."""
 
     def __init__(self, runner: Any, name: str, description: ObjectDescription, outputs: list[str], threads: int | None):
         computed = [port.name for port in description.output_ports()]

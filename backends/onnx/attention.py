@@ -19,9 +19,9 @@ def products(
         query: [B, H, T, K]; `key` and `value` may have another number of tokens.
         key: [B, H, T, K].
         value: [B, H, T, K].
-        mask: of any shape that broadcasts to the logits: floats are added, False leaves a key out. A query without any
-            key takes the mean of the values, where PyTorch has zeros.
-        scale: of the logits; None for `1 / sqrt(K)`.
+        mask: mask of any shape that broadcasts to the logits: floats are added, False leaves a key out. A query
+            without any key takes the mean of the values, where PyTorch has zeros.
+        scale: factor of the logits; None for `1 / sqrt(K)`.
 
     Returns:
         [B, H, T, K], of the type of the query.

@@ -36,8 +36,8 @@ def emit(stage: Stage, path: Path, lowerings: Lowerings, rewrite: Rewrite | None
     Args:
         stage: the graph; the batch dimension of its ports stays dynamic.
         path: the `.onnx` file.
-        lowerings: for each `stepfold::` operator, and for ATen operators whose usual translation does not serve this
-            engine, a function of the same arguments that calls ATen operators or `torch.onnx.ops.symbolic`.
+        lowerings: lowering of each `stepfold::` operator, and of ATen operators whose usual translation does not serve
+            this engine: a function of the same arguments that calls ATen operators or `torch.onnx.ops.symbolic`.
         rewrite: changes the ONNX graph, for what PyTorch has no types for.
 
     Raises:

@@ -75,7 +75,7 @@ def at_precision(stage: Stage, dtype: torch.dtype) -> Stage:
     """The stage with products in half precision; its inputs and outputs keep their types.
 
     Args:
-        stage: in float32.
+        stage: stage in float32.
         dtype: `torch.float16` or `torch.bfloat16`; `torch.float32` returns the stage as it is.
 
     Raises:

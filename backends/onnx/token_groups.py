@@ -1,4 +1,4 @@
-"""Dynamic quantization by groups of a token's features, in the place of one scale for a whole batch.
+"""Dynamic quantization by groups of a token's features, instead of one scale for a whole batch.
 
 Engines whose integer kernels quantize float activations by themselves take a scale for each token, or for each group
 of its features: finer than the one scale of `stepfold::quantize_dynamic`, and samples of a batch do not feel each
@@ -70,9 +70,9 @@ def group_size(widths: Sequence[int], step: int, largest: int) -> int:
     that divide most layers.
 
     Args:
-        widths: in features of the layers.
-        step: of which the engine takes multiples.
-        largest: to be considered; the error grows with the group.
+        widths: widths of the layers, in features.
+        step: number of which the engine takes multiples.
+        largest: largest group to be considered; the error grows with the group.
     """
     limit = min(largest, max(step, min(widths)))
     sizes = range(step, limit + 1, step)

@@ -80,7 +80,7 @@ def require_integer_products(stage: Stage, path: Path) -> Census | None:
     """Check that every quantized layer of a stage runs in integers.
 
     Args:
-        stage: that was lowered.
+        stage: stage that was lowered.
         path: its `.onnx` file.
 
     Returns:

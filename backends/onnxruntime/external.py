@@ -87,7 +87,7 @@ def _fields(model: bytes, start: int, stop: int) -> Iterator[tuple[int, int, int
 
 
 def _varint(model: bytes, start: int, stop: int) -> tuple[int, int]:
-    """A number and the place behind it."""
+    """A number and the place after it."""
     value = 0
     for i in range(min(LONGEST_VARINT, stop - start)):
         byte = model[start + i]

@@ -17,8 +17,8 @@ class OnnxruntimeOptions(Options):
     Attributes:
         provider: what runs the stages: `cuda` and `tensorrt` need onnxruntime-gpu and an NVIDIA GPU; the files are the
             same for all.
-        rows: of a batch that a core gets for itself at least. A batch that has as many for every core of the CPU runs
-            in parts, side by side; None runs every batch whole, with all cores in one operator after the other.
+        rows: fewest rows per core; a batch with at least that many rows for every core of the CPU is split, and the
+            parts run in parallel. None runs every batch whole, with all cores in one operator after the other.
     """
 
     provider: Provider = "cpu"

@@ -54,8 +54,8 @@ class InParts:
             open_with: opens the stage with a number of threads; None leaves the number to the engine.
             inputs: what it reads.
             outputs: what it computes.
-            rows: of a part at least.
-            threads: of a whole batch; parts run on as many cores.
+            rows: fewest rows of a part.
+            threads: number of threads for a whole batch; parts run on as many cores.
         """
         self._open_with = open_with
         self._batched = {port.name: port.shape.index(None) for port in inputs if None in port.shape}

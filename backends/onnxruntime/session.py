@@ -60,10 +60,10 @@ def open_session(
         file: the model.
         inputs: what it must read.
         outputs: what it must compute.
-        threads: to compute with; None leaves the number to ONNX Runtime, which takes one for each core.
+        threads: number of threads to compute with; None leaves it to ONNX Runtime, which takes one for each core.
         device: `cpu` or `cuda`; where it is not the one of the provider, the provider of that name is taken.
-        options: of the engine.
-        files: that may be read; None takes those of the folder.
+        options: options of the engine.
+        files: files that may be read; None takes those of the folder.
 
     Returns:
         A function from name -> array to the outputs in the order of `outputs`. On a GPU, threads that share it take
@@ -151,8 +151,8 @@ def providers(device: str, options: OnnxruntimeOptions, available: Sequence[str]
 
     Args:
         device: `cpu` or `cuda`.
-        options: of the engine.
-        available: to the installed package.
+        options: options of the engine.
+        available: providers that the installed package has.
 
     Raises:
         UsageError: the device is unknown or the package lacks the provider.
@@ -214,7 +214,7 @@ class BoundSession:
 
         Args:
             session: an `onnxruntime.InferenceSession`.
-            name: of the file, for messages.
+            name: name of the file, for messages.
             inputs: what it reads.
             outputs: what it computes.
             device: `cuda`, or `cpu`, where tests bind.

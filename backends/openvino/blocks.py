@@ -29,8 +29,8 @@ class BlockedSite:
         weight: name of its codes.
         products: names that the compiled model may give it: its own, and those of what adds its bias.
         element: type of the codes.
-        width: in features M.
-        block: of them that share a scale.
+        width: width of the layer, M features.
+        block: number of features that share a scale.
     """
 
     weight: str
@@ -64,7 +64,7 @@ def misfits(
 
     Args:
         compiled: an `openvino.CompiledModel`.
-        sites: of the model it was compiled from.
+        sites: sites of the model it was compiled from.
         rounded: weights of the sites whose activations are to be rounded to 8 bits.
         settings: it was compiled with.
         group: features of a token that share a scale.

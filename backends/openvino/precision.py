@@ -28,7 +28,7 @@ class IntegerSite:
 
     Attributes:
         weight: name of the weight, which the compiled model keeps where it renames the product.
-        width: in features M.
+        width: width of the layer, M features.
         dynamic: whether its activations are float in the graph.
     """
 
@@ -59,7 +59,7 @@ def float_sites(compiled: Any, sites: list[IntegerSite], settings: Mapping[str, 
 
     Args:
         compiled: an `openvino.CompiledModel`.
-        sites: of the model it was compiled from.
+        sites: sites of the model it was compiled from.
         settings: it was compiled with.
         group: features of a token that share a scale, where activations are quantized at run time.
     """

@@ -38,10 +38,10 @@ def open_session(
         file: the model.
         inputs: what it must read.
         outputs: what it must compute.
-        threads: of inference; None leaves the number to OpenVINO.
+        threads: number of threads of inference; None leaves it to OpenVINO.
         device: `cpu`.
-        options: of the engine.
-        files: that may be read; None takes those of the folder.
+        options: options of the engine.
+        files: files that may be read; None takes those of the folder.
 
     Returns:
         A function from name -> array to the outputs in the order of `outputs`. Threads that share it take turns.
@@ -120,14 +120,14 @@ def settings_of(core: Any, threads: int | None, options: OpenvinoOptions) -> dic
         )
     settings: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
-        # The plugin would choose bf16 by itself where the processor has it.
+        # The plugin would choose bf16 on its own where the processor has it.
         "INFERENCE_PRECISION_HINT": precision,
     }
     return settings if threads is None else {**settings, "INFERENCE_NUM_THREADS": threads}
 
 
 def reason(error: BaseException) -> str:
-    """What an error of OpenVINO says behind the places in its own sources."""
+    """What an error of OpenVINO says after the places in its own sources."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = [line for line in lines if not line.startswith(FRAMES)] or lines[-1:]
     return " ".join(said) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Store the weights that several files of OpenVINO IR hold once: in one file, in the place of a `.bin` for each."""
+"""Store the weights that several files of OpenVINO IR hold once: in one file instead of a `.bin` for each."""
 
 from __future__ import annotations
 

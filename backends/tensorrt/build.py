@@ -29,9 +29,9 @@ class Plan:
         engine: the raw bytes.
         capability: compute capability it is for.
         batch: its profile; None where no input has a batch.
-        inputs: of the network.
-        outputs: of the network.
-        layers: of the network.
+        inputs: inputs of the network.
+        outputs: outputs of the network.
+        layers: layers of the network.
         log: what was logged while it was built.
     """
 

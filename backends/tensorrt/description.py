@@ -29,9 +29,9 @@ class PlanDescription(Description):
 
     Attributes:
         provider: the package that built it.
-        provider_version: of that package; plans are not portable between versions.
+        provider_version: version of that package; plans are not portable between versions.
         capability: compute capability it was built for.
-        precision: of products: `fp32`, `fp16` or `bf16`.
+        precision: type of products: `fp32`, `fp16` or `bf16`.
         batch: its profile; None where no input has a batch.
         layers: the network definition it was built from; empty where its builder does not show it.
         tensors: port -> the name the plan has for it, where it is another.

@@ -16,7 +16,7 @@ class PlanOptions(Options):
     """Options of a plan, whoever builds it.
 
     Attributes:
-        precision: of products and of what lies between them; norms and timesteps stay in float32.
+        precision: type of products and of what lies between them; norms and timesteps stay in float32.
         min_batch: smallest batch of an evaluation, guidance branches counted.
         opt_batch: the batch kernels are chosen for.
         max_batch: largest batch of an evaluation, guidance branches counted.

@@ -22,12 +22,12 @@ class Provider:
     """A package that builds and runs engines.
 
     Attributes:
-        name: of its module.
+        name: name of its module.
         distributions: names its version may be found under.
         install: the command that installs it.
         builds_anywhere: whether it builds for a named compute capability on a machine without a GPU.
         keeps_timings: whether its timing cache holds anything.
-        capabilities: of the GPUs it works on; None where it supports every one that its installer does.
+        capabilities: compute capabilities of the GPUs it works on; None for all that its installer supports.
     """
 
     name: str

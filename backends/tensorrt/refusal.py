@@ -28,7 +28,7 @@ def explained(error: ParserRefusal | BuildFailure, provider: Provider, file: Pat
 
     Args:
         error: what building the file raised.
-        provider: that refused it.
+        provider: provider that refused it.
         file: the ONNX file.
         options: it was built with.
     """

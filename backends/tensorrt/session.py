@@ -42,7 +42,7 @@ def open_session(
         threads: has no meaning here.
         device: `cuda`.
         options: it was built with; what a session needs is in the description.
-        files: that may be read; None takes those of the folder.
+        files: files that may be read; None takes those of the folder.
 
     Returns:
         A function from name -> array to the outputs in the order of `outputs`; arrays are copied to the GPU and back.

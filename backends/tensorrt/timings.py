@@ -21,7 +21,7 @@ def use_timings(config: Any, provider: Provider, path: Path | None, messages: li
     """Give the builder the timings of earlier builds; a file that is of no use is ignored with a warning.
 
     Args:
-        config: of the builder.
+        config: configuration of the builder.
         provider: whose builder it is.
         path: the file; None, or one that is not there yet, gives nothing.
         messages: what the provider logs, which is the only place where it says that a file is damaged.

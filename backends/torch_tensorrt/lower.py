@@ -1,6 +1,6 @@
 """Lower stages with Torch-TensorRT: re-exported, converted operator by operator, kept as the raw bytes of a plan.
 
-What Torch-TensorRT saves by itself is a pickled module; only the plan and a description of it go into a bundle.
+What Torch-TensorRT saves on its own is a pickled module; only the plan and a description of it go into a bundle.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def _other(node: fx.Node, known: fx.Node) -> fx.Node | None:
 
 
 def _plus_one(factor: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
-    """The addition of 1 behind layout operators, and what it is added to."""
+    """The addition of 1 after layout operators, and what it is added to."""
     node = factor
     while node.target in LAYOUT and isinstance(node.args[0], fx.Node):
         node = node.args[0]

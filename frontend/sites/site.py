@@ -65,7 +65,7 @@ class Sites:
 
 
 def unique_names(sites: Iterable[Site]) -> tuple[Site, ...]:
-    """The sites with `#2`, `#3`... behind a name that occurs again."""
+    """The sites with `#2`, `#3`... after a name that occurs again."""
     seen: dict[str, int] = {}
     renamed = []
     for site in sites:

@@ -125,7 +125,7 @@ def cone(value: Any, through: Collection[Any], constants: Collection[fx.Node]) -
 
 
 def readers(node: fx.Node, through: Collection[Any]) -> tuple[list[fx.Node], set[fx.Node]]:
-    """The first readers of a node behind operators of the given kind, and the nodes passed through."""
+    """The first readers of a node after operators of the given kind, and the nodes passed through."""
     found: list[fx.Node] = []
     passed: set[fx.Node] = set()
     stack = list(node.users)

@@ -1,4 +1,4 @@
-"""DiT: classes in the place of prompts."""
+"""DiT: classes instead of prompts."""
 
 from __future__ import annotations
 

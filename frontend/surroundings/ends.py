@@ -28,8 +28,8 @@ class CapturedEnds:
     Attributes:
         pipeline: class of the pipeline.
         tokenizers: input of `text` -> content of its `tokenizer.json`, padding and truncation included.
-        text: from token numbers to conditions; None where there are no prompts.
-        decoder: from latents to images; None where latents are images.
+        text: encoder from token numbers to conditions; None where there are no prompts.
+        decoder: decoder from latents to images; None where latents are images.
         given: conditions that the pipeline sets itself, name -> the value of one sample.
     """
 
@@ -63,7 +63,7 @@ def capture_ends(surroundings: Surroundings, seen: Seen, latent: tuple[int, ...]
     """Capture what surrounds a loop.
 
     Args:
-        surroundings: of the pipeline.
+        surroundings: surroundings of the pipeline.
         seen: what the pipeline did, which the captured ends have to do too.
         latent: shape of one latent.
 

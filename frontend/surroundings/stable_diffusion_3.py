@@ -1,4 +1,4 @@
-"""Stable Diffusion 3: two CLIP encoders side by side, and T5 behind them, or zeros in its place."""
+"""Stable Diffusion 3: two CLIP encoders side by side, followed by T5, or zeros in its place."""
 
 from __future__ import annotations
 

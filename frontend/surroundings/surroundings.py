@@ -35,7 +35,7 @@ class Text:
 
     Attributes:
         prompts: input of the encoder -> how it is made from the prompt.
-        encoder: from token numbers [B, T] by name to the denoiser's conditions by name.
+        encoder: encoder from token numbers [B, T] by name to the denoiser's conditions by name.
     """
 
     prompts: Mapping[str, Prompt]
@@ -51,8 +51,8 @@ class Surroundings(ABC):
         """What is around the loop of one call.
 
         Args:
-            pipeline: as loaded; components that its folder leaves out are None.
-            arguments: of the call that its loop was recorded from.
+            pipeline: pipeline as loaded; components that its folder leaves out are None.
+            arguments: arguments of the call that its loop was recorded from.
         """
         self.pipeline = pipeline
         self.arguments = arguments or {}

@@ -31,7 +31,7 @@ class FuseAttention(Rule[HeadedAttention]):
 
     Constraints: no mask, not causal, no dropout, the same number of heads for query and key; `split` is a reshape to
     [B, T, H, K] and a transpose, `merge` its inverse. What works on each head or joins tokens, in front of the
-    transpose or behind it, may stand between.
+    transpose or after it, may stand between.
     """
 
     name: ClassVar[str] = "attention"

@@ -36,7 +36,7 @@ def skip_copies(node: object) -> fx.Node:
 
 @dataclass
 class TokensFirst:
-    """Rewrites what is computed behind a transpose to heads into the same in front of it.
+    """Rewrites what is computed after a transpose to heads into the same in front of it.
 
     Norms and rotary embeddings of each head, joins of tokens and parts of them are the same in both orders.
 

@@ -33,7 +33,7 @@ class Rule(ABC, Generic[MatchT]):
 
     @abstractmethod
     def rewrite(self, graph: fx.Graph, node: fx.Node, match: MatchT) -> fx.Node:
-        """Insert the replacement before `node` and return it; dead code goes by itself."""
+        """Insert the replacement before `node` and return it; dead code goes on its own."""
 
 
 def apply_rule(graph: fx.GraphModule, rule: Rule[MatchT]) -> tuple[int, list[Refusal]]:

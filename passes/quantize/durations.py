@@ -102,8 +102,8 @@ def lone_stage(group: Group, realization: Realization | None) -> Stage:
     """A stage of nothing but the layers of a group: x [B, T, M] -> one [B, T, N] for each layer.
 
     Args:
-        group: of a stage, which it shares the weights with.
-        realization: of the group; None leaves the layers in floats.
+        group: group of a stage, which it shares the weights with.
+        realization: realization of the group; None leaves the layers in floats.
     """
     graph = fx.Graph()
     source = graph.placeholder(SOURCE)

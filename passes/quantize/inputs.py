@@ -99,7 +99,7 @@ class Inputs:
         low: [buckets, M] smallest value of each channel in each timestep bucket.
         high: [buckets, M] largest value.
         scale: [M] that the value of the moments is divided by.
-        moments: of a calibration store; None where only ranges are known.
+        moments: moments from a calibration store, or collected here; None where only ranges are known.
     """
 
     low: torch.Tensor

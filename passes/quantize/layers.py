@@ -29,7 +29,7 @@ class LinearLayer:
     """A linear layer of a stage.
 
     Attributes:
-        node: that calls it.
+        node: node that calls it.
         name: its module path.
         source: the value it reads [..., M].
         weight: [N, M].
@@ -168,9 +168,10 @@ def _refusal(stage: Stage, node: fx.Node, name: str, selection: Selection) -> st
         return "its weight is computed, not stored"
     tokens = prod(size or 1 for size in node.args[0].meta["shape"][1:-1])  # type: ignore[union-attr]
     if stage.rate is Rate.STEP and tokens < selection.min_tokens:
-        return f"{tokens} row a sample: weights dominate, not arithmetic"
+        rows = "1 row" if tokens == 1 else f"{tokens} rows"
+        return f"{rows} per sample: reading the weights dominates, not arithmetic"
     if selection.predicts and _feeds_output_only(node):
-        return "the last layer: its error is not damped by anything behind it"
+        return "the last layer: nothing after it damps its error"
     return None
 
 

@@ -33,22 +33,22 @@ class QuantizeOptions(Options):
             read in floats, or by `sequential-gptq` under those that the quantized layers before them leave; `auto` is
             `gptq` where enough rows are seen for it, nearest elsewhere.
         group: input channels that share a scale in 4-bit weights.
-        rank: of the branch in full precision.
+        rank: rank of the branch in full precision.
         residual: format of what the branch leaves.
-        format: of weights and activations that `modelopt` is to decide.
+        format: format of weights and activations that `modelopt` is to decide.
         rotate: `heads` rotates the channels of each head in front of an output projection where that lowers its output
             error; null does not.
         repair: `data-free` lets the second layer of a feed-forward pair absorb what rounding took from the first, on
             inputs drawn from the model's own modulations; null does not.
-        bits: of a weight on average, scales included, that `mixed` may spend.
-        time: of the layers in floats, measured on the engine, that `mixed` may spend, from 0 to 1; it takes the place
-            of `bits`.
+        bits: average number of bits of a weight, scales included, that `mixed` may spend.
+        time: share, from 0 to 1, of the time that the layers take in floats on the engine, which `mixed` may spend
+            instead of `bits`.
         hoisted: weights of layers in stages that run once a request; null leaves them.
         include: module patterns to quantize.
         skip: module patterns to leave alone.
         min_tokens: a linear layer applied to fewer rows per sample gains nothing.
-        part: of the loop, from 0 at the noise to 1 at the sample, whose evaluations are quantized; the others get a
-            stage of their own, which another `quantize` may treat.
+        part: part of the loop, from 0 at the noise to 1 at the sample, whose evaluations are quantized; the others get
+            a stage of their own, which another `quantize` may treat.
         max_drift: largest drift of this pass on the probe.
     """
 

@@ -24,13 +24,13 @@ class Place:
     """The layers of a group in the graph that is edited.
 
     Attributes:
-        graph: that is edited.
+        graph: graph that is edited.
         source: the value they read.
         layers: the linear nodes that are replaced.
         names: module path of each.
         stage: name of the stage.
         tables: what the stage is to read from tables, added by realizations: name -> [buckets].
-        biases: of layers that get another than their own.
+        biases: biases of the layers that get another than their own.
     """
 
     graph: fx.GraphModule
@@ -143,7 +143,7 @@ class IntegerProducts(Realization):
 
     Attributes:
         activation: how the input is rounded.
-        weights: of each layer, codes [M, N] int8 and scale [N].
+        weights: codes [M, N] int8 and scale [N] of each layer.
     """
 
     activation: Activation
@@ -169,7 +169,7 @@ class Shifted(Realization):
     residual, reads it as it is.
 
     Attributes:
-        products: of the shifted value.
+        products: products of the shifted value.
         offset: c.
         sums: W 1 [N] of each layer, with the weight that its products are made with: a rounded one, so that its
             rounding errors do not add up to a constant.
@@ -207,7 +207,7 @@ class BlockedProducts(Realization):
     """Products with weights of a few bits in blocks.
 
     Attributes:
-        weights: of each layer.
+        weights: weights of each layer.
         round_activations: see `stepfold::blocked_linear`.
     """
 
@@ -263,7 +263,7 @@ class Reconstructed(Realization):
 
     Attributes:
         decode: operator that returns a weight [N, M].
-        weights: of each layer, the tensors that the operator reads, by name.
+        weights: tensors that the operator reads for each layer, by name.
         round_input: operator that rounds the value all of them read, and its scale []; None leaves it.
     """
 

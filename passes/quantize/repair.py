@@ -34,7 +34,7 @@ class Repairs:
     """What was refitted.
 
     Attributes:
-        program: with other second layers.
+        program: program with other second layers.
         errors: name of a pair -> relative output error without and with the repair, on synthetic inputs of another draw.
         refused: the pairs that were left alone.
     """
@@ -51,9 +51,9 @@ def repair_pairs(
 
     Args:
         program: its layers still in floats.
-        groups: that will be quantized.
+        groups: groups that will be quantized.
         rounded: the weights [N, M] that the layers of a group are rounded to.
-        seed: of the synthetic inputs.
+        seed: seed of the synthetic inputs.
     """
     graph = copy_graph(program.step)
     twins = dict(zip(program.step.graph.graph.nodes, graph.graph.nodes, strict=True))

@@ -62,8 +62,8 @@ def replace_group(
         stage: name of the stage of the group.
         graph: a copy of it, which is edited.
         twins: node of the stage -> what stands for it in the copy; the layers get their replacements.
-        group: of the stage.
-        realization: of the group.
+        group: group of the stage.
+        realization: realization of the group.
         tables: gets what the copy is to read from tables, name -> [buckets].
     """
     layers = [twins[layer.node] for layer in group.layers]

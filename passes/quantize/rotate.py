@@ -32,10 +32,10 @@ class Rotation:
     """A rotation that was tried.
 
     Attributes:
-        heads: of the attention.
+        heads: heads of the attention.
         matrix: R [K, K] float64.
         before: output error of the rounded output projection without it.
-        after: with it.
+        after: error with the rotation.
     """
 
     heads: Heads
@@ -60,10 +60,10 @@ def tried_rotations(
     """One rotation for each group that alone reads the result of an attention, by the key of the group.
 
     Args:
-        groups: of the step stage.
+        groups: groups of the step stage.
         inputs: what they read.
         error: see `Error`.
-        seed: of the rotations.
+        seed: seed of the rotations.
     """
     found = {}
     for group in groups:
@@ -83,7 +83,7 @@ def rotate(program: Program, groups: Sequence[Group], rotations: Mapping[str, Ro
     Args:
         program: whose step stage holds the groups.
         groups: layers that read one value.
-        rotations: by the key of a group; groups without one are left alone.
+        rotations: rotations by the key of a group; groups without one are left alone.
     """
     graph = copy_graph(program.step)
     twins = dict(zip(program.step.graph.graph.nodes, graph.graph.nodes, strict=True))

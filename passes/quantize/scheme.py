@@ -26,10 +26,10 @@ class Scheme(ABC):
     """A way to quantize the layers that read one value.
 
     The pass asks for the scale that the value is to be divided by, folds it, and then for what takes the place of the
-    layers; their weights and inputs are then those behind the fold.
+    layers; their weights and inputs are then those after the fold.
 
     Attributes:
-        name: as in recipes.
+        name: name of the scheme in recipes.
         source: paper or engine it comes from.
         reads: options of `quantize` that it reads beside those that choose layers, with the values it takes; nothing
             listed means any.
@@ -56,7 +56,7 @@ class Scheme(ABC):
 
     @property
     def in_sequence(self) -> bool:
-        """Whether each group is realized under what it reads behind the groups before it, already realized."""
+        """Whether each group is realized under what it reads after the groups before it are realized."""
         return self.options.rounding == SEQUENTIAL
 
     def scales_at_run_time(self, group: Group) -> bool:
@@ -75,9 +75,9 @@ class Scheme(ABC):
         """Rotations within the heads of attentions, by the key of the group that reads the result.
 
         Args:
-            groups: of the step stage, behind the scales.
-            inputs: of the groups, by key.
-            seed: of what is random.
+            groups: groups of the step stage, scales folded in.
+            inputs: what is known about the inputs of the groups, by key.
+            seed: seed of the random rotations.
         """
         return {}
 
@@ -87,10 +87,10 @@ class Scheme(ABC):
         """Decide what concerns all groups together, before the first is realized.
 
         Args:
-            program: behind the folds, its layers still in floats.
-            groups: of its step stage.
-            inputs: of the groups, by key.
-            context: of the pass.
+            program: program after the folds, its layers still in floats.
+            groups: groups of its step stage.
+            inputs: what is known about the inputs of the groups, by key.
+            context: context of the pass.
 
         Returns:
             What was decided, for the record of the pass.
@@ -102,13 +102,13 @@ class Scheme(ABC):
         """What takes the place of the layers, or None to leave them.
 
         Args:
-            group: with its weights behind the fold.
-            inputs: behind the fold; None when the scheme needs to know nothing.
+            group: group of layers, with their weights after the fold.
+            inputs: what is known about its input after the fold; None when the scheme needs to know nothing.
         """
 
 
 class RoundingScheme(Scheme):
-    """A scheme that can say beforehand what weights become, so that the layers behind may be refitted to it."""
+    """A scheme that can say beforehand what weights become, so that the layers after it may be refitted to it."""
 
     @abstractmethod
     def rounded(self, group: Group, inputs: Inputs | None) -> Sequence[torch.Tensor]:

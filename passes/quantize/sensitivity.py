@@ -24,7 +24,7 @@ class SampleDrift:
         """Run the program as it is.
 
         Args:
-            program: that changes are compared with.
+            program: program that changes are compared with.
             context: its seed draws the samples, of the calibration set.
         """
         self._program, self._seed = program, context.seed

@@ -1,7 +1,7 @@
-"""Realize layers in the order they run, each under the moments of what it reads behind those realized before it.
+"""Realize layers in the order they run, each under the moments of what it reads after those before it are realized.
 
 The sequential calibration of GPTQ (Frantar et al., arXiv 2210.17323, section 4; IST-DASLab/gptq): the error of a layer
-changes what those behind it read, and they are compensated for the input they will get, not for the one they had. It
+changes what those after it read, and they are compensated for the input they will get, not for the one they had. It
 takes one pass over the step stage, with evaluations of the real loop side by side: every node runs for all of them
 before the next, and only values that are still read are held.
 """
@@ -49,10 +49,10 @@ def realized_in_sequence(
 
     Args:
         program: its layers still in floats.
-        groups: of its step stage, in graph order.
+        groups: groups of its step stage, in graph order.
         known: what is known about what groups read, by key; its ranges are widened by those seen here.
-        realize: what takes the place of a group, given what it reads behind the groups before it.
-        seed: of samples and rows.
+        realize: what takes the place of a group, given what it reads after the groups before it.
+        seed: seed of the samples and of the choice of rows.
         progress: called with (task, done, total).
 
     Raises:
@@ -139,13 +139,13 @@ def affordable(program: Program) -> tuple[int, int]:
 
 
 def _measured(values: Sequence[torch.Tensor], group: Group, known: Inputs | None, seed: int) -> Inputs:
-    """What is known of a value behind the groups before it.
+    """What is known of a value after the groups before it.
 
     Args:
-        values: of each evaluation, [B, T, M].
-        group: that reads it.
+        values: values of each evaluation, [B, T, M].
+        group: group that reads it.
         known: what was known before.
-        seed: of the choice of rows.
+        seed: seed of the choice of rows.
 
     Raises:
         UsageError: there are too few rows.

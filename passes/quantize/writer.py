@@ -128,7 +128,7 @@ def _sources(node: fx.Node) -> tuple[object, ...]:
 
 
 def _passed(node: fx.Node, before: fx.Node, numbers: Any) -> Any:
-    """The numbers of the channels behind a node, one tensor or those of its parts; None where it needs more."""
+    """The numbers of the channels of a node, one tensor or those of its parts; None where it needs more."""
     if node.target is SDPA:  # each token of the result is a mean of tokens of the value
         queries = node.meta["val"].shape[TOKENS]
         return numbers.narrow(TOKENS, 0, 1).expand(*numbers.shape[:TOKENS], queries, numbers.shape[-1])

@@ -47,7 +47,7 @@ class Trace:
     """A fit as it went, so that another that begins alike may go on from where they part.
 
     Attributes:
-        plan: that was fitted.
+        plan: plan that was fitted.
         fit: its result.
         stands: the runs after each evaluation and before its update.
     """
@@ -92,7 +92,7 @@ class Fitter:
         N, known = table.evaluations, 0 if like is None else like.shared(plan)
         runs = self.runs(table)
         state, conditional, unconditional = np.ones(N), np.zeros((N, N)), np.zeros((N, N))
-        first = max(0, known - 1)  # the update behind the last evaluation that both have aims elsewhere
+        first = max(0, known - 1)  # the update after the last evaluation that both have aims elsewhere
         if like is not None and known:
             before = like.fit.table
             state[:first] = before.state[:first]

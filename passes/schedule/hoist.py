@@ -49,7 +49,7 @@ class Hoist(Pass[HoistOptions]):
         return None if program.loop is not None else "the program has no loop"
 
     def requires(self, program: Program) -> None:
-        """A scale taken over a whole batch would be taken over another one in a stage of lower rate."""
+        """A scale over a whole batch would cover a different batch in a stage of lower rate."""
         if len(program.steps) > 1:
             raise UsageError(
                 "hoist: expected one step stage; received one for each of several parts of the loop. Put hoist before "
@@ -127,7 +127,7 @@ def _stage_name(program: Program, rate: Rate) -> str:
 
 
 def _ordered(program: Program) -> Program:
-    """Stages in the order of their rates, so that each comes behind those it reads from."""
+    """Stages in the order of their rates, so that each comes after those it reads from."""
     order = list(Rate)
     return replace(program, stages=tuple(sorted(program.stages, key=lambda stage: order.index(stage.rate))))
 

@@ -29,7 +29,7 @@ def distinct(positions: np.ndarray, calls: int) -> Positions:
 
 
 def moved(positions: Positions, calls: int, generator: np.random.Generator) -> Positions:
-    """Positions with one of them, or one and all behind it, moved by up to half the gap behind it at random."""
+    """Positions with one of them, or one and all after it, moved by up to half the gap after it at random."""
     i = int(generator.integers(1, len(positions)))
     gap = (*positions, calls)[i + 1] - positions[i]
     step = int(generator.integers(1, max(2, gap // 2) + 1) * generator.choice([-1, 1]))

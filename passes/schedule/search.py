@@ -23,7 +23,7 @@ POLISH_REACH = 4.0
 """A fitted table that misses the budget by more dB than this is not polished; the step gains 1 to 2."""
 
 RIVAL_DB = 0.5
-"""Of two sets of positions, the one whose fit is worse by more is not polished: it hardly ever ends in front."""
+"""Of two sets of positions, the one whose fit is worse by more is not polished: it hardly ever wins."""
 
 SCORE_DB = 1.0
 """How far the score of the few search samples may be wrong about the many."""
@@ -45,10 +45,10 @@ class ScheduleSearch:
         """Search with the options of the pass.
 
         Args:
-            options: of the pass.
+            options: options of the pass.
             program: its loop and sampler.
             bound: the program on the engine the updates are fitted on.
-            context: of the pass.
+            context: context of the pass.
             scale: guidance scale, None for a loop without guidance.
         """
         assert program.recurrence is not None
@@ -173,7 +173,7 @@ class ScheduleSearch:
     def _thinned(self, best: Candidate, budget: float) -> Candidate | None:
         """The table without the unconditional branch at as many evaluations as the budget allows, if at any.
 
-        The fit weighs the guidance directions that remain in the place of those that are left out. It has to meet the
+        The fit weighs the guidance directions that remain instead of those that are left out. It has to meet the
         budget alone: only what is shipped is polished.
         """
         positions = tuple(best.table.positions.tolist())

@@ -68,7 +68,7 @@ def basis(k: int, guided: Array, terms: Terms) -> list[Term]:
 
 
 def forget(run: LoopRun, k: int, guided: Array, terms: Terms) -> None:
-    """Drop the outputs that no update behind update k can weigh.
+    """Drop the outputs that no update after update k can weigh.
 
     Where only some evaluations are guided, a direction of any age may still be needed, and nothing is dropped.
     """

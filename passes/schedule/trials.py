@@ -72,7 +72,7 @@ class Trials:
     Attributes:
         recurrence: the sampler.
         tried: every candidate that was measured on the validation samples.
-        scores: of plans on the search samples, in the order in which they were asked for.
+        scores: scores of plans on the search samples, in the order in which they were asked for.
     """
 
     def __init__(

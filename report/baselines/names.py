@@ -38,7 +38,7 @@ class Baseline:
     Attributes:
         name: the exact string that asked for it, the name of its row.
         engine: one of `NEEDS`.
-        steps: of the sampler; None takes those of the loop.
+        steps: number of steps of the sampler; None takes those of the loop.
         solver: `ab2`, one of `ALIASES` or a diffusers scheduler class; None takes that of the loop.
     """
 

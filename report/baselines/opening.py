@@ -20,7 +20,7 @@ def open_baseline(row: Mapping[str, Any], threads: int) -> Runner:
 
     Args:
         row: engine, checkpoint, folder of the artifact, table file or None, loop and inputs as JSON.
-        threads: of its engine.
+        threads: number of threads of its engine.
     """
     model_work = work_of(row)
     denoiser, size = _denoiser(row, model_work, threads)

@@ -52,7 +52,7 @@ def quantize(
         folder: where the quantized one goes.
         model_work: how the denoiser is called.
         table: the full loop.
-        threads: of the engine that runs the calibration.
+        threads: number of threads of the engine that runs the calibration.
         on: called with (states recorded, states wanted).
     """
     without_telemetry()
@@ -99,8 +99,8 @@ def open_model(folder: Path, threads: int, precision: str) -> StageCallable:
     each batch size at its first call.
 
     Args:
-        folder: of the model.
-        threads: of inference.
+        folder: folder of the model.
+        threads: number of threads of inference.
         precision: inference hint, `f32` or `bf16`.
     """
     import openvino

@@ -55,7 +55,7 @@ def open_module(checkpoint: Path, loop: LoopSpec | None, threads: int, compiled:
     Args:
         checkpoint: the folder.
         loop: roles of the inputs, None for a component.
-        threads: of an operator.
+        threads: number of threads of an operator.
         compiled: wrap it in `torch.compile`; the first call compiles, for the batch size it is called with.
     """
     torch.set_num_threads(threads)

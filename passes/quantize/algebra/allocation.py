@@ -19,7 +19,7 @@ class Choice:
     """One way to quantize a site.
 
     Attributes:
-        name: of the format, the same at every site that offers it.
+        name: name of the format, the same at every site that offers it.
         cost: bytes, or any other count the budget is in.
         damage: what is added up over sites; squared drifts add up when errors are independent.
     """
@@ -54,7 +54,7 @@ def allocate(sites: Mapping[str, Sequence[Choice]], budget: int) -> Allocation:
 
     Args:
         sites: site -> what it may become.
-        budget: in the unit of the costs.
+        budget: budget in the unit of the costs.
 
     Returns:
         An allocation never worse than any one format for all sites within the budget; of equals, the cheapest.

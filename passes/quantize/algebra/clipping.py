@@ -16,7 +16,7 @@ def clipped_scales(
 ) -> Scales:
     """The scales of each group whose error is smallest over shrunken ranges.
 
-    The error is `sum |w - round(w)|**2.4`, or with a Gram the output error that each group makes by itself (AWQ,
+    The error is `sum |w - round(w)|**2.4`, or with a Gram the output error that each group makes on its own (AWQ,
     llm-awq `auto_clip`).
 
     Args:

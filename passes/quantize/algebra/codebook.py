@@ -64,9 +64,9 @@ def learn_codebook(
     Args:
         weight: [N, M].
         run: input channels named by one index; with 256 codewords, 4 are 2 bits a weight.
-        codewords: at most 256.
-        iterations: of k-means.
-        seed: of the first codewords, and of the runs that are learned from when there are very many.
+        codewords: number of codewords, at most 256.
+        iterations: iterations of k-means.
+        seed: seed of the first codewords, and of the runs that are learned from when there are very many.
 
     Raises:
         UsageError: the run does not divide M, or the codebook is too large for a byte or for the weight.

@@ -53,7 +53,7 @@ class Repaired:
     """A pair after its repair.
 
     Attributes:
-        pair: with another second layer; the damaged pair itself where no repair helped.
+        pair: pair with another second layer; the damaged pair itself where no repair helped.
         error: relative output error on held-out synthetic inputs.
         baseline: the same without repair, never smaller.
     """
@@ -70,7 +70,7 @@ def synthetic_inputs(count: int, scale: torch.Tensor, shift: torch.Tensor, seed:
         count: how many tokens T.
         scale: [S, D] of each timestep (and condition); zeros where the norm has none.
         shift: [S, D].
-        seed: of the noise.
+        seed: seed of the noise.
 
     Returns:
         [T, D] in the dtype of scale.

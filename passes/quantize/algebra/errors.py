@@ -29,7 +29,7 @@ def drift(approximation: torch.Tensor, outputs: torch.Tensor) -> float:
 
 
 def group_errors(difference: torch.Tensor, gram: torch.Tensor, group: int) -> torch.Tensor:
-    """[N, M / group]: the output error of each run of `group` input channels by itself."""
+    """[N, M / group]: the output error of each run of `group` input channels on its own."""
     N, M = difference.shape
     runs = difference.reshape(N, M // group, group)
     blocks = torch.stack([gram[i : i + group, i : i + group] for i in range(0, M, group)])

@@ -57,7 +57,7 @@ def gptq(
         weight: [N, M].
         gram: [M, M] mean of x x^T over the inputs, any positive factor.
         grid: what to round to.
-        scales: of the grid for the weight; those that cover it by default.
+        scales: scales of the grid for the weight; by default those that cover it.
         order_by_activity: begin with the input channels of largest second moment.
         damping: see `DAMPING`.
         site: named in errors.

@@ -81,7 +81,7 @@ def search_smoothing(
     Args:
         activation: [M] largest magnitude of each channel.
         weight: [N, M] the stacked weights of every layer that reads it.
-        error: of a scale [M].
+        error: error that a scale [M] leaves.
         candidates: exponents to try.
     """
     found: Smoothing | None = None

@@ -33,7 +33,7 @@ class SvdquantSettings:
         iterations: how often branch and rounded residual are fitted to each other at most; it ends at the first
             one that does not help.
         clip: search the ranges of the residual (needs the Gram).
-        seed: of the randomized factorizations of the search.
+        seed: seed of the randomized factorizations of the search.
     """
 
     weight_grid: Grid

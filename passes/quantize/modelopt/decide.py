@@ -26,11 +26,11 @@ def decide(
     """Let modelopt quantize the linear layers of the step stage, and read what it decided.
 
     Args:
-        program: with a float step stage; a smoothed one gives better decisions.
-        python: of the environment, see `environment.find`.
+        program: program with a float step stage; a smoothed one gives better decisions.
+        python: interpreter of the environment, see `environment.find`.
         quantizer: what to do; `excluded` has names of nodes of the step stage.
-        lowerings: to standard ONNX operators, see `emit_floats`.
-        seed: of the calibration samples.
+        lowerings: lowerings to standard ONNX operators, see `emit_floats`.
+        seed: seed of the calibration samples.
         progress: called with (task, done, total).
 
     Returns:

@@ -76,8 +76,8 @@ def create(
     """Make the environment: beside its place first, so that an interruption leaves nothing half made.
 
     Args:
-        folder: of the environment.
-        options: for `pip install`, such as an index with CPU builds of PyTorch.
+        folder: folder of the environment.
+        options: options for `pip install`, such as an index with CPU builds of PyTorch.
         requirements: what to install.
         check: a statement that must run in it.
 

@@ -24,10 +24,10 @@ def emit_floats(stage: Stage, path: Path, lowerings: Lowerings) -> list[str]:
     metadata of the node, and becomes the name of the node afterwards: quantizers keep names and drop metadata.
 
     Args:
-        stage: without quantized layers.
+        stage: stage without quantized layers.
         path: the `.onnx` file.
-        lowerings: as for `emit`; what they make has to be standard ONNX, because modelopt takes other operators for
-            TensorRT plugins.
+        lowerings: lowerings as for `emit`; what they make has to be standard ONNX, because modelopt takes other
+            operators for TensorRT plugins.
 
     Returns:
         The names, in the order of the graph.

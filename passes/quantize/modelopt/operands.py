@@ -36,7 +36,7 @@ def integer_operands(name: str, decision: LinearDecision) -> IntegerOperands:
     """The operands of an 8-bit decision; the integer layer computes what the Q/DQ model does.
 
     Args:
-        name: of the layer, for the message.
+        name: name of the layer, for the message.
         decision: input and weight in 8-bit integers, the weight symmetric with a scale for each output channel.
 
     Raises:
@@ -75,7 +75,7 @@ def fp8_operands(name: str, decision: LinearDecision) -> Fp8Operands:
     """The operands of an FP8 decision.
 
     Args:
-        name: of the layer, for the message.
+        name: name of the layer, for the message.
         decision: input and weight in E4M3, the weight with a scale for each output channel.
 
     Raises:
@@ -96,7 +96,7 @@ def blocked_weight(name: str, decision: LinearDecision) -> BlockedWeight:
     """The weight of a 4-bit decision in blocks; its input stays as it is.
 
     Args:
-        name: of the layer, for the message.
+        name: name of the layer, for the message.
         decision: a symmetric int4 weight in groups.
 
     Raises:

@@ -35,7 +35,7 @@ class QuantizedInput:
     Attributes:
         scale: positive.
         zero: the code of zero; 0 for `float8_e4m3fn`.
-        dtype: of the codes.
+        dtype: type of the codes.
     """
 
     scale: float
@@ -50,8 +50,8 @@ class QuantizedWeight:
     Attributes:
         codes: [M, N]; four bits are kept in int8 or uint8, `float8_e4m3fn` as that type.
         scale: float32 [N], one for each output channel, or [M / group, N].
-        zero: as `scale`, int32.
-        dtype: of the codes as the model declares them.
+        zero: zero points, int32, in the shape of `scale`.
+        dtype: type of the codes, as the model declares them.
         group: input channels that share a scale; None where all of them do.
     """
 
@@ -80,7 +80,7 @@ class LinearDecision:
 
     Attributes:
         input: None where activations stay as they are.
-        weight: of the layer.
+        weight: weight of the layer.
         multiplier: [M] factors of the input before the product (AWQ), already divided out of the weight; or None.
     """
 

@@ -24,8 +24,8 @@ def realize(stage: Stage, decisions: Mapping[str, LinearDecision]) -> Stage:
     linear(x, W) + b -> s_x s_W (q(x) - z) W_q + b
 
     Args:
-        stage: with float linear layers.
-        decisions: by the name of the linear node.
+        stage: stage with float linear layers.
+        decisions: decisions by the name of the linear node.
 
     Raises:
         StepfoldError: a decision is not 8-bit integers, or names no linear layer of the stage.
@@ -54,8 +54,8 @@ def realization(mode: Mode, decisions: Sequence[tuple[str, LinearDecision]]) -> 
     """What takes the place of the layers that read one value.
 
     Args:
-        mode: that modelopt decided in.
-        decisions: of each layer, with its name.
+        mode: mode that modelopt decided in.
+        decisions: the name and the decision of each layer.
 
     Raises:
         StepfoldError: a decision has another form than that of the mode, or gives their input different scales.

@@ -76,7 +76,7 @@ def quantize_onnx(
         model: a float ONNX file of standard operators, with its external data in `<model>.data` if it has some.
         out: the Q/DQ file; replaced only when the work is done.
         batches: values of every model input, one mapping for each call that calibrates.
-        python: of the environment, see `environment.find`.
+        python: interpreter of the environment, see `environment.find`.
         quantizer: what to do; int8 with `max` by default.
         progress: called with (task, done, total).
 

@@ -33,11 +33,11 @@ class Budget:
     """What formats cost, and how much of the cost of floats may be spent.
 
     Attributes:
-        option: of `quantize` that sets it.
+        option: option of `quantize` that sets it.
         what: is counted, for messages.
-        share: of the cost of all layers in floats.
+        share: share of the cost that all layers have in floats.
         unit: what the whole cost is in the unit of the option.
-        costs: of each format by the key of a group.
+        costs: cost of each format, by the key of a group.
     """
 
     option: str

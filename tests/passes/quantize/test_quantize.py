@@ -22,7 +22,7 @@ from stepfold.passes.quantize.options import QuantizeOptions
 from stepfold.passes.quantize.quantize import Quantize
 from stepfold.passes.schedule.hoist import Hoist, HoistOptions
 
-LAST = "the last layer: its error is not damped by anything behind it"
+LAST = "the last layer: nothing after it damps its error"
 
 
 @pytest.mark.parametrize(
@@ -61,9 +61,9 @@ def test_layers_that_read_one_value_share_its_quantization(dynamic: PassResult) 
 
 
 def test_modulation_without_hoisting_gains_nothing(tiny_program: Program) -> None:
-    """One row a sample: weights dominate, not arithmetic."""
+    """With one row per sample, reading the weights dominates."""
     refused = {refusal.site: refusal.reason for refusal in quantize(tiny_program).refused}
-    assert refused[f"{BLOCK}.norm1.linear"] == "1 row a sample: weights dominate, not arithmetic"
+    assert refused[f"{BLOCK}.norm1.linear"] == "1 row per sample: reading the weights dominates, not arithmetic"
     assert refused["proj_out_1"] == refused[f"{BLOCK}.norm1.linear"]
     assert (
         quantize(tiny_program, min_tokens=1).changed == len(SITES) + 6
@@ -76,7 +76,7 @@ def test_modulation_without_hoisting_gains_nothing(tiny_program: Program) -> Non
         ({"skip": [f"{BLOCK}.ff.*"]}, SITES[:4], "skipped by the recipe"),
         ({"include": ["*.to_q", "*.to_k"]}, SITES[:2], "not included"),
         ({"include": ["*.attn1.*"], "skip": ["*.to_v"]}, [*SITES[:2], SITES[3]], "skipped by the recipe"),
-        ({"min_tokens": 17}, [], "16 row a sample: weights dominate, not arithmetic"),
+        ({"min_tokens": 17}, [], "16 rows per sample: reading the weights dominates, not arithmetic"),
     ],
 )
 def test_include_and_skip(hoisted: Program, options: dict[str, Any], expected: list[str], reason: str) -> None:
