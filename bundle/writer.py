@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..loop.errors import StepfoldError, UsageError
+from ..loop.held import utf8_folder
 from ..loop.writing import disk_is_full, require_writable, temporary_sibling
 from .files import MANIFEST, listing, sha256_of
 from .manifest import FileEntry, Manifest
@@ -33,12 +34,6 @@ def check_out(out: Path, overwrite: bool) -> None:
     Raises:
         UsageError: `out` exists and may not be overwritten, is something else than a bundle, or cannot be written.
     """
-    try:
-        str(out.absolute()).encode()
-    except UnicodeEncodeError:
-        raise UsageError(
-            f"{out}: expected a path that is UTF-8 text, as engines read it. Choose another --out."
-        ) from None
     if not os.path.lexists(out):
         require_writable("--out", out)
         return
@@ -71,7 +66,8 @@ def writing(out: Path, overwrite: bool = False) -> Iterator[Path]:
     made = [parent for parent in target.parents if not parent.exists()]
     try:
         temporary.mkdir(parents=True)
-        yield temporary
+        with utf8_folder(temporary) as folder:
+            yield folder
         _publish(temporary, target, overwrite)
         made = []
     except Exception as error:
@@ -152,7 +148,7 @@ def write_json(path: Path, value: Any) -> None:
         text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     except (ValueError, TypeError) as error:
         raise StepfoldError(f"{path.name}: expected finite numbers, text, lists and mappings; {error}.") from error
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # as JSON escapes what is no UTF-8
 
 
 def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -24,7 +24,7 @@ from .optimize import optimize
 from .passes import passes
 from .recipes import recipes
 from .refit import refit
-from .streams import mend_streams, results_apart, stopped_like_interrupted
+from .streams import mend_streams, require_utf8_temporary_folder, results_apart, stopped_like_interrupted
 from .verify import verify
 
 USAGE = 2  # exit code of wrong use
@@ -80,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mend_streams()
     with stopped_like_interrupted(), results_apart(), quiet_libraries(debug):
         try:
+            require_utf8_temporary_folder()
             code = _run([word for word in options if word != DEBUG] + words[len(options) :])
             sys.stdout.flush()  # so that a closed pipe is noticed here
             return code

@@ -1,4 +1,4 @@
-"""The standard streams and signals of a command, whatever its caller made of them."""
+"""The standard streams, signals and temporary folder of a command, whatever its caller made of them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
+from pathlib import Path
+
+from ..loop.errors import UsageError
+from ..loop.held import is_utf8
 
 STANDARD_OUTPUT, STANDARD_ERROR = 1, 2
 STREAMS = 3  # standard input, output and error
+TEMPORARY = ("TMPDIR", "TEMP", "TMP")  # where Python looks for it
 STOPS = ("SIGTERM", "SIGHUP")
 BIDIRECTIONAL = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
 CONTROL = {
@@ -40,6 +45,18 @@ def mend_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (as long as the process)
         elif isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def require_utf8_temporary_folder() -> None:
+    """Refuse a folder for temporary files that engines, which take paths as text, could not use.
+
+    Raises:
+        UsageError: the environment names one.
+    """
+    for name in TEMPORARY:
+        folder = os.environ.get(name)
+        if folder and not is_utf8(Path(folder)):
+            raise UsageError(f"{name}: expected a folder whose path is UTF-8 text; received {folder!r}. Set another.")
 
 
 @contextmanager

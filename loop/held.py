@@ -9,10 +9,13 @@ import os
 import stat
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 import numpy as np
+
+from .errors import UsageError
 
 Array = np.ndarray
 CHUNK_BYTES = 1 << 20  # hashed at a time, so that a file of any size needs the same memory
@@ -73,6 +76,38 @@ class HeldFile:
         stream = self.stream
         while chunk := stream.read(CHUNK_BYTES):
             yield chunk
+
+
+@contextmanager
+def utf8_folder(folder: Path) -> Iterator[Path]:
+    """A path to a folder that is UTF-8 text, as long as the block lasts: engines take paths as text.
+
+    Linux has names that are no UTF-8. Such a folder is held open, and reached by the name of its descriptor, which
+    other processes of the user can use as well.
+
+    Raises:
+        UsageError: the system has no other name for it.
+    """
+    if is_utf8(folder):
+        yield folder
+        return
+    descriptor = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    try:
+        address = Path(f"/proc/{os.getpid()}/fd/{descriptor}")
+        if not address.exists():
+            raise UsageError(f"{folder}: expected a path that is UTF-8 text, as engines take it. Choose another path.")
+        yield address
+    finally:
+        os.close(descriptor)
+
+
+def is_utf8(path: Path) -> bool:
+    """Whether a path, with the folder that it is relative to, is UTF-8 text."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 Source = Path | HeldFile

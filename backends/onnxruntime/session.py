@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...loop.errors import BundleError, StepfoldError, UsageError
-from ...loop.held import StageFiles
+from ...loop.held import StageFiles, utf8_folder
 from ...loop.ports import Port, StageCallable
 from ..ports import check_ports, first_line, shapes
 from .external import external_files
@@ -123,10 +123,13 @@ def _checked(
 
     settings = session_options(threads)
     settings.add_session_config_entry("session.load_model_format", "ONNX")  # its own format names files elsewhere
-    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
     model = own_content(file, files)
     try:
-        session = onnxruntime.InferenceSession(model, settings, **on(names))
+        with utf8_folder(file.parent) as folder:
+            settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+            session = onnxruntime.InferenceSession(model, settings, **on(names))
+    except UsageError:
+        raise
     except Exception as error:  # ONNX Runtime has a dozen error classes without a common base
         raise _unloadable(file, error) from error
     if names[0] not in session.get_providers():

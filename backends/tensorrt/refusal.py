@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import hashlib
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -93,8 +93,9 @@ def _reproducer(
 
     part = reduce(model, fails)
     data = part.SerializeToString(deterministic=True)
-    path = Path(tempfile.gettempdir()) / f"stepfold-refused-{hashlib.sha256(data).hexdigest()[:12]}.onnx"
-    path.write_bytes(data)
+    descriptor, path = tempfile.mkstemp(".onnx", "stepfold-refused-")  # a name that nobody can have taken before
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(data)
     count = len(part.graph.node)
     names = ", ".join(dict.fromkeys(node.op_type for node in part.graph.node))
     return f"The smallest part that fails has {count} of {len(model.graph.node)} nodes ({names}): {path}"

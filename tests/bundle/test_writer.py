@@ -261,7 +261,14 @@ def test_a_digest_that_was_checked_is_kept(bundle_folder: Path) -> None:
     assert files["schedule.json"].bytes == len(b"something else")
 
 
-def test_a_path_that_engines_cannot_read_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="expected a path that is UTF-8 text"):
-        check_out(tmp_path / os.fsdecode(b"b\xff"), False)
-    assert list(tmp_path.iterdir()) == []
+def test_what_engines_write_lies_behind_a_path_that_is_text(tmp_path: Path) -> None:
+    with writing(tmp_path / os.fsdecode(b"a\xff") / os.fsdecode(b"b\xff")) as folder:
+        str(folder).encode()
+        fill(folder)
+    assert os.listdir(os.fsencode(tmp_path / os.fsdecode(b"a\xff"))) == [b"b\xff"]
+
+
+def test_json_has_an_escape_for_what_is_no_text(tmp_path: Path) -> None:
+    value = {"bundle": os.fsdecode(b"b\xff"), "text": "ü"}
+    writer.write_json(tmp_path / "report.json", value)
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == value
