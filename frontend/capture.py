@@ -96,12 +96,16 @@ def _with_rows(calling: Calling, example: dict[str, torch.Tensor]) -> dict[str, 
         return example
     rows = _batch_size(example)
     spread = {name: value if value.ndim else value.expand(rows).clone() for name, value in example.items()}
-    try:
-        with torch.no_grad():
-            pairs = zip(calling(*example.values()).values(), calling(*spread.values()).values(), strict=True)
+    with torch.no_grad():
+        try:
+            given = calling(*example.values()).values()
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            return spread  # the call itself is wrong, which the export tells with the model's own words
+        try:
+            pairs = zip(given, calling(*spread.values()).values(), strict=True)
             same = all(one.shape == other.shape and torch.allclose(one, other) for one, other in pairs)
-    except (RuntimeError, TypeError, ValueError, IndexError):
-        same = False
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            same = False
     if not same:
         raise UsageError(
             f"input {single[0]!r}: expected a tensor with a leading batch; received one without dimensions, and the model "

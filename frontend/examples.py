@@ -11,7 +11,7 @@ import torch
 
 from ..loop.array_files import tensor_entries
 from ..loop.errors import UsageError, nearest
-from ..loop.reading import Expected
+from ..loop.reading import Expected, opened
 from ..loop.spec import ComponentFile, InputSpec, LoopSpec
 from ..loop.values import array_of
 
@@ -63,7 +63,7 @@ def example_kwargs(
         inputs, constants = dict(description.inputs), dict(description.constants)
     _refuse_foreign(model, method, [*inputs, *constants])
     _refuse_unknown(tensors, inputs)
-    batch = _rows(tensors, inputs)
+    batch = _rows(tensors, inputs, looped=isinstance(description, LoopSpec))
     values: dict[str, Any] = {}
     for name, value in constants.items():
         if name not in inputs:
@@ -86,14 +86,15 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         UsageError: the file is missing or is no safetensors file.
     """
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     for name, entry in tensor_entries(path, EXAMPLES).items():
         if entry.dtype not in DTYPES:
             raise UsageError(
                 f"{path}: example input {name!r}: expected one of {', '.join(DTYPES)}; received {entry.dtype}."
             )
-    return load_file(path)
+    with opened(path, EXAMPLES) as stream:  # the library opens no path that is not UTF-8
+        return dict(sorted(load(stream.read()).items()))
 
 
 def put(values: dict[str, Any], name: str, value: Any) -> None:
@@ -198,12 +199,16 @@ def _refuse_unknown(tensors: Mapping[str, torch.Tensor], inputs: Mapping[str, In
             )
 
 
-def _rows(tensors: Mapping[str, torch.Tensor], inputs: Mapping[str, InputSpec]) -> int:
-    """Rows of the example: those of the given tensors, and at least two."""
+def _rows(tensors: Mapping[str, torch.Tensor], inputs: Mapping[str, InputSpec], *, looped: bool) -> int:
+    """Rows of the example: those of the given tensors, and at least two.
+
+    A timestep needs no batch, and in a network without a loop any number of all rows does not: the capture finds out
+    whether the model takes one for each row as well.
+    """
     rows = {}
     for name, tensor in tensors.items():
         role = next(spec.role for known, spec in inputs.items() if name == known or name.startswith(f"{known}."))
-        if role != "constant" and not (role == "timestep" and tensor.ndim == 0):
+        if role != "constant" and not (tensor.ndim == 0 and (role == "timestep" or not looped)):
             if tensor.ndim == 0 or tensor.shape[0] == 0:
                 raise UsageError(f"example inputs: {name!r} has shape {list(tensor.shape)}; expected a leading batch.")
             rows[name] = tensor.shape[0]
@@ -218,8 +223,8 @@ def _rows(tensors: Mapping[str, torch.Tensor], inputs: Mapping[str, InputSpec]) 
 def _given(name: str, tensor: torch.Tensor, spec: InputSpec, batch: int) -> torch.Tensor:
     if spec.role == "constant":
         return tensor
-    if tensor.ndim == 0:  # a timestep, which all samples have
-        return tensor.expand(batch).clone()
+    if tensor.ndim == 0:
+        return tensor.expand(batch).clone() if spec.role == "timestep" else tensor
     if spec.shape is not None and tuple(tensor.shape[1:]) != spec.shape:
         raise UsageError(
             f"example inputs: {name!r} has shape {list(tensor.shape)}; loop.yaml declares {list(spec.shape)} after the "

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.json"
 LOOP_FILE = "loop.yaml"
 INPUTS_FILE = "inputs.safetensors"
+IMAGE_DIMENSIONS = 2  # height and width
 PIPELINE_FILE = "model_index.json"
 
 
@@ -146,6 +147,8 @@ def load_network(
     class_name, library = listed or class_of(path, config)
     description = _description(path, loop)
     cls = model_class(class_name, library)
+    if isinstance(description, LoopSpec):
+        _require_size_of_config(path, config, description)
     component = description if isinstance(description, ComponentFile) else None
     method = component.component.method if component else "forward"
     require_method(cls, library, method)
@@ -235,6 +238,24 @@ def _description(path: Path, loop: Path | None) -> LoopSpec | ComponentFile | No
     description = read_loop(file) if loop is not None or os.path.lexists(file) else None
     require_plain(description)
     return description
+
+
+def _require_size_of_config(path: Path, config: Mapping[str, Any], loop: LoopSpec) -> None:
+    """Refuse images of another size than the configuration says: many models draw something at any size.
+
+    Raises:
+        UsageError: `sample_size` is another height and width than that of the latent.
+    """
+    size = config.get("sample_size")
+    wanted = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list) else ()
+    _, *received = loop.latent.shape
+    told = len(wanted) == IMAGE_DIMENSIONS and all(isinstance(size, int) and size > 0 for size in wanted)
+    if told and len(received) == IMAGE_DIMENSIONS and tuple(received) != wanted:
+        raise UsageError(
+            f"latent.shape: expected {' x '.join(map(str, wanted))} values, the sample_size of {path / CONFIG_FILE}; "
+            f"received {' x '.join(map(str, received))}. Correct the loop; or write the other size into a copy of "
+            f"{CONFIG_FILE}, if the model is meant for it."
+        )
 
 
 def _require_component(path: Path, cls: type, library: str, tensors: Mapping[str, torch.Tensor]) -> None:

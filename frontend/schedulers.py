@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..loop.errors import UsageError, nearest
-from ..loop.spec import SamplerSpec
+from ..loop.spec import MOST_STEPS, SamplerSpec
 from .notes import report_ignored
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ SCHEDULER_ERRORS = (
     TypeError,
     ValueError,
 )
+MOST_CALLS = 2 * MOST_STEPS  # a solver of second order makes two in a step
 LARGEST_GRID = 1_000_000  # timesteps of training; models are trained on 1,000
 GRID_ARGUMENTS = ("sigmas", "timesteps")  # either replaces the number of steps, as diffusers pipelines do
 
@@ -128,8 +129,13 @@ def _refuse_large(where: str, values: Mapping[str, Any]) -> None:
 
 
 def _require_grid(scheduler: Any, name: str) -> None:
-    """Refuse a grid without a step in it."""
+    """Refuse a grid without a step in it, and one of more calls than a fold holds."""
     times = np.asarray(scheduler.timesteps, np.float64)
+    if times.size > MOST_CALLS:
+        raise UsageError(
+            f"sampler.set_timesteps: expected at most {MOST_CALLS} calls of the denoiser; {name} makes {times.size}. "
+            "Take fewer steps."
+        )
     if times.size > 1 and (times == times[0]).all():
         raise UsageError(
             f"sampler.set_timesteps: expected a grid of {name} that goes from noise to sample; received {times.size} "

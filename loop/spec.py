@@ -13,6 +13,8 @@ from .values import DTYPES, TIMESTEP_DTYPES, ArrayLike, Factor, Plain, Scale, Sh
 from .yaml_files import read_yaml
 
 LOOP_FILE = Expected("a loop file, YAML")
+MOST_STEPS = 2_000
+"""Of a sampler: the fold holds a weight for each pair of calls, and schedules are trained on 1,000 timesteps."""
 Role = Literal["state", "timestep", "condition", "constant"]
 
 
@@ -47,7 +49,7 @@ class SamplerSpec(Strict):
 
     scheduler: str
     config: dict[str, Plain] = Field(default_factory=dict)
-    steps: int = Field(gt=0, le=10_000, strict=True)
+    steps: int = Field(gt=0, le=MOST_STEPS, strict=True)
     set_timesteps: dict[str, Plain] = Field(default_factory=dict)
     step: dict[str, Plain] = Field(default_factory=dict)
     timestep_scale: Factor = 1.0

@@ -45,7 +45,7 @@ def check_arguments(
         kwargs: arguments as the model's forward gets them.
 
     Returns:
-        name -> [B, ...] for every input.
+        name -> [B, ...] for every input; a number for an input of one number a sample is that of all of them.
 
     Raises:
         UsageError: an argument is missing, unknown, differs from what was baked in, or does not fit its port.
@@ -62,9 +62,17 @@ def check_arguments(
     if missing:
         needs = ", ".join(str(port.port) for port in missing)
         raise UsageError(f"arguments: expected {needs}; received {sorted(values) or 'none'}.")
-    arrays = {name: for_input(port, values[name]) for name, port in ports.items()}
+    single = [name for name, port in ports.items() if port.port.shape == (None,) and np.ndim(values[name]) == 0]
+    arrays = {name: for_input(port, values[name]) for name, port in ports.items() if name not in single}
     _check_batch(ports, arrays)
-    return arrays
+    rows = next((len(array) for name, array in arrays.items() if ports[name].port.shape[:1] == (None,)), 1)
+    spread = {name: np.repeat(for_input(ports[name], _one_row(values[name])), rows) for name in single}
+    return {name: spread[name] if name in spread else arrays[name] for name in ports}
+
+
+def _one_row(value: Any) -> Any:
+    """A number without a batch, such as the timestep of all samples, as that of one sample."""
+    return value.reshape(1) if hasattr(value, "reshape") else [value]
 
 
 def _check_constant(name: str, baked: Any, value: Any) -> None:

@@ -15,6 +15,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from ...loop.errors import UsageError
+from ...loop.values import LARGEST_FACTOR
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -85,8 +88,10 @@ class Decoder(torch.nn.Module):
     def __init__(self, vae: Any, *, shifted: bool = False):
         super().__init__()
         self.vae = vae
-        self.scale = float(vae.config.scaling_factor)
-        self.shift = float(vae.config.shift_factor) if shifted else 0.0
+        self.scale = _number("scaling_factor", vae.config.scaling_factor)
+        self.shift = _number("shift_factor", vae.config.shift_factor) if shifted else 0.0
+        if self.scale == 0:
+            raise UsageError("vae/config.json: scaling_factor: expected a number that is not 0; received 0.")
 
     def unpacked(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [B, C, H, W] of what the loop carries."""
@@ -96,3 +101,11 @@ class Decoder(torch.nn.Module):
         """[B, *latent] -> {"image": [B, C, H, W]}."""
         scaled = self.unpacked(latents) / self.scale + self.shift
         return {"image": self.vae.decode(scaled, return_dict=False)[0].clamp(-1, 1)}
+
+
+def _number(name: str, value: Any) -> float:
+    """A value of the configuration of an autoencoder, which diffusers takes as it is."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not abs(value) <= LARGEST_FACTOR:  # also NaN
+        raise UsageError(f"vae/config.json: {name}: expected a finite number; received {value!r:.60}.")
+    return float(value)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...loop.errors import UsageError, nearest
+from ...loop.spec import MOST_STEPS
 
 # Packages each engine needs, and the extra that brings them. All of them read the checkpoint with torch.
 NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -26,7 +27,6 @@ ALIASES = {  # short names of diffusers schedulers
     "dpm": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
-MOST_STEPS = 10_000
 LONGEST_STEPS = 20  # digits; Python converts no number of thousands of them
 PATTERN = re.compile(r"(?P<engine>[^@:]+)(?:@(?P<steps>[0-9]+))?(?::(?P<solver>[A-Za-z0-9_+-]+))?")
 

@@ -206,6 +206,14 @@ BAD: dict[str, tuple[Edit, str]] = {
         lambda f: edit_sampler(f, config={"num_train_timesteps": 10**12}),
         "sampler.config.num_train_timesteps: expected at most 1000000; received 1000000000000",
     ),
+    "another_size_than_the_configuration": (
+        lambda f: edit_loop(f, latent={"shape": [1, 16, 16]}),
+        "latent.shape: expected 8 x 8 values, the sample_size of .*config.json; received 16 x 16. Correct the loop",
+    ),
+    "a_grid_of_many_calls": (
+        lambda f: edit_sampler(f, steps=1999, set_timesteps={"sigmas": [i / 5000 for i in range(5000, 0, -1)]}),
+        "sampler.set_timesteps: expected at most 4000 calls of the denoiser; .* makes 4999",
+    ),
     "a_grid_without_steps": (
         lambda f: edit_sampler(f, set_timesteps={"sigmas": [1.0] * 8}),
         "expected a grid of .* that goes from noise to sample; received",

@@ -141,7 +141,7 @@ def test_not_a_mapping(tmp_path: Path, text: str, kind: str) -> None:
         ("{class_labels: 10}", "{timestep: 10}", "guidance.unconditional names ['timestep'], which are not condition"),
         ("latent:", "constants: {hidden_states: 5}\nlatent:", "constants names ['hidden_states'], which are inputs of"),
         ("steps: 50", "steps: 0", "sampler.steps: Input should be greater than 0 (received 0)"),
-        ("steps: 50", "steps: 10001", "sampler.steps: Input should be less than or equal to 10000 (received 10001)"),
+        ("steps: 50", "steps: 2001", "sampler.steps: Input should be less than or equal to 2000 (received 2001)"),
         ("steps: 50", "steps: many", "sampler.steps: Input should be a valid integer"),
         (", steps: 50", "", "sampler.steps: Field required"),
         ("steps: 50", "steps: 50, eta: 0.5", "sampler.eta: Extra inputs are not permitted (received 0.5)"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from stepfold.frontend.load import Checkpoint, load_checkpoint
 from stepfold.frontend.surroundings import SURROUNDINGS
 from stepfold.frontend.surroundings.ends import CapturedEnds, Seen, capture_ends
-from stepfold.frontend.surroundings.surroundings import Prompt
+from stepfold.frontend.surroundings.surroundings import Decoder, Prompt
 from stepfold.loop.errors import StepfoldError, UsageError
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
@@ -187,3 +188,14 @@ def test_a_condition_that_nobody_can_give_is_refused() -> None:
     for value in (torch.zeros(2, 100), torch.tensor([1.0, 2.0])):
         with pytest.raises(UsageError, match="mask: the pipeline makes this condition"):
             ends._given("mask", value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("scaling_factor", value) for value in ("x", None, True, 0, float("nan"), 1e300, [1.0])]
+    + [("shift_factor", value) for value in ("x", float("inf"), [0.1])],
+)
+def test_factors_of_an_autoencoder_are_numbers(name: str, value: Any) -> None:
+    config = SimpleNamespace(**{"scaling_factor": 0.5, "shift_factor": None, name: value})
+    with pytest.raises(UsageError, match=rf"vae/config.json: {name}: expected a "):
+        Decoder(SimpleNamespace(config=config), shifted=True)
