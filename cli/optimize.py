@@ -107,6 +107,8 @@ def optimize(
 def parse_setting(text: str) -> tuple[str, str, Any]:
     """`NAME.OPTION=VALUE` as (pass or backend, option, value); the value is YAML: `10`, `40.5`, `auto`, `[a, b]`.
 
+    Of several passes of one name, `NAME:2` is the second.
+
     Raises:
         UsageError: it has another form.
     """

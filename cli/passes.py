@@ -97,6 +97,8 @@ def attributes(docstring: str) -> dict[str, str]:
 def type_name(annotation: Any) -> str:
     """A type as a person writes its values: `int | auto`, `number`, `list of str`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return type_name(arguments[0])
     if origin is Literal:
         return " | ".join(str(value) for value in arguments)
     if origin in (Union, UnionType):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from .errors import nearest
 from .spec import Strict
@@ -10,6 +10,8 @@ from .spec import Strict
 
 class Options(Strict):
     """Frozen options; unknown names are refused. Each is described in the `Attributes` of the class's docstring."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
 
 def option_problem(kind: type[Options], owner: str, error: ValidationError) -> str:

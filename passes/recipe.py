@@ -61,12 +61,15 @@ class Recipe:
         """The passes with checked options.
 
         Raises:
-            UsageError: an unknown pass, option or value, or a pass that stands after one of a later phase.
+            UsageError: an unknown pass, option or value, a pass that stands after one of a later phase, or one that
+            stands twice and could do nothing the second time.
         """
         steps = [_step(entry) for entry in self.entries]
         misplaced = out_of_order(steps)
         if misplaced is not None:
             raise UsageError(f"{self.entries[misplaced.index].place}: {misplaced.problem}")
+        for i, (entry, step) in enumerate(zip(self.entries, steps, strict=True)):
+            _refuse_again(entry, step, steps[:i])
         return steps
 
     def document(self) -> dict[str, Any]:
@@ -98,11 +101,11 @@ def _load(source: object, folder: Path, extending: tuple[str, ...]) -> Recipe:
     if not isinstance(source, (str, Path)):
         raise UsageError(f"recipe: expected a name or a file; received {source!r}.")
     name, path = str(source), folder / source
-    if path.suffix in (".yaml", ".yml") or os.path.isfile(path):
-        place, content = str(path), read_yaml(path, RECIPE)
-    elif name in shipped_recipes():
+    if name in shipped_recipes():  # a file or folder of that name is written as ./NAME
         place = f"{name}.yaml"
         content = parse_yaml((_folder() / place).read_text(), place, RECIPE)
+    elif path.suffix in (".yaml", ".yml") or os.path.isfile(path):
+        place, content = str(path), read_yaml(path, RECIPE)
     else:
         raise UsageError(f"recipe {name!r}: no such recipe or file; {nearest(name, shipped_recipes())}")
     if place in extending:
@@ -113,22 +116,52 @@ def _load(source: object, folder: Path, extending: tuple[str, ...]) -> Recipe:
 def override(recipe: Recipe, settings: Sequence[tuple[str, str, Any]]) -> Recipe:
     """The recipe with single options replaced: (pass, option, value).
 
+    `quantize` addresses every pass of that name, `quantize:2` the second one.
+
     Raises:
         UsageError: the recipe has no such pass.
     """
     entries = list(recipe.entries)
     for name, option, value in settings:
-        places = [i for i, entry in enumerate(entries) if entry.name == name]
-        if not places:
-            names = [entry.name for entry in entries]
-            raise UsageError(
-                f"--set {name}.{option}: recipe {recipe.name!r} has no pass {name!r}; {nearest(name, names)}"
-            )
-        for i in places:
+        for i in _addressed(recipe, name, option):
             entries[i] = replace(
                 entries[i], options={**entries[i].options, option: value}, place=f"--set {name}.{option}"
             )
     return replace(recipe, entries=tuple(entries))
+
+
+def _addressed(recipe: Recipe, address: str, option: str) -> list[int]:
+    """The places of the passes that `NAME` or `NAME:NUMBER` addresses."""
+    name, colon, number = address.partition(":")
+    names = [entry.name for entry in recipe.entries]
+    places = [i for i, found in enumerate(names) if found == name]
+    if not places:
+        raise UsageError(
+            f"--set {address}.{option}: recipe {recipe.name!r} has no pass {name!r}; {nearest(name, names)}"
+        )
+    if not colon:
+        return places
+    if not (number.isdecimal() and len(number) < 4 and 1 <= int(number) <= len(places)):
+        raise UsageError(
+            f"--set {address}.{option}: expected {name}:1 to {name}:{len(places)}, the passes of that name in recipe "
+            f"{recipe.name!r}; received {address!r:.60}."
+        )
+    return [places[int(number) - 1]]
+
+
+def _refuse_again(entry: Entry, step: Step, before: Sequence[Step]) -> None:
+    """Refuse a pass after an equal one, and a second schedule: neither leaves both of them a purpose."""
+    operation = step.operation
+    for earlier in (other.operation for other in before if other.operation.name == operation.name):
+        if operation.phase is Phase.SCHEDULE:
+            reason = "and the second throws away what the first has fitted"
+        elif operation.idempotent and earlier.options == operation.options:
+            reason = "and the second has nothing left to do"
+        else:
+            continue
+        raise UsageError(
+            f"{entry.place}: pass {entry.name}: expected it once; received it twice, {reason}. Remove one of them."
+        )
 
 
 def _folder() -> Any:

@@ -172,7 +172,21 @@ def _backend_options(job: Job, engine: str) -> dict[str, Any]:
 
 
 def _addresses_backend(setting: tuple[str, str, Any]) -> bool:
-    return any(backend.name == setting[0] for backend in registry.BACKENDS)
+    """Whether a setting is for an engine and not for a pass.
+
+    Raises:
+        UsageError: there are both of that name.
+    """
+    from ..passes.registry import PASSES
+
+    name, option, _ = setting
+    found = any(backend.name == name for backend in registry.BACKENDS)
+    if found and any(operation.name == name for operation in PASSES):
+        raise UsageError(
+            f"--set {name}.{option}: expected a pass or a backend; there are both of the name {name!r}. Give the option "
+            "in a recipe, or in the code that registers them rename one."
+        )
+    return found
 
 
 def make_context(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import PositiveInt
+from pydantic import Field
 
 from ...loop.options import Options
 
@@ -22,7 +22,7 @@ class OnnxruntimeOptions(Options):
     """
 
     provider: Provider = "cpu"
-    rows: PositiveInt | None = 5
+    rows: int | None = Field(default=5, ge=1, le=1 << 20)
 
     @property
     def device(self) -> str:

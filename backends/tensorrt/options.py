@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from ...loop.options import Options
 
+LARGEST_BATCH = 1 << 20
 ComputeCapability = Literal["SM75", "SM80", "SM86", "SM89", "SM120", "SM121"]
 
 
@@ -24,10 +25,10 @@ class PlanOptions(Options):
     """
 
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    min_batch: int = Field(default=1, ge=1)
-    opt_batch: int = Field(default=8, ge=1)
-    max_batch: int = Field(default=64, ge=1)
-    workspace_mib: int | None = Field(default=None, ge=1)
+    min_batch: int = Field(default=1, ge=1, le=LARGEST_BATCH)
+    opt_batch: int = Field(default=8, ge=1, le=LARGEST_BATCH)
+    max_batch: int = Field(default=64, ge=1, le=LARGEST_BATCH)
+    workspace_mib: int | None = Field(default=None, ge=1, le=1 << 24)
 
     @model_validator(mode="after")
     def _batches_in_order(self) -> Self:

@@ -59,18 +59,18 @@ class QuantizeOptions(Options):
     activations: Literal["dynamic", "static", "symmetric", "float", "auto"] = "dynamic"
     smooth: float | Literal["search", "salience", "awq"] | None = Field(default=None)
     rounding: Literal["auto", "nearest", "gptq", "sequential-gptq"] = "nearest"
-    group: int = Field(default=64, ge=16)
-    rank: int = Field(default=32, ge=1)
+    group: int = Field(default=64, ge=16, le=1 << 16)
+    rank: int = Field(default=32, ge=1, le=1 << 16)
     residual: Literal["int4", "int8", "fp8"] = "int4"
     format: Literal["int8", "fp8", "int4"] = "int8"
     rotate: Literal["heads"] | None = None
     repair: Literal["data-free"] | None = None
-    bits: float = Field(default=7.0, gt=0)
+    bits: float = Field(default=7.0, gt=0, le=32)
     time: float | None = Field(default=None, gt=0, le=1)
     hoisted: Literal["int8", "int4"] | None = None
     include: tuple[str, ...] = ("*",)
     skip: tuple[str, ...] = ()
-    min_tokens: int = Field(default=2, ge=1)
+    min_tokens: int = Field(default=2, ge=1, le=1 << 40)
     part: tuple[float, float] = (0.0, 1.0)
     max_drift: float | None = Field(default=None, gt=0)
 

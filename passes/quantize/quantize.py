@@ -35,6 +35,8 @@ QUANTIZED = (
 )
 FASTEST = {"openvino": "symmetric", "tensorrt": "symmetric"}
 """Activations of `int8` by engine, where others than `dynamic` ones are fastest, or the only ones."""
+FLOATS_ONLY = ("torch_tensorrt",)
+"""Engines that have no form for quantized layers."""
 WEIGHTS_ONLY: Mapping[str, type[Scheme]] = {"int8": Int8Weights, "int4": Int4}
 
 
@@ -84,6 +86,9 @@ class Quantize(Pass[QuantizeOptions]):
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Quantize every accepted site."""
+        if context.engine_name in FLOATS_ONLY:
+            reason = f"{context.engine_name} has no form for quantized layers"
+            return PassResult(program, 0, (Refusal("every layer", reason),))
         if self.options.activations == "auto":
             fastest = FASTEST.get(context.engine_name, "dynamic")
             chosen = self.options.model_copy(update={"activations": fastest})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -10,6 +10,10 @@ from ..base import Options
 
 MINIMUM_VALIDATION = 64
 """A budget is met when the lower 95 % bound of the mean over at least so many validation samples meets it."""
+
+
+MOST_SAMPLES = 100_000
+"""Of one set: the full loop runs for each of them, and its latents are kept."""
 
 
 class ScheduleOptions(Options):
@@ -26,11 +30,11 @@ class ScheduleOptions(Options):
         moves: random moves of positions that are tried for one number of evaluations.
     """
 
-    evaluations: int | Literal["auto"] = "auto"
-    min_psnr: float | None = Field(default=40.0, ge=0, allow_inf_nan=False)
-    samples: int = Field(default=40, ge=4)
-    search_samples: int = Field(default=16, ge=2)
-    validation: int = Field(default=MINIMUM_VALIDATION, ge=MINIMUM_VALIDATION)
+    evaluations: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    min_psnr: float | None = Field(default=40.0, ge=0)
+    samples: int = Field(default=40, ge=4, le=MOST_SAMPLES)
+    search_samples: int = Field(default=16, ge=2, le=MOST_SAMPLES)
+    validation: int = Field(default=MINIMUM_VALIDATION, ge=MINIMUM_VALIDATION, le=MOST_SAMPLES)
     outputs: int = Field(default=3, ge=1, le=8)
     directions: int = Field(default=2, ge=0, le=8)
     moves: int = Field(default=64, ge=0, le=10_000)

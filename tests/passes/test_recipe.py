@@ -315,6 +315,64 @@ def test_override_keeps_optional() -> None:
     assert next(entry for entry in recipe.entries if entry.name == "quantize").optional is True
 
 
+def two(first: dict[str, Any], second: dict[str, Any]) -> Recipe:
+    return load_recipe({"passes": ["hoist", {"quantize": first}, {"quantize": second}]})
+
+
+def test_override_of_one_of_two_passes() -> None:
+    both = two({"part": [0, 0.5]}, {"part": [0.5, 1]})
+    for address, expected in (("quantize", [4, 4]), ("quantize:1", [4, None]), ("quantize:2", [None, 4])):
+        recipe = override(both, [(address, "min_tokens", 4)])
+        assert [entry.options.get("min_tokens") for entry in recipe.entries[1:]] == expected
+
+
+@pytest.mark.parametrize("number", ["", "0", "3", "-1", "x", "1.5", "²", "9" * 5000])
+def test_override_of_a_pass_of_no_number(number: str) -> None:
+    with pytest.raises(UsageError, match="expected quantize:1 to quantize:2, the passes of that name in recipe"):
+        override(two({"part": [0, 0.5]}, {"part": [0.5, 1]}), [(f"quantize:{number}", "min_tokens", 4)])
+
+
+@pytest.mark.parametrize(
+    ("passes", "expected"),
+    [
+        (["hoist", "hoist"], "pass hoist: expected it once; received it twice, and the second has nothing left to do"),
+        (["fuse", "fuse"], "pass fuse: expected it once; received it twice, and the second has nothing left to do"),
+        ([{"quantize": {"scheme": "int8"}}, "quantize"], "pass quantize: expected it once; received it twice, and the"),
+        (
+            [{"schedule": {"evaluations": 3}}, {"schedule": {"evaluations": 4}}],
+            "pass schedule: expected it once; received it twice, and the second throws away what the first has fitted",
+        ),
+    ],
+)
+def test_a_pass_that_could_do_nothing_the_second_time(passes: list[Any], expected: str) -> None:
+    assert expected in message({"passes": passes})
+
+
+def test_passes_of_one_name_with_different_options() -> None:
+    assert len(two({"part": [0, 0.5]}, {"part": [0.5, 1]}).steps()) == 3
+
+
+@pytest.mark.parametrize("evaluations", [0, -1])
+def test_a_number_of_evaluations_is_known_to_be_wrong_before_the_model_is_read(evaluations: int) -> None:
+    assert "option 'evaluations': expected greater than or equal to 1" in message(
+        {"passes": [{"schedule": {"evaluations": evaluations}}]}
+    )
+
+
+@pytest.mark.parametrize("name", ["samples", "search_samples", "validation"])
+def test_a_number_of_samples_has_a_limit(name: str) -> None:
+    assert f"option '{name}': expected less than or equal to 100000" in message(
+        {"passes": [{"schedule": {name: 10**12}}]}
+    )
+
+
+def test_a_file_does_not_stand_in_for_a_shipped_recipe(write, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write("passes: [hoist]", "int8")
+    monkeypatch.chdir(path.parent)
+    assert [entry.name for entry in load_recipe("int8").entries] == ["hoist", "quantize", "fuse", "schedule"]
+    assert [entry.name for entry in load_recipe("./int8").entries] == ["hoist"]
+
+
 # -- the document in the manifest
 
 

@@ -13,6 +13,7 @@ from programs import component
 import stepfold
 from stepfold.backends import registry
 from stepfold.backends.onnxruntime import capability, lower, session
+from stepfold.backends.registry import Backend
 from stepfold.ir.program import Program, Stage
 from stepfold.loop.errors import UsageError
 from stepfold.loop.options import Options
@@ -106,6 +107,14 @@ def test_wrong_options(
         optimize(Job(tiny_checkpoint, tmp_path / "bundle", backend=backend, settings=[setting]), silent)
     assert message in str(caught.value)
     assert seen == [] and list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_a_pass_and_a_backend_have(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(registry, "BACKENDS", (*registry.BACKENDS, Backend("fuse", ".onnx")))
+    with pytest.raises(
+        UsageError, match=r"--set fuse\.rules: expected a pass or a backend; there are both of the name"
+    ):
+        optimize(Job(tiny_checkpoint, tmp_path / "bundle", settings=[("fuse", "rules", [])]), silent)
 
 
 def test_options_while_a_schedule_is_fitted(seen: list, program: Program) -> None:

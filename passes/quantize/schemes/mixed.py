@@ -99,11 +99,11 @@ class Mixed(Scheme):
         self, program: Program, groups: Sequence[Group], inputs: Mapping[str, Inputs], context: Context
     ) -> Mapping[str, object]:
         """Measure every group in every format, then spend the bits or the time."""
-        formats = {"int8": self._int8, "int4": self._int4}
+        kinds = {"int8": self._int8, "int4": self._int4}
         realized: dict[str, dict[str, Realization | None]] = {
             group.key: {
                 FLOAT: None,
-                **{name: kind.realize(group, inputs[group.key]) for name, kind in formats.items()},
+                **{name: kind.realize(group, inputs[group.key]) for name, kind in kinds.items()},
             }
             for group in groups
         }
@@ -113,7 +113,7 @@ class Mixed(Scheme):
         for i, group in enumerate(groups):
             context.progress("measuring sensitivity", i, len(groups))
             choices[group.key] = [
-                Choice(name, budget.costs[group.key][name], drift.of(replaced(program, [group], [item])) ** 2)
+                Choice(name, budget.costs[group.key][name], _damage(drift, program, group, item))
                 for name, item in realized[group.key].items()
             ]
         found = self._best(drift, program, groups, realized, _candidates(choices, budget))
@@ -160,6 +160,11 @@ class Mixed(Scheme):
             return drift.of(replaced(program, groups, items))
 
         return min(candidates, key=measured)
+
+
+def _damage(drift: SampleDrift, program: Program, group: Group, realization: Realization | None) -> float:
+    """Squared drift of the samples where a group alone is replaced; none where it stays in floats."""
+    return 0.0 if realization is None else drift.of(replaced(program, [group], [realization])) ** 2
 
 
 def _bits(group: Group, format: str, int4: Int4) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from programs import context_of, denoiser, samples_of
+from pydantic import ValidationError
 from torch import nn
 
 from stepfold.ir.program import Program
@@ -17,6 +19,7 @@ from stepfold.loop.metrics import drift
 from stepfold.passes.manager import Step, run_passes
 from stepfold.passes.quantize.options import QuantizeOptions
 from stepfold.passes.quantize.quantize import Quantize
+from stepfold.passes.quantize.schemes import mixed
 from stepfold.passes.recipe import load_recipe
 from stepfold.runtime.packing import batch_invariant
 from stepfold.runtime.workshop import workshop
@@ -109,3 +112,26 @@ def test_layers_that_do_not_fit(growing: tuple[Program, Program], options: dict[
     steps = [Step(Quantize(QuantizeOptions.model_validate(options)))]
     with pytest.raises(StepfoldError, match=f"expected to change something.*layer: {reason}"):
         run_passes(program, steps, context_of(program, Path("unused")))
+
+
+def test_a_layer_that_stays_in_floats_is_not_measured(growing: tuple[Program, Program]) -> None:
+    program, _ = growing
+    group = object()
+    assert mixed._damage(object(), program, group, None) == 0.0  # type: ignore[arg-type]
+
+
+def test_an_engine_without_a_form_for_quantized_layers_gets_none(growing: tuple[Program, Program]) -> None:
+    program, _ = growing
+    context = replace(context_of(program, Path("unused")), engine_name="torch_tensorrt")
+    optional = Step(Quantize(QuantizeOptions(activations="auto")), optional=True)
+    (record,) = run_passes(program, [optional], context).records
+    assert record.outcome == "identity" and record.refused[0].reason.startswith("torch_tensorrt has no form")
+    with pytest.raises(StepfoldError, match=r"changed nothing .*torch_tensorrt has no form for quantized layers"):
+        run_passes(program, [replace(optional, optional=False)], context)
+
+
+@pytest.mark.parametrize("option", ["group", "rank", "bits", "min_tokens", "max_drift"])
+def test_numbers_have_a_range(option: str) -> None:
+    for value in (10**30, float("nan"), float("inf")):
+        with pytest.raises((ValidationError, UsageError)):
+            QuantizeOptions.model_validate({option: value if option != "max_drift" else float("nan")})
