@@ -66,6 +66,11 @@ def check_values(manifest: Manifest, tables: Tables) -> None:
                     f"stage {stage.name}: expected values of its rate, {stage.rate}; {port.name!r} changes more often. "
                     f"{AGAIN}"
                 )
+        needed = Rate.of(role for port in stage.input_ports() for role in roles[port.name])
+        if manifest.loop is not None and needed is not stage.rate:
+            raise BundleError(
+                f"stage {stage.name}: expected the rate of what it reads, {needed}; received {stage.rate}. {AGAIN}"
+            )
         for port in stage.output_ports():
             roles[port.name] = stage.rate.roles
             if port.name in tables.values:

@@ -17,6 +17,7 @@ from ..loop.values import DTYPES, MOST_DIMENSIONS, ArrayLike, Size
 
 FORMAT_VERSION = 1
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Seed = Annotated[int, Field(ge=0, strict=True)]
 Calls = Annotated[int, Field(ge=0, le=1 << 20)]
 MOST_INDICES = 1 << 24  # of an embedding; a list of them fits memory
 
@@ -270,7 +271,7 @@ class Manifest(Strict):
     loop: LoopSpec | None
     backend: BackendEntry
     batch_invariant: bool
-    seeds: dict[str, JsonValue] = Field(default_factory=dict)
+    seeds: dict[str, Seed | tuple[Seed, ...]] = Field(default_factory=dict)
     passes: tuple[PassEntry, ...] = ()
     schedule: ScheduleEntry | None = None
     quality: QualityEntry | None = None

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from ..loop.errors import UsageError
 from ..loop.reading import Expected, read_json
@@ -18,8 +18,9 @@ from ..loop.writing import replacing
 REPORT = "report.json"
 LARGEST_REPORT_BYTES = 64 << 20
 BENCH_REPORT = Expected("the JSON of `stepfold bench`", hint="Make it with `stepfold bench BUNDLE --out DIR`.")
-Positive = Annotated[FiniteFloat, Field(ge=1e-9, le=1e15)]
-"""Milliseconds that a clock can show; ratios of them are finite."""
+LEAST_MS = 1e-9
+Positive = Annotated[FiniteFloat, Field(gt=0, le=1e15), AfterValidator(lambda value: max(value, LEAST_MS))]
+"""Milliseconds, at least what a clock can show, so that ratios of them are finite."""
 Bytes = Annotated[int, Field(ge=0)]
 
 

@@ -88,6 +88,11 @@ def open_stage(
         backend = get(entry.name).with_options(entry.options)
     except UsageError as error:
         raise BundleError(f"{bundle.path}: {error} {AGAIN}") from error
+    if entry.device != backend.default_device:
+        raise BundleError(
+            f"{bundle.path}: expected the device {backend.default_device!r} that the options of {entry.name} say; "
+            f"received {entry.device!r}. {AGAIN}"
+        )
     require_allowed(bundle, allow_native)
     ports = stage.input_ports(), stage.output_ports()
     files = bundle.stage_files(stage)

@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from pydantic import ValidationError
 
 from ..backends.registry import get
 from ..bundle.bind import other_branch
+from ..bundle.files import AGAIN
 from ..bundle.manifest import Manifest, QualityEntry, ScheduleEntry
 from ..bundle.tables import TABLES, Tables
 from ..bundle.writer import SCHEDULE, write_manifest, write_schedule, write_tables, writing
-from ..loop.errors import UsageError
+from ..loop.errors import BundleError, UsageError
+from ..loop.options import option_problem
 from ..loop.table import FoldedTable
 from .compiler import Progress, cache_folder
 from .engine import UNGUIDED, Engine, load
@@ -97,15 +100,20 @@ def _options(engine: Engine, min_psnr: float | None) -> ScheduleOptions:
 
     manifest = engine.manifest
     recipe = manifest.recipe if isinstance(manifest.recipe, dict) else {}
-    listed = recipe.get("passes") or []
-    found = [entry["schedule"] for entry in listed if isinstance(entry, dict) and "schedule" in entry]  # type: ignore[union-attr]
+    listed = recipe.get("passes")
+    passes = listed if isinstance(listed, list) else []
+    found = [entry["schedule"] for entry in passes if isinstance(entry, dict) and "schedule" in entry]
     scales = manifest.loop.guidance.scales if manifest.loop is not None and manifest.loop.guidance else (UNGUIDED,)
     if manifest.schedule is None or not found or not set(scales) <= set(engine.tables.fitted):
         raise UsageError(
             f"{engine.bundle.path}: expected a bundle with a fitted schedule; its recipe has no `schedule`, so every call of the "
             "loop is evaluated. Build it with one: stepfold optimize --recipe default"
         )
-    options = ScheduleOptions.model_validate(found[-1])
+    try:
+        options = ScheduleOptions.model_validate(found[-1])
+    except ValidationError as error:
+        problem = option_problem(ScheduleOptions, "pass", error)
+        raise BundleError(f"{engine.bundle.path}: recipe: pass schedule: {problem} {AGAIN}") from None
     return options if min_psnr is None else options.model_copy(update={"evaluations": "auto", "min_psnr": min_psnr})
 
 

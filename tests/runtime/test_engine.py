@@ -249,6 +249,14 @@ def test_run_where_parts_of_the_loop_have_stages_of_their_own(tiny: Any, tmp_pat
         engine.run(hidden_states=latents, timestep=np.full(2, 700, np.float32), class_labels=labels)
 
 
+def test_a_number_serves_all_samples(engine: Engine) -> None:
+    """A denoiser takes one timestep for its whole batch."""
+    arguments = {"hidden_states": NOISE, "class_labels": LABELS}
+    (wanted,) = engine.run(**arguments, timestep=np.full(5, 750, np.float32))
+    for number in (750, np.float32(750), np.array(750, np.float32)):
+        np.testing.assert_array_equal(engine.run(**arguments, timestep=number)[0], wanted)
+
+
 def test_nested_arguments(tiny: Any, bundle_folder: Path) -> None:
     """`added.labels.0` is the first element of a list in a dictionary, and constants may be nested too."""
     data = read_manifest(bundle_folder).model_dump(mode="json", by_alias=True)
@@ -306,6 +314,29 @@ def test_a_bundle_with_an_option_that_its_backend_lacks(bundle_folder: Path) -> 
     backend = {"name": "onnxruntime", "version": "1", "device": "cpu", "options": {"later": 1}}
     with pytest.raises(BundleError, match=r"unknown option 'later'; valid: provider, rows\."):
         load(rewritten(bundle_folder, backend=backend))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"options": {"rows": 10**30}}, "option 'rows': expected less than or equal to 1048576"),
+        ({"options": {"provider": "cuda"}}, "expected the device 'cuda' that the options of onnxruntime say; received"),
+        ({"device": "tpu"}, "expected the device 'cpu' that the options of onnxruntime say; received 'tpu'"),
+    ],
+)
+def test_a_bundle_whose_backend_contradicts_itself(bundle_folder: Path, changes: dict[str, Any], message: str) -> None:
+    backend = {"name": "onnxruntime", "version": "1", "device": "cpu"} | changes
+    with pytest.raises(BundleError, match=message):
+        load(rewritten(bundle_folder, backend=backend))
+
+
+def test_a_stage_has_the_rate_of_what_it_reads(bundle_folder: Path) -> None:
+    """One that runs more often would cost more than was measured, and says something else than it does."""
+    stages = read_manifest(bundle_folder).model_dump(mode="json", by_alias=True)["stages"]
+    with pytest.raises(
+        BundleError, match="stage embed: expected the rate of what it reads, once×timestep; received step"
+    ):
+        load(rewritten(bundle_folder, stages=[stage | {"rate": "step"} for stage in stages]))
 
 
 def test_a_damaged_bundle_is_not_loaded(bundle_folder: Path) -> None:

@@ -13,7 +13,7 @@ from checkpoints import QUICK, load_captured
 from stepfold.bundle import Probe, read, write_manifest, write_probe
 from stepfold.calibration.conditions import sample_request
 from stepfold.ir.program import Program
-from stepfold.loop.errors import BundleError
+from stepfold.loop.errors import BundleError, UsageError
 from stepfold.loop.noise import SampleSet
 from stepfold.loop.spec import LoopSpec
 from stepfold.passes.base import silent
@@ -75,3 +75,22 @@ def test_conditions_that_do_not_fit_the_model_are_damage(bundle_folder: Path, na
     write_manifest(bundle_folder, found.manifest)
     with pytest.raises(BundleError, match="of the other guidance branch; received"):
         of_bundles([read(bundle_folder)])
+
+
+@pytest.mark.parametrize("schedule", [None, [1], "abc", {"evaluations": "x"}, {"zzz": 1}, {"samples": 10**12}])
+def test_a_recipe_that_no_build_wrote_is_damage(bundle: Path, schedule: object) -> None:
+    engine = load(bundle)
+    recipe = {"name": "fp32", "passes": [{"schedule": schedule}]}
+    changed = replace(engine.bundle, manifest=engine.manifest.model_copy(update={"recipe": recipe}))
+    engine.bundle = changed
+    with pytest.raises(BundleError, match="recipe: pass schedule: "):
+        refit._options(engine, None)
+
+
+@pytest.mark.parametrize("passes", [None, 5, "schedule", [5], {"schedule": {}}])
+def test_a_recipe_without_a_schedule(bundle: Path, passes: object) -> None:
+    engine = load(bundle)
+    manifest = engine.manifest.model_copy(update={"recipe": {"passes": passes}})
+    engine.bundle = replace(engine.bundle, manifest=manifest)
+    with pytest.raises(UsageError, match="expected a bundle with a fitted schedule"):
+        refit._options(engine, None)

@@ -196,6 +196,6 @@ def test_a_condition_that_nobody_can_give_is_refused() -> None:
     + [("shift_factor", value) for value in ("x", float("inf"), [0.1])],
 )
 def test_factors_of_an_autoencoder_are_numbers(name: str, value: Any) -> None:
-    config = SimpleNamespace(**{"scaling_factor": 0.5, "shift_factor": None, name: value})
+    config = SimpleNamespace(**{"scaling_factor": 0.5, "shift_factor": 0.0, name: value})
     with pytest.raises(UsageError, match=rf"vae/config.json: {name}: expected a "):
         Decoder(SimpleNamespace(config=config), shifted=True)
