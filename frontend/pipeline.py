@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from .weights import first_line, without_progress_bars
 
 logger = logging.getLogger(__name__)
 
-DENOISERS = ("transformer", "unet")
+DENOISERS = ("transformer", "unet", "prior", "decoder")
 PROMPTS = ["a photo of a cat", "a drawing of a tree"]
 USUAL_STEPS = 50
 KNOWN_ARGUMENTS: Mapping[str, Any] = {"prompt": PROMPTS, "class_labels": [0, 1]}
@@ -85,7 +86,7 @@ def load_pipeline(
     pipeline = _pipeline(index, parts, denoiser)
     given = read_tensors(inputs or path / INPUTS_FILE) if inputs or (path / INPUTS_FILE).is_file() else {}
     arguments = _arguments(path, pipeline, given, call or PipelineCall())
-    inferred = _record(path, pipeline, denoiser, arguments)
+    inferred = _with_nothing(denoiser, _record(path, pipeline, denoiser, arguments))
     run = PipelineRun(pipeline, denoiser, arguments, BATCH)
     return Checkpoint(
         path=path,
@@ -99,6 +100,19 @@ def load_pipeline(
         unconditional=inferred.unconditional,
         around=_around(run),
         run=run,
+    )
+
+
+def _with_nothing(denoiser: torch.nn.Module, inferred: Inferred) -> Inferred:
+    """The call with the None that a pipeline gives for arguments without a default (the text of AudioLDM's UNet)."""
+    parameters = inspect.signature(denoiser.forward).parameters.values()
+    required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    missing = dict.fromkeys(name for name in required if name not in inferred.kwargs)
+    constants = {**inferred.loop.constants, **missing}
+    return replace(
+        inferred,
+        kwargs={**inferred.kwargs, **missing},
+        loop=inferred.loop.model_copy(update={"constants": constants}),
     )
 
 
@@ -151,6 +165,8 @@ def _arguments(path: Path, pipeline: Any, given: Mapping[str, torch.Tensor], cal
             "holds the whole grid only, from noise to sample. Save the folder as the text-to-image pipeline."
         )
     arguments = {name: value for name, value in KNOWN_ARGUMENTS.items() if name in parameters}
+    if not arguments and "batch_size" in parameters:  # of an unconditional model
+        arguments["batch_size"] = BATCH
     if "prompt_embeds" in given:
         arguments |= {name: None for name in ("prompt", "negative_prompt") if name in parameters}
     arguments |= {name: value.item() if value.ndim == 0 else value for name, value in given.items()}
@@ -189,11 +205,26 @@ def _runs(path: Path, name: str, denoiser: torch.nn.Module, stage: Path | None =
     except (StepfoldError, MemoryError):
         raise
     except Exception as error:
+        if _asks_for_an_image(name, error):
+            raise UsageError(
+                f"{path}: {name} is called with an image ({first_line(error)}), and the fold holds text-to-image and "
+                "class-to-image pipelines, from noise to sample. Save the folder as the text-to-image pipeline of its "
+                "model."
+            ) from error
+        reason = first_line(error) if stage is None else first_line(error).replace(str(stage), str(path))
         raise UsageError(
-            f"{path}: {name} cannot be run: {first_line(error).replace(str(stage), str(path))} Give what is missing with --inputs "
+            f"{path}: {name} cannot be run: {reason} Give what is missing with --inputs "
             f"FILE.safetensors (arguments of its call, such as prompt_embeds), or a {LOOP_FILE} for the "
             f"{type(denoiser).__name__}. {loop_lines(type(denoiser))}"
         ) from error
+
+
+def _asks_for_an_image(name: str, error: Exception) -> bool:
+    """Whether a pipeline failed for want of an image that only its call can give."""
+    import diffusers
+
+    parameters = inspect.signature(getattr(diffusers, name).__call__).parameters
+    return "image" in str(error).lower() and not {"image", "control_image"}.isdisjoint(parameters)
 
 
 def _steps(pipeline: Any, arguments: Mapping[str, Any]) -> int:

@@ -53,8 +53,8 @@ def t5(width: int) -> T5EncoderModel:
     return T5EncoderModel(T5Config(vocab_size=len(PIECES), feed_forward_proj="gated-gelu", **sizes))
 
 
-def vae() -> diffusers.AutoencoderKL:
-    return diffusers.AutoencoderKL(**(zoo.VAE_DECODER.config | {"scaling_factor": 0.5, "shift_factor": 0.1}))
+def vae(**changes: Any) -> diffusers.AutoencoderKL:
+    return diffusers.AutoencoderKL(**(zoo.VAE_DECODER.config | {"scaling_factor": 0.5, "shift_factor": 0.1} | changes))
 
 
 def sd3(folder: Path, with_t5: bool = True) -> Path:
@@ -91,11 +91,15 @@ def flux(folder: Path) -> Path:
     return folder
 
 
-def stable_diffusion(folder: Path) -> Path:
-    """Stable Diffusion 1: one CLIP encoder."""
+def unet(**changes: Any) -> diffusers.UNet2DConditionModel:
+    return diffusers.UNet2DConditionModel(**(zoo.UNET.config | changes))
+
+
+def stable_diffusion(folder: Path, **changes: Any) -> Path:
+    """Stable Diffusion 1: one CLIP encoder; `changes` are those of the UNet's configuration."""
     torch.manual_seed(0)
     pipeline = diffusers.StableDiffusionPipeline(
-        unet=zoo.UNET.build(),
+        unet=unet(**changes),
         vae=vae(),
         scheduler=diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1),
         text_encoder=clip(24),

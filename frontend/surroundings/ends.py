@@ -18,7 +18,7 @@ from .surroundings import Prompt, Surroundings, Text
 
 TOLERANCE = 1e-4  # relative L2, of conditions
 LONG = " ".join(["a very long prompt that is cut"] * 100)
-SMALL = 64  # numbers that a pipeline may set in a condition of its own
+MOST_GIVEN = 1 << 16  # numbers of a condition that a pipeline sets itself; the manifest holds them
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _token_numbers(content: str, prompts: Sequence[str]) -> np.ndarray:
 
 def _given(name: str, value: torch.Tensor) -> Any:
     """The value of one sample of a condition that does not come from the prompt."""
-    if value[0].numel() > SMALL or not all(torch.equal(row, value[0]) for row in value):
+    if value[0].numel() > MOST_GIVEN or not all(torch.equal(row, value[0]) for row in value):
         raise UsageError(
             f"{name}: the pipeline makes this condition {list(value.shape)} in a way that is not captured; its bundle "
             "would take no prompts."

@@ -240,7 +240,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no_denoiser": (
         lambda f: edit_index(f, transformer=[None, None]),
-        "expected a pipeline with a scheduler and a transformer or a unet; it has scheduler, vae",
+        "expected a pipeline with a scheduler and a transformer or a unet or a prior or a decoder; it has",
     ),
     "pickled_vae": (
         lambda f: (f / "vae" / "diffusion_pytorch_model.safetensors").rename(f / "vae" / "diffusion_pytorch_model.bin"),

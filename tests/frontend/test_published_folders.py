@@ -12,6 +12,8 @@ import numpy as np
 import pipelines
 import pytest
 import torch
+from safetensors.torch import save_file
+from transformers import ClapTextConfig, ClapTextModelWithProjection, SpeechT5HifiGan, SpeechT5HifiGanConfig
 
 from stepfold.frontend.components import read_index
 from stepfold.frontend.load import load_checkpoint
@@ -215,4 +217,83 @@ def test_a_pointer_in_the_place_of_a_file_is_named_as_such(folder: Path, name: s
 def test_weights_of_flax_alone_are_refused_by_name(folder: Path) -> None:
     (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(folder / "unet" / "diffusion_flax_model.msgpack")
     with pytest.raises(UsageError, match=r"unet: its weights are those of Flax \(diffusion_flax_model.msgpack\)"):
+        load_checkpoint(folder)
+
+
+# -- other calls
+
+
+def unconditional(folder: Path, **config: Any) -> Path:
+    torch.manual_seed(0)
+    network = diffusers.UNet2DModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+    )
+    diffusers.DDIMPipeline(network, diffusers.DDIMScheduler(**config)).save_pretrained(folder)
+    return folder
+
+
+def test_an_unconditional_pipeline_is_asked_for_a_batch(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(unconditional(tmp_path / "ddim", clip_sample=False), call=pipeline_call(steps=5))
+    loop = checkpoint.loop
+    assert loop is not None and loop.conditions == [] and loop.guidance is None
+    assert loop.latent.shape == (3, 8, 8) and loop.sampler.steps == 5
+    with pytest.raises(UsageError, match="clip_sample is True, so it clips the predicted sample"):
+        load_checkpoint(unconditional(tmp_path / "clips"), call=pipeline_call(steps=5))
+
+
+def test_a_scale_that_a_network_is_told_is_a_condition_of_the_pipeline(tmp_path: Path) -> None:
+    """LCM: 256 numbers for the guidance scale, no second branch, and prompts all the same."""
+    folder = pipelines.stable_diffusion(tmp_path / "lcm", time_cond_proj_dim=256)
+    checkpoint = load_checkpoint(folder, call=pipeline_call(steps=4))
+    assert checkpoint.loop is not None and checkpoint.loop.guidance is None
+    ends = checkpoint.capture_ends()
+    assert ends is not None and ends.text is not None and len(ends.given["timestep_cond"]) == 256
+
+
+def test_nothing_for_an_argument_without_a_default(tmp_path: Path) -> None:
+    """AudioLDM gives its UNet no text but a class embedding."""
+    torch.manual_seed(0)
+    text: dict[str, Any] = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "projection_dim": 8,
+    }
+    sizes: dict[str, Any] = {
+        "model_in_dim": 8,
+        "upsample_initial_channel": 8,
+        "upsample_rates": [2, 2],
+        "upsample_kernel_sizes": [4, 4],
+    }
+    pipeline = diffusers.AudioLDMPipeline(
+        vae=pipelines.vae(in_channels=1, out_channels=1),
+        text_encoder=ClapTextModelWithProjection(ClapTextConfig(vocab_size=8, max_position_embeddings=8, **text)),
+        tokenizer=None,
+        unet=pipelines.unet(
+            cross_attention_dim=(16, 32), class_embed_type="simple_projection", projection_class_embeddings_input_dim=8
+        ),
+        scheduler=diffusers.DDIMScheduler(clip_sample=False),
+        vocoder=SpeechT5HifiGan(SpeechT5HifiGanConfig(**sizes)),
+    )
+    pipeline.save_pretrained(tmp_path / "audio")
+    inputs = {name: torch.randn(2, 8) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    save_file(inputs | {"audio_length_in_s": torch.tensor(0.01)}, tmp_path / "audio" / "inputs.safetensors")
+    checkpoint = load_checkpoint(tmp_path / "audio", call=pipeline_call(steps=4))
+    assert checkpoint.loop is not None and checkpoint.loop.constants["encoder_hidden_states"] is None
+    assert checkpoint.kwargs["encoder_hidden_states"] is None and checkpoint.loop.conditions == ["class_labels"]
+
+
+def test_a_pipeline_that_needs_an_image_is_refused_by_that(folder: Path) -> None:
+    edit_json(
+        folder / "model_index.json", _class_name="StableDiffusionInstructPix2PixPipeline", image_encoder=[None] * 2
+    )
+    with pytest.raises(
+        UsageError, match=r"StableDiffusionInstructPix2PixPipeline is called with an image .* from noise to"
+    ):
         load_checkpoint(folder)
