@@ -85,8 +85,10 @@ class Ends:
         found = {}
         for name, content in self.tokenizers.items():
             try:
-                tokenizer = Tokenizer.from_str(content)
-            except Exception as error:  # the library raises plain Exception
+                encoded = Tokenizer.from_str(content).encode_batch(list(prompts))
+                found[name] = np.array([item.ids for item in encoded], np.int64)
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # the library raises plain Exception, and in a panic something that is none
                 raise BundleError(f"the tokenizer of {name}: {error}") from error
-            found[name] = np.array([item.ids for item in tokenizer.encode_batch(list(prompts))], np.int64)
         return found

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -100,12 +101,11 @@ def open_stage(
 
 
 class Engine:
-    """A loaded bundle.
+    """A loaded bundle; in a `with` statement it is closed at the end of the block.
 
     Attributes:
         bundle: the checked folder.
         tables: recurrence, fitted tables, timestep values.
-        program: the stages as callables.
     """
 
     def __init__(
@@ -114,8 +114,38 @@ class Engine:
         """See `load`."""
         self.bundle = bundle
         self.tables = tables
-        self.program = program
+        self._program: BoundProgram | None = program
         self._open = open_within
+
+    def __enter__(self) -> Self:
+        """The engine itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the sessions, with their memory, threads and files; a second call does nothing."""
+        if self._program is None:
+            return
+        ends = self.__dict__.pop("ends", None)
+        for program in (self._program, *(() if ends is None else (ends.text, ends.decoder))):
+            close(program)
+        self._program, self._open = None, self._refuse
+        self.bundle = replace(self.bundle, held={})
+
+    def _refuse(self, folder: str = "") -> BoundProgram:
+        raise UsageError(f"{self.bundle.path / folder}: expected an open engine; it was closed. Load the bundle again.")
+
+    @property
+    def program(self) -> BoundProgram:
+        """The stages as callables.
+
+        Raises:
+            UsageError: the engine was closed.
+        """
+        return self._refuse() if self._program is None else self._program
 
     @cached_property
     def ends(self) -> Ends:
@@ -123,8 +153,8 @@ class Engine:
         entry = self.manifest.pipeline
         if entry is None:
             return Ends({}, None, None, {})
-        tokenizers = {item.input: read_text(self.bundle.opened(item.file), TOKENIZER) for item in entry.tokenizers}
         text, decoder = (None if folder is None else self._open(folder) for folder in (entry.text, entry.decoder))
+        tokenizers = {item.input: read_text(self.bundle.opened(item.file), TOKENIZER) for item in entry.tokenizers}
         return Ends(tokenizers, text, decoder, entry.given)
 
     @property
@@ -307,6 +337,14 @@ class Engine:
         if self.program.tables:
             return "what depends on it was computed at compile time"
         return "it decides which stage computes the prediction"
+
+
+def close(program: BoundProgram | None) -> None:
+    """Close the sessions of a program that hold more than memory, such as threads."""
+    for stage in () if program is None else program.stages:
+        end = getattr(stage.call, "close", None)
+        if end is not None:
+            end()
 
 
 def guidance_scale(loop: LoopSpec, guidance: float | None) -> float:

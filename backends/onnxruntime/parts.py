@@ -83,6 +83,10 @@ class InParts:
             np.concatenate(pieces, axis) for pieces, axis in zip(zip(*found, strict=True), self._joined, strict=True)
         ]
 
+    def close(self) -> None:
+        """End its threads."""
+        self._pool.shutdown(cancel_futures=True)
+
     def _side_by_side(self, parts: Sequence[Mapping[str, Array]]) -> list[Sequence[Array]]:
         """The outputs of every part. The calling thread takes parts too: it need not be woken."""
         call, waiting = self._with_one_thread(), deque(enumerate(parts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,18 @@ def test_what_a_measurement_reads(engine: Engine, read_only_bundle: Path) -> Non
     assert [stage.name for stage in engine.program.stages] == ["embed", "step"]
     assert engine.loop is not None and engine.loop.latent.shape == (1, 2, 2)
     assert (engine.table().evaluations, engine.table(5.0).evaluations) == (2, 4)
+
+
+def test_an_engine_that_is_closed(read_only_bundle: Path) -> None:
+    before = set(threading.enumerate())
+    with load(read_only_bundle, threads=2) as engine:
+        engine.sample(np.concatenate([NOISE] * 4), class_labels=np.tile(LABELS, 4))  # enough rows for parts
+    engine.close()
+    assert set(threading.enumerate()) == before and engine.bundle.held == {}
+    for use in (lambda: engine.generate(1), lambda: engine.program, lambda: engine.run(**arguments())):
+        with pytest.raises(UsageError, match=r"expected an open engine; it was closed\. Load the bundle again\."):
+            use()
+    assert engine.manifest.model.class_name == "Tiny"
 
 
 def test_wrong_threads_and_backend(read_only_bundle: Path, bundle_folder: Path) -> None:
