@@ -57,7 +57,8 @@ def load_captured(patch: pytest.MonkeyPatch, checkpoint: Path, program: Program)
     """Do not load and capture a checkpoint again; with a loop or inputs of its own it is another one."""
     from stepfold.frontend import load
 
-    real, captured = load.load_checkpoint, SimpleNamespace(capture=lambda: program, capture_ends=lambda: None)
+    real = load.load_checkpoint
+    captured = SimpleNamespace(capture=lambda: program, capture_ends=lambda: None, run=None)
 
     def loaded(path: Path, **more: Any) -> Any:
         return captured if path == checkpoint and not any(more.values()) else real(path, **more)
