@@ -49,18 +49,20 @@ class Index:
         path: folder of the pipeline.
         class_name: of the pipeline.
         components: by name; None for one that is left out.
-        values: plain values of the pipeline's own, such as `boundary_ratio`.
+        values: plain values of the pipeline's own, such as `boundary_ratio`, and diffusers' notes (`_diffusers_version`).
     """
 
     path: Path
     class_name: str
     components: Mapping[str, Component | None]
-    values: Mapping[str, Any]
+    values: dict[str, Any]
 
     def document(self) -> dict[str, Any]:
         """The index as today's diffusers writes it."""
+        import diffusers
+
         listed = {name: list(item or (None, None)) for name, item in self.components.items()}
-        return {"_class_name": self.class_name, **listed, **self.values}
+        return {"_diffusers_version": diffusers.__version__} | self.values | listed | {"_class_name": self.class_name}
 
 
 def read_index(path: Path) -> Index:
@@ -78,7 +80,7 @@ def read_index(path: Path) -> Index:
     for name, value in index.items():
         if _lists_a_component(value):
             components[name] = _component(file, name, *value)
-        elif not name.startswith("_"):
+        else:
             values[name] = value
     return Index(path, _pipeline_name(file, index["_class_name"]), components, values)
 

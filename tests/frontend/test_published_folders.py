@@ -271,7 +271,8 @@ def test_nothing_for_an_argument_without_a_default(tmp_path: Path) -> None:
         "upsample_rates": [2, 2],
         "upsample_kernel_sizes": [4, 4],
     }
-    pipeline = diffusers.AudioLDMPipeline(
+    made: Any = diffusers.AudioLDMPipeline
+    pipeline = made(
         vae=pipelines.vae(in_channels=1, out_channels=1),
         text_encoder=ClapTextModelWithProjection(ClapTextConfig(vocab_size=8, max_position_embeddings=8, **text)),
         tokenizer=None,
@@ -296,4 +297,11 @@ def test_a_pipeline_that_needs_an_image_is_refused_by_that(folder: Path) -> None
     with pytest.raises(
         UsageError, match=r"StableDiffusionInstructPix2PixPipeline is called with an image .* from noise to"
     ):
+        load_checkpoint(folder)
+
+
+def test_an_inpainting_pipeline_is_refused_by_its_strength(folder: Path) -> None:
+    """Its constructor reads the version of diffusers that wrote the UNet and the index."""
+    edit_json(folder / "model_index.json", _class_name="StableDiffusionInpaintPipeline", image_encoder=[None] * 2)
+    with pytest.raises(UsageError, match="starts in the middle of its grid, where its `strength` says"):
         load_checkpoint(folder)
