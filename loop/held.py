@@ -18,7 +18,6 @@ import numpy as np
 from .errors import UsageError
 
 Array = np.ndarray
-CHUNK_BYTES = 1 << 20  # hashed at a time, so that a file of any size needs the same memory
 
 
 class HeldFile:
@@ -57,25 +56,17 @@ class HeldFile:
 
     def sha256(self) -> str:
         """SHA-256 as hexadecimal text."""
-        digest = hashlib.sha256()
-        for chunk in self._chunks():
-            digest.update(chunk)
-        return digest.hexdigest()
+        return hashlib.file_digest(self.stream, "sha256").hexdigest()
 
     def read(self) -> bytes:
         """All of it."""
-        return b"".join(self._chunks())
+        return self.stream.read()
 
     def mapped(self) -> Array:
         """[bytes] uint8, mapped into memory; what is written there stays in this process."""
         if self.size == 0:
             return np.empty(0, np.uint8)
         return np.frombuffer(mmap.mmap(self._stream.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
-
-    def _chunks(self) -> Iterator[bytes]:
-        stream = self.stream
-        while chunk := stream.read(CHUNK_BYTES):
-            yield chunk
 
 
 @contextmanager

@@ -56,6 +56,12 @@ class SamplerSpec(Strict):
     timestep_offset: Scale = 0.0
     output_scale: Factor = 1.0
 
+    @model_validator(mode="after")
+    def _times_above_zero(self) -> SamplerSpec:
+        if self.timestep_scale < 0 and self.timestep_offset <= 0:
+            raise ValueError("expected a timestep_offset above 0 beside a negative timestep_scale")
+        return self
+
 
 class GuidanceValues(Strict):
     """Several guidance scales, one fitted table for each; `strict` refuses any other scale at run time."""

@@ -21,6 +21,19 @@ VALUES: st.SearchStrategy[Any] = st.one_of(
 )
 
 
+def damaged(whole: bytes) -> st.SearchStrategy[bytes]:
+    """A file with some bytes replaced, cut somewhere."""
+    edits = st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), max_size=4)
+
+    def apply(changes: list[tuple[int, int]], end: int) -> bytes:
+        content = bytearray(whole)
+        for at, value in changes:
+            content[at] = value
+        return bytes(content[:end])
+
+    return st.builds(apply, edits, st.integers(0, len(whole)))
+
+
 def mutated(document: Any) -> st.SearchStrategy[Any]:
     """The document with one or two of its values changed."""
     places = list(_places(document, ()))
@@ -58,6 +71,21 @@ def _change(document: Any, place: tuple[Any, ...], how: str, value: Any) -> None
         document[f"{last}x"] = document.pop(last)
     else:
         document[last] = copy.deepcopy(value) if how == "replace" else [old, old]
+
+
+def check_bytes(whole: bytes, use: Callable[[bytes], object]) -> None:
+    """Use many damaged files, each of which works or is an error of ours; the whole one has to work."""
+    use(whole)
+
+    @settings(max_examples=60, deadline=None)
+    @given(damaged(whole))
+    def changed(received: bytes) -> None:
+        try:
+            use(received)
+        except StepfoldError as error:
+            assert str(error).strip()
+
+    changed()
 
 
 def check(document: Any, use: Callable[[Any], object]) -> None:

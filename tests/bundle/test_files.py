@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from stepfold.bundle import files
 from stepfold.loop.errors import BundleError
-from stepfold.loop.held import CHUNK_BYTES
 
 parts = st.one_of(
     st.sampled_from(
@@ -83,7 +82,7 @@ def test_a_link_within_the_folder_is_fine(tmp_path: Path) -> None:
     assert files.inside(tmp_path, "name").read_text() == "x"
 
 
-@pytest.mark.parametrize("size", [0, 1, CHUNK_BYTES, CHUNK_BYTES + 1])
+@pytest.mark.parametrize("size", [0, 1, 1 << 20, (1 << 20) + 1])
 def test_streamed_hash(tmp_path: Path, size: int) -> None:
     content = bytes(range(256)) * (size // 256 + 1)
     (tmp_path / "file").write_bytes(content[:size])

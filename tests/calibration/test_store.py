@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 from calibrated import SHARDS, calibrated, content, standard
+from hypothesis import given, settings
+from mutations import check, check_bytes, damaged
 from safetensors.numpy import load_file
 
 from stepfold.calibration import durable
@@ -21,6 +24,8 @@ from stepfold.calibration.read import open_finished
 from stepfold.calibration.shards import open_shard, shard_name
 from stepfold.calibration.statistics import merge
 from stepfold.calibration.store import missing_shards
+from stepfold.calibration.summary import store_summary
+from stepfold.calibration.tensors import TensorFileError, open_tensors
 from stepfold.ir.program import ModelIdentity
 from stepfold.loop.errors import StepfoldError, UsageError
 
@@ -296,3 +301,33 @@ def test_sites_of_another_width(store: Path) -> None:
     (store / STORE).write_text(json.dumps(document))
     with pytest.raises(StepfoldError, match=r"low of site .* has shape .* and 9999 channels"):
         open_finished(store).statistics(0).low()
+
+
+# -- whatever stands in it
+
+
+def test_any_document(store: Path) -> None:
+    document = json.loads((store / STORE).read_text())
+    check(document, lambda changed: (store / STORE).write_text(json.dumps(changed)) and store_summary(store))
+
+
+@pytest.mark.parametrize("name", [STORE, STATISTICS])
+def test_any_bytes(store: Path, name: str) -> None:
+    check_bytes(
+        (store / name).read_bytes(), lambda content: (store / name).write_bytes(content) and store_summary(store)
+    )
+
+
+def test_any_bytes_of_a_shard(store: Path) -> None:
+    path = store / shard_name(0)
+
+    @settings(max_examples=60, deadline=None)
+    @given(damaged(path.read_bytes()))
+    def changed(content: bytes) -> None:
+        path.write_bytes(content)
+        with suppress(TensorFileError):
+            found = open_tensors(path)
+            for name in found.shapes:
+                found.read(name)
+
+    changed()

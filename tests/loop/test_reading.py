@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mutations import damaged
 from safetensors.numpy import load, save, save_file
 
 from stepfold.loop.array_files import read_arrays, read_npy, tensor_entries
@@ -258,19 +259,6 @@ def test_arrays_as_the_library_reads_them(tmp_path: Path) -> None:
 
 
 SAVED = save({"a": np.arange(4, dtype="f4"), "b": np.arange(3)}, {"format": "pt"})
-
-
-def damaged(whole: bytes) -> st.SearchStrategy[bytes]:
-    """A file with some bytes replaced, cut somewhere."""
-    edits = st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), max_size=4)
-
-    def apply(changes: list[tuple[int, int]], end: int) -> bytes:
-        content = bytearray(whole)
-        for at, value in changes:
-            content[at] = value
-        return bytes(content[:end])
-
-    return st.builds(apply, edits, st.integers(0, len(whole)))
 
 
 @pytest.mark.parametrize(

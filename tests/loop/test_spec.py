@@ -162,7 +162,7 @@ NUMBERS = {
     "sampler.steps": (True, "8", 8.5, None, [8], 10**30, ".nan"),
     "sampler.output_scale": (0, ".nan", 1e300, True),
     "sampler.timestep_offset": (".nan", ".inf", "x", 1e300, True),
-    "sampler.timestep_scale": (0, ".nan", ".inf", "x", 1e300, True),
+    "sampler.timestep_scale": (0, -1, ".nan", ".inf", "x", 1e300, True),
     "sampler.config": ({"shift": ".nan"}, {"shift": ".inf"}, {"shift": {"a": [".nan"]}}),
     "guidance.scale": (
         ".nan",
