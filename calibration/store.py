@@ -11,6 +11,7 @@ one worker or several.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
@@ -141,10 +142,10 @@ def check_folder(folder: Path) -> None:
     Raises:
         UsageError: it holds something else, or is a file.
     """
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise UsageError(f"{folder}: expected a folder for the calibration store; received a file.")
     known = {SHARDS, LOCK, STORE, STATISTICS}
-    if folder.is_dir() and not is_store(folder):
+    if os.path.isdir(folder) and not is_store(folder):
         foreign = sorted(p.name for p in folder.iterdir() if p.name not in known and not p.name.endswith(PARTIAL))
         if foreign:
             raise UsageError(

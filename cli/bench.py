@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,7 +55,7 @@ def bench(
     from ..runtime.compiler import cache_folder
 
     if out is not None:
-        if out.exists() and not out.is_dir():
+        if os.path.exists(out) and not os.path.isdir(out):
             raise UsageError(f"--out: expected a folder; received the file {out}.")
         require_writable("--out", out / "report.json")
     names = [name.strip() for name in (baselines or "").split(",") if name.strip()]

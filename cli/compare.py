@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -44,7 +45,7 @@ def compare(
     if out is not None and out.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--out: expected a file that ends in .html; received {out}.")
     if out is not None:
-        if out.is_dir():
+        if os.path.isdir(out):
             raise UsageError(f"--out: expected a file; received the folder {out}.")
         require_writable("--out", out)
     from ..report.compare import compare as run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -121,7 +122,7 @@ def _check_targets(out: Path | None, npy: Path | None) -> None:
     for option, path, suffix in (("--out", out, ".png"), ("--npy", npy, ".npy")):
         if path is not None and path.suffix.lower() != suffix:
             raise UsageError(f"{option}: expected a file that ends in {suffix}; received {path}.")
-        if path is not None and path.is_dir():
+        if path is not None and os.path.isdir(path):
             raise UsageError(f"{option}: expected a file; received the folder {path}.")
         if path is not None:
             require_writable(option, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +33,7 @@ def refit(
     $ stepfold refit out/mnist --reference examples/mnist_dit
     """
     check_min_psnr(min_psnr)
-    if bundle.is_dir():
+    if os.path.isdir(bundle):
         require_writable("BUNDLE", bundle.resolve())
     from ..runtime.refit import refit as run
 

@@ -10,8 +10,8 @@ import stat
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class HeldFile:
         return str(self.path)
 
     @property
-    def stream(self) -> IO[bytes]:
+    def stream(self) -> BufferedReader:
         """The open file, at its beginning."""
         self._stream.seek(0)
         return self._stream

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -169,7 +170,7 @@ def _check(
         raise UsageError("bench: expected at least one bundle; received none. Make one with `stepfold optimize`.")
     if baselines and reference is None:
         raise UsageError("--baselines: they run the checkpoint; name it with --reference CHECKPOINT.")
-    if reference is not None and not reference.is_dir():
+    if reference is not None and not os.path.isdir(reference):
         raise UsageError(f"--reference: expected the folder of a checkpoint; received {reference}.")
     names = [bundle_name(path) for path in bundles] + [baseline.name for baseline in baselines]
     for name in names:

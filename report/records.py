@@ -18,9 +18,9 @@ from ..loop.writing import replacing
 REPORT = "report.json"
 LARGEST_REPORT_BYTES = 64 << 20
 BENCH_REPORT = Expected("the JSON of `stepfold bench`", hint="Make it with `stepfold bench BUNDLE --out DIR`.")
-LEAST_MS = 1e-9
-Positive = Annotated[FiniteFloat, Field(gt=0, le=1e15), AfterValidator(lambda value: max(value, LEAST_MS))]
-"""Milliseconds, at least what a clock can show, so that ratios of them are finite."""
+LEAST_MS, MOST_MS = 1e-9, 1e15
+Positive = Annotated[FiniteFloat, Field(gt=0), AfterValidator(lambda value: min(max(value, LEAST_MS), MOST_MS))]
+"""Milliseconds that a clock can show, so that ratios of them are finite; what is outside counts as the nearest."""
 Bytes = Annotated[int, Field(ge=0)]
 
 

@@ -261,3 +261,76 @@ def test_a_fixed_batch_leaves_no_traceback_in_the_log(caplog: pytest.LogCaptureF
     with pytest.raises(StepfoldError):
         capture(FixedBatch(), {"x": X})
     assert not [record for record in caplog.records if record.name == "torch._subclasses.fake_tensor"]
+
+
+# -- numbers for all samples
+
+
+class Shifted(torch.nn.Module):
+    """x [B, 4] and a number t, or one for each row, as diffusers networks take a timestep."""
+
+    def __init__(self, way: str = "expanded"):
+        super().__init__()
+        self.way = way
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        if self.way == "another":
+            return x * t.sum()
+        if self.way == "refused":
+            raise ValueError("x has 4 values; this network takes 5")
+        return x + (t[None] if t.ndim == 0 else t).expand(x.shape[0])[:, None]
+
+
+def test_a_number_has_a_row_for_each_sample() -> None:
+    x, t = torch.randn(3, 4), torch.tensor(7.0)
+    program = capture(Shifted(), {"x": x, "t": t})
+    assert [str(port.port) for port in program.inputs] == ["x [B, 4] float32", "t [B] float32"]
+    np.testing.assert_allclose(evaluate(program, x=x, t=t.expand(3)), Shifted()(x, t).numpy())
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ("another", "input 't': expected a tensor with a leading batch; .* Give it as a number, which is baked in"),
+        ("refused", "x has 4 values; this network takes 5"),
+    ],
+)
+def test_a_number_that_no_row_stands_for(way: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        capture(Shifted(way), {"x": torch.randn(3, 4), "t": torch.tensor(7.0)})
+
+
+BLOCKS = {
+    "in_channels": 4,
+    "layers_per_block": 1,
+    "block_out_channels": (16, 32),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "cross_attention_dim": 16,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "ControlNetModel"])
+def test_networks_that_take_one_timestep(name: str) -> None:
+    import diffusers
+
+    torch.manual_seed(0)
+    arguments = {"sample": torch.randn(2, 4, 8, 8), "timestep": torch.tensor(7)}
+    arguments["encoder_hidden_states"] = torch.randn(2, 5, 16)
+    if name == "ControlNetModel":
+        model = diffusers.ControlNetModel(**BLOCKS, conditioning_embedding_out_channels=(8, 16))
+        arguments["controlnet_cond"] = torch.randn(2, 3, 16, 16)
+        output = "mid_block_res_sample"
+    else:
+        up = ("UpBlock2D", "CrossAttnUpBlock2D")
+        model = diffusers.UNet2DConditionModel(sample_size=8, out_channels=4, up_block_types=up, **BLOCKS)
+        output = "sample"
+    program = capture(model, arguments)
+    with torch.no_grad():
+        wanted = getattr(model(**arguments), output).numpy()
+    rows = arguments | {"timestep": torch.tensor([7, 7])}
+    received = program.bind().evaluate({key: value.numpy() for key, value in rows.items()})
+    place = next(i for i, found in enumerate(program.outputs) if found.startswith(output))
+    np.testing.assert_allclose(received[place], wanted, atol=1e-5)

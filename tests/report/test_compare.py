@@ -173,7 +173,7 @@ def test_changed_reports_are_compared_or_refused(tmp_path: Path) -> None:
     check(good, use)
 
 
-@pytest.mark.parametrize("median", [0, -1.0, 1e300])
+@pytest.mark.parametrize("median", [0, -1.0])
 def test_times_that_no_clock_shows_are_refused(tmp_path: Path, median: float) -> None:
     document = report(row("bundle", 10.0))
     document["rows"][0]["latency_ms"]["median"] = median

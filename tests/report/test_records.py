@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stepfold.loop.errors import UsageError
-from stepfold.report.records import LEAST_MS, Report, read_report, write_report
+from stepfold.report.records import LEAST_MS, MOST_MS, Report, read_report, write_report
 
 from .reports import report, row
 
@@ -69,11 +69,13 @@ def test_damaged_report_is_refused(tmp_path: Path, content: str, message: str) -
         read_report(path)
 
 
-def test_a_time_that_no_clock_shows_counts_as_the_shortest(tmp_path: Path) -> None:
-    path = tmp_path / "report.json"
-    path.write_text(json.dumps(report(row("a", 1.0)) | {"rows": [row("a", 5e-324)]}))
-    (found,) = read_report(path).rows
-    assert found.latency_ms.median == LEAST_MS and np.isfinite(1e15 / found.latency_ms.median)
+@pytest.mark.parametrize(("median", "counted"), [(5e-324, LEAST_MS), (1e308, MOST_MS)])
+def test_a_time_that_no_clock_shows_counts_as_the_nearest(tmp_path: Path, median: float, counted: float) -> None:
+    content = report(row("a", 1.0))
+    content["rows"][0]["latency_ms"] |= {"median": median, "samples_ms": [median]}
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    (found,) = read_report(tmp_path).rows
+    assert found.latency_ms.median == found.latency_ms.samples_ms[0] == counted and np.isfinite(MOST_MS / LEAST_MS)
 
 
 def test_binary_and_missing_files_are_refused(tmp_path: Path) -> None:
