@@ -16,6 +16,7 @@ from ..bundle.cache import Cache, key_of
 from ..loop.calls import named, text
 from ..loop.errors import UsageError
 from ..loop.ports import BoundProgram, StageCallable
+from .wrong_stages import require_right
 
 if TYPE_CHECKING:
     from ..ir.program import Program, Stage
@@ -46,6 +47,7 @@ class Workshop:
     cache: Cache | None = None
     _built: dict[int, _Built] = field(default_factory=dict)
     _keys: set[str] = field(default_factory=set)  # of stages that were compiled here
+    _compared: set[int] = field(default_factory=set)  # stages that compute what their graphs say
     _open: dict[int, tuple[Stage, StageCallable]] = field(default_factory=dict)  # of the program that was opened last
 
     def build(self, stage: Stage) -> list[Path]:
@@ -61,11 +63,19 @@ class Workshop:
         return self._built[id(stage)].reused
 
     def open(self, program: Program) -> BoundProgram:
-        """The program, built, as `measured` gives it."""
+        """The program, built, as `measured` gives it.
+
+        Raises:
+            StepfoldError: the engine computes something else than the graph of a stage.
+        """
         self._keep_open(program)
         for stage in program.stages:
             self.build(stage)
-        return self.measured(program)
+        bound = self.measured(program)
+        if self.runs:
+            require_right(program, bound, self.backend, self._compared)
+            self._compared |= {id(stage) for stage in program.stages}
+        return bound
 
     def measured(self, program: Program) -> BoundProgram:
         """The program on the engine; where the engine cannot run, what it would compute, run by PyTorch and not built."""

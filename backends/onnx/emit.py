@@ -20,6 +20,7 @@ from torch import fx
 from ...ir.program import Stage
 from ...loop.errors import StepfoldError
 from ..export import Lowerings, export_again, lowered, where
+from .optimize import optimize
 
 OPSET = 23
 EXTERNAL_DATA_BYTES = 1 << 30  # a protobuf ends at 2 GiB; keep well below
@@ -44,8 +45,9 @@ def emit(stage: Stage, path: Path, lowerings: Lowerings, rewrite: Rewrite | None
         StepfoldError: an operator has no ONNX form; the message names node, module and source line.
     """
     exported = export_again(stage, lowered(stage, lowerings))
-    program = _translate(stage, exported)
-    model = program.model
+    model = _translate(stage, exported).model
+    optimize(model)
+    _name_ends(stage, model)
     _require_dynamic_batch(stage, model)
     _give_norms_one_type(model)
     if rewrite is not None:
@@ -69,10 +71,8 @@ def _translate(stage: Stage, exported: torch.export.ExportedProgram) -> Any:
             exported,
             registry=_translations(),
             opset_version=OPSET,
-            optimize=True,
+            optimize=False,  # see `optimize`, whose rewrites are exact
             verbose=False,
-            input_names=[port.name for port in stage.inputs],
-            output_names=[port.name for port in stage.outputs],
         )
     except torch.onnx.errors.OnnxExporterError as error:
         raise StepfoldError(f"stage {stage.name}: {_untranslated(error)}") from error
@@ -116,6 +116,13 @@ def _node_in_hand(error: BaseException) -> fx.Node | None:
         found = value if isinstance(value, fx.Node) else found
         frame = frame.tb_next
     return found
+
+
+def _name_ends(stage: Stage, model: onnx_ir.Model) -> None:
+    """Give what the graph reads and computes the names of the stage's ports."""
+    for ports, values in ((stage.inputs, model.graph.inputs), (stage.outputs, model.graph.outputs)):
+        for port, value in zip(ports, values, strict=True):
+            value.name = port.name
 
 
 def _require_dynamic_batch(stage: Stage, model: onnx_ir.Model) -> None:
