@@ -9,6 +9,12 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ..loop.errors import UsageError
+
+
+PLAIN = (str, int, float, bool, type(None))
+"""What a model may return beside tensors, and is left out."""
+
 
 def flatten(kwargs: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Split keyword arguments into named tensors and named constants, nested names joined by dots."""
@@ -91,13 +97,35 @@ def _buffer(name: str) -> str:
 
 
 def named_outputs(result: Any) -> dict[str, torch.Tensor]:
-    """The tensors a model returns, by field name when it names them, else `sample`, `output_1`, `output_2`..."""
+    """The tensors a model returns.
+
+    They are called as their fields when the model names them, those inside of a field with their place behind a dot
+    (`hidden_states.0`); else `sample`, `output_1`, `output_2`...
+
+    Raises:
+        UsageError: there are others inside of an object that cannot be looked into.
+    """
     if isinstance(result, Mapping):
-        fields = {name: value for name, value in result.items() if isinstance(value, torch.Tensor)}
+        fields = {name: leaf for field, value in result.items() for name, leaf in _inside(str(field), value)}
         if fields:
             return fields
-    leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    leaves = [leaf for _, leaf in _inside("", result)]
     return {"sample" if i == 0 else f"output_{i}": leaf for i, leaf in enumerate(leaves)}
+
+
+def _inside(name: str, value: Any) -> list[tuple[str, torch.Tensor]]:
+    """The tensors of a field and their names."""
+    found = []
+    for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+        if isinstance(leaf, torch.Tensor):
+            found.append((".".join(filter(None, (name, dotted(path)))), leaf))
+        elif not isinstance(leaf, PLAIN):
+            raise UsageError(
+                f"output {name or 'of the model'}: expected tensors, or tuples, lists and mappings of them; received "
+                f"{type(leaf).__name__}, which would be lost. Let the model leave it out, as in constants: "
+                "{use_cache: false}."
+            )
+    return found
 
 
 def prediction(output: torch.Tensor, latent: tuple[int, ...]) -> torch.Tensor:

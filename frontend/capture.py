@@ -193,7 +193,7 @@ def export(calling: Calling, example: Mapping[str, torch.Tensor], name: str) -> 
         with torch.no_grad(), _quiet():
             exported = torch.export.export(calling, tuple(example.values()), dynamic_shapes=(dynamic,), strict=False)
             return exported.run_decompositions(decomp_table={})
-    except MemoryError:
+    except (MemoryError, UsageError):
         raise
     except Exception as error:
         _require_runs(calling, example, name)
