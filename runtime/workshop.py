@@ -74,7 +74,7 @@ class Workshop:
         bound = self.measured(program)
         if self.runs:
             require_right(program, bound, self.backend, self._compared)
-            self._compared |= {id(stage) for stage in program.stages}
+            self._compared |= {id(stage) for stage in program.stages if program.example}
         return bound
 
     def measured(self, program: Program) -> BoundProgram:

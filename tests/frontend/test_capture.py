@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -334,3 +335,33 @@ def test_networks_that_take_one_timestep(name: str) -> None:
     received = program.bind().evaluate({key: value.numpy() for key, value in rows.items()})
     place = next(i for i, found in enumerate(program.outputs) if found.startswith(output))
     np.testing.assert_allclose(received[place], wanted, atol=1e-5)
+
+
+def test_tensors_inside_of_tuples_are_outputs() -> None:
+    """CLIP with all of its hidden states, which Stable Diffusion XL and 3 read."""
+    model = zoo.CLIP_TEXT.build().eval()
+    ids = torch.randint(0, 50, (2, 6))
+    program = capture(model, {"input_ids": ids, "output_hidden_states": True})
+    with torch.no_grad():
+        wanted = model(input_ids=ids, output_hidden_states=True)
+    count = len(wanted.hidden_states)
+    assert program.outputs[2:] == tuple(f"hidden_states.{i}" for i in range(count)) and count > 2
+    received = dict(zip(program.outputs, program.bind().evaluate({"input_ids": ids.numpy()}), strict=True))
+    for i, value in enumerate(wanted.hidden_states):
+        torch.testing.assert_close(torch.from_numpy(received[f"hidden_states.{i}"]), value, rtol=1e-4, atol=1e-5)
+
+
+class Cache:
+    """What a model returns, and nobody can look into."""
+
+
+class Remembering(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        return {"y": x + 1, "past": Cache()}
+
+
+def test_an_object_among_the_outputs_is_refused() -> None:
+    with pytest.raises(
+        UsageError, match="output past: expected tensors, or tuples, lists and mappings of them; received Cache"
+    ):
+        capture(Remembering(), {"x": torch.randn(2, 3)})

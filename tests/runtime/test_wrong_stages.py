@@ -13,6 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import zoo
 from torch import nn
 
 import stepfold
@@ -159,3 +160,39 @@ def test_operators_that_change_nothing_are_dropped(tmp_path: Path) -> None:
     model = onnx.load(path / "stages" / "forward.onnx")
     producer = {name: node for node in model.graph.node for name in node.output}
     assert producer["unchanged"].op_type == "Identity" and producer["unchanged"].input[0] == "x"
+
+
+LINEAR_ATTENTION: dict[str, Any] = {
+    "in_channels": 3,
+    "latent_channels": 4,
+    "attention_head_dim": 8,
+    "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
+    "decoder_block_types": ("ResBlock", "EfficientViTBlock"),
+    "encoder_block_out_channels": (8, 16),
+    "decoder_block_out_channels": (8, 16),
+    "encoder_layers_per_block": (1, 1),
+    "decoder_layers_per_block": (1, 1),
+    "encoder_qkv_multiscales": ((), (5,)),
+    "decoder_qkv_multiscales": ((), (5,)),
+    "upsample_block_type": "interpolate",
+    "downsample_block_type": "stride_conv",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_sana(backend: str) -> None:
+    """Its network and the decoder that it was trained with: attention without a softmax, over sums that may be zero."""
+    pytest.importorskip(backend)
+    import diffusers
+
+    torch.manual_seed(0)
+    decoder = diffusers.AutoencoderDC(**LINEAR_ATTENTION).eval()
+    latents = torch.randn(2, 4, 8, 8)
+    program = capture(decoder, {"z": latents, "return_dict": False}, method="decode")
+    with workshop(backend) as shop:
+        (image,) = shop.open(program).evaluate({"z": latents.numpy()})
+        with torch.no_grad():
+            wanted = decoder.decode(latents, return_dict=False)[0]
+        np.testing.assert_allclose(image, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+        shop.open(zoo.SANA.program)  # is compared with its graph
