@@ -11,7 +11,6 @@ from torch.utils import _pytree as pytree
 
 from ..loop.errors import UsageError
 
-
 PLAIN = (str, int, float, bool, type(None))
 """What a model may return beside tensors, and is left out."""
 

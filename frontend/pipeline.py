@@ -194,7 +194,20 @@ def _record(path: Path, pipeline: Any, denoiser: torch.nn.Module, arguments: dic
         torch.no_grad(),
     ):
         pipeline(**arguments)
-    return watch.finish(recorded)
+    inferred = watch.finish(recorded)
+    _mention_others(pipeline, denoiser)
+    return inferred
+
+
+def _mention_others(pipeline: Any, denoiser: torch.nn.Module) -> None:
+    """Tell of networks of the denoiser's kind that the loop does not call: an expert that is switched off, a prior."""
+    import diffusers
+
+    for name, part in pipeline.components.items():
+        if isinstance(part, diffusers.ModelMixin) and part is not denoiser and not hasattr(part, "decode"):
+            logger.warning(
+                "%s (%s): the loop of the pipeline does not call it, so it is not compiled", name, type(part).__name__
+            )
 
 
 @contextmanager

@@ -61,6 +61,13 @@ def samples(checkpoint: Checkpoint, noise: torch.Tensor) -> Any:
     return run_loop(program.bind(), loop, request, fold(program.recurrence, loop.guidance.scales[0]))
 
 
+def test_a_network_that_is_not_called_is_mentioned(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with changed.change(""):
+        load_checkpoint(folder)
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any(text.startswith("second (DiTTransformer2DModel): the loop of the pipeline does not") for text in told)
+
+
 def test_guidance_of_at_most_one_is_one_branch(folder: Path, tmp_path: Path) -> None:
     save_file({"guidance_scale": torch.tensor(0.5)}, tmp_path / "in.safetensors")
     with changed.change(""):
