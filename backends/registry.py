@@ -1,4 +1,4 @@
-"""The list of backends; an engine's modules are imported when they are used."""
+"""The list of backends, to which other packages may add; an engine's modules are imported when they are used."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import JsonValue, ValidationError
 
 from ..loop.errors import UsageError, nearest
+from ..loop.extensions import Extensions
 from ..loop.held import StageFiles
 from ..loop.options import Options, option_problem
 from ..loop.ports import Port, StageCallable
@@ -32,9 +33,10 @@ class Backend:
     """An engine by name.
 
     Attributes:
-        name: name of the backend, as in `--backend`, and of the folder of its modules.
+        name: name of the backend, as in `--backend`.
         suffix: suffix of a compiled stage's file.
         device: it runs on where no other is asked for.
+        package: package that holds its modules; None for the one of its name beside this module.
         native: whether a stage is code that this process loads and runs, with all rights of the user.
         options: how stages are lowered and run. An engine that has options is registered with their defaults, and its
             `lower` and `open_session` take them as the keyword `options`; one without takes no such keyword.
@@ -45,6 +47,7 @@ class Backend:
     options: Options = NO_OPTIONS
     device: str = "cpu"
     native: bool = False
+    package: str | None = None
 
     @property
     def default_device(self) -> str:
@@ -176,7 +179,7 @@ class Backend:
 
     def module(self, name: str) -> ModuleType:
         """`capability`, `session` or `lower` of the engine (the last needs the extra `compile`)."""
-        return importlib.import_module(f".{self.name}.{name}", __package__)
+        return importlib.import_module(f"{self.package or f'{__package__}.{self.name}'}.{name}")
 
     def _keyword(self) -> dict[str, Options]:
         return {"options": self.options} if type(self.options).model_fields else {}
@@ -191,15 +194,49 @@ BACKENDS = (
 )
 
 
+OTHERS: Extensions[Backend] = Extensions("stepfold.backends", "backend", lambda found: isinstance(found, Backend))
+"""Backends of other packages: entry points of the group `stepfold.backends`, each a `Backend`."""
+
+
+def all_backends() -> Sequence[Backend]:
+    """The backends of stepfold, then those of other packages."""
+    return *BACKENDS, *OTHERS.load_all(_own())
+
+
+def names() -> list[str]:
+    """The names of all backends; nothing is imported for them."""
+    return [*_own(), *OTHERS.names()]
+
+
 def get(name: str) -> Backend:
-    """A backend by name; raises UsageError with the nearest one when there is none."""
+    """A backend by name.
+
+    Raises:
+        UsageError: there is none of that name, or the package that declares it is broken.
+    """
     for backend in BACKENDS:
         if backend.name == name:
             return backend
-    names = [backend.name for backend in BACKENDS]
-    raise UsageError(f"backend: expected one that this stepfold has; received {name!r}: {nearest(name, names)}")
+    if name not in OTHERS.names():
+        raise UsageError(f"backend: expected one that this stepfold has; received {name!r}: {nearest(name, names())}")
+    return OTHERS.load(name)
+
+
+def _own() -> list[str]:
+    return [backend.name for backend in BACKENDS]
 
 
 def backends() -> list[Capability]:
     """What every backend can do here, in the order of registration."""
-    return [backend.capability() for backend in BACKENDS]
+    return [_capability(backend) for backend in all_backends()]
+
+
+def _capability(backend: Backend) -> Capability:
+    """What a backend can do here; nothing where a package of others fails to say."""
+    try:
+        return backend.capability()
+    except Exception as error:
+        if backend in BACKENDS:
+            raise
+        reason = f"its package fails: {type(error).__name__}: {error}"
+        return Capability(backend.name, False, False, None, reason, "mend or uninstall its package")

@@ -13,11 +13,11 @@ def backends(as_json: Json = False) -> None:
 
     $ stepfold backends
     """
-    from ..backends.registry import BACKENDS
+    from ..backends.registry import all_backends
     from ..backends.registry import backends as capabilities
     from .passes import describe_options
 
-    options = {backend.name: describe_options(type(backend.options)) for backend in BACKENDS}
+    options = {backend.name: describe_options(type(backend.options)) for backend in all_backends()}
     found = capabilities()
     if as_json:
         print_json({"backends": [{**asdict(capability), "options": options[capability.name]} for capability in found]})

@@ -30,12 +30,13 @@ def passes(
 
     $ stepfold passes schedule
     """
-    from ..passes.registry import PASSES
+    from ..passes.registry import all_passes
 
-    names = [known.name for known in PASSES]
+    passes = all_passes()
+    names = [known.name for known in passes]
     if name is not None and name not in names:
         raise UsageError(f"pass {name!r}: no such pass; {nearest(name, names)}")
-    found = [document(known) for known in PASSES if name in (None, known.name)]
+    found = [document(known) for known in passes if name in (None, known.name)]
     if as_json:
         print_json({"passes": found})
         return

@@ -254,7 +254,10 @@ def _extended(base: Sequence[Entry], own: Sequence[Entry]) -> list[Entry]:
 
 def _phase(entry: Entry) -> Phase:
     """When a pass runs; one that does not say, or that nobody knows, comes last before the schedule."""
-    found = next((kind.phase for kind in registry.PASSES if kind.name == entry.name), None)
+    try:
+        found = registry.pass_named(entry.name).phase
+    except UsageError:  # reported with its place in the recipe when the passes are made
+        found = None
     return Phase.FUSE if found is None else found
 
 

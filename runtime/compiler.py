@@ -177,14 +177,14 @@ def _addresses_backend(setting: tuple[str, str, Any]) -> bool:
     Raises:
         UsageError: there are both of that name.
     """
-    from ..passes.registry import PASSES
+    from ..passes.registry import names as passes
 
     name, option, _ = setting
-    found = any(backend.name == name for backend in registry.BACKENDS)
-    if found and any(operation.name == name for operation in PASSES):
+    found = name in registry.names()
+    if found and name in passes():
         raise UsageError(
             f"--set {name}.{option}: expected a pass or a backend; there are both of the name {name!r}. Give the option "
-            "in a recipe, or in the code that registers them rename one."
+            "in a recipe, or rename one in the package that declares it."
         )
     return found
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 import sys
 import textwrap
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import yaml
+from installed import declare
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -20,7 +21,7 @@ WITH_A_BUNDLE = ["pipelines.md"]
 """Run by the tests that have the bundle: tests/cli/test_prompts.py."""
 RUNNABLE = ["python.md", "loop.md", "calibration.md", "guides/write-a-pass.md", "guides/add-a-backend.md"]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-FILE = re.compile(r"# ((?:passes|backends)/[\w/]+\.py)\n")
+FILE = re.compile(r"# (\w+/[\w/]+\.py)\n")
 
 
 @dataclass(frozen=True)
@@ -43,38 +44,31 @@ def blocks(page: str, language: str) -> list[Block]:
 
 
 @pytest.fixture
-def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder whose files are modules of `stepfold.passes` and `stepfold.backends`, for one test; the current one."""
-    from stepfold.backends import registry as backends
-    from stepfold.passes import registry as passes
-
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder whose packages can be imported, and declare entry points, for one test; the current one."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(passes, "PASSES", passes.PASSES)
-    monkeypatch.setattr(backends, "BACKENDS", backends.BACKENDS)
-    for name in ("passes", "passes.fuse", "backends"):
-        package = import_module(f"stepfold.{name}")
-        monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path / name.replace(".", "/"))])
+    monkeypatch.syspath_prepend(str(tmp_path))
     before = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - before:
         if str(tmp_path) in str(getattr(sys.modules[name], "__file__", None) or ""):
-            parent, _, child = name.rpartition(".")
             sys.modules.pop(name)
-            vars(sys.modules.get(parent, ModuleType(parent))).pop(child, None)
 
 
 def run_page(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """Write the files of a page into a folder, then run its other Python blocks one after the other."""
     module = ModuleType("documentation_page")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # pydantic and dataclasses look their module up
-    listed = blocks(path.read_text(), "python")
+    page = path.read_text()
+    listed = blocks(page, "python")
     for block in listed:
         if block.file is not None:
             file = folder / block.file
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(block.text)
-            if file.parent.parent.name == "backends":
-                (file.parent / "__init__.py").touch()
+            (file.parent / "__init__.py").touch()
+    for block in blocks(page, "toml"):
+        declare(folder, "shown", "1.0", tomllib.loads(block.text)["project"]["entry-points"])
     for block in listed:
         if block.file is None:
             code = compile("\n" * block.line + block.text, str(path), "exec")
@@ -83,8 +77,8 @@ def run_page(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
-def test_page_runs(name: str, house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    defined = run_page(DOCS / name, house, monkeypatch)
+def test_page_runs(name: str, package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    defined = run_page(DOCS / name, package, monkeypatch)
     assert defined.keys() - vars(ModuleType("empty")).keys(), "the blocks of the page ran"
 
 
@@ -93,14 +87,14 @@ def test_every_page_with_python_is_run() -> None:
     assert sorted(path.relative_to(DOCS).as_posix() for path in pages) == sorted(RUNNABLE + WITH_A_BUNDLE)
 
 
-def test_wrong_code_is_found(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = house / "page.md"
+def test_wrong_code_is_found(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = package / "page.md"
     page.write_text(
-        "```python\n# passes/fuse/shown.py\nfrom ..base import Options\nX = Options.__name__\n```\n"
-        "```python\nfrom stepfold.passes.fuse.shown import X\n```\n```sh\nls\n```\n```python\nassert X == 'Pass'\n```\n"
+        "```python\n# acme/shown.py\nfrom stepfold.passes.base import Options\nX = Options.__name__\n```\n"
+        "```python\nfrom acme.shown import X\n```\n```sh\nls\n```\n```python\nassert X == 'Pass'\n```\n"
     )
     with pytest.raises(AssertionError) as caught:
-        run_page(page, house, monkeypatch)
+        run_page(page, package, monkeypatch)
     assert caught.traceback[-1].lineno == 12, "the traceback names the line of the page"
 
 
