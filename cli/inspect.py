@@ -75,8 +75,8 @@ def inspect(
         document = store_summary(model)
         show = print_store
     else:
-        document = _checkpoint(model, inputs, call)
-        show = print_checkpoint
+        document = _checkpoint(model, inputs, call, whole=as_json)
+        show = print_checkpoint if "rates" in document else print_pipeline
     if as_json:
         print_json(document)
     else:
@@ -91,15 +91,43 @@ def _refuse_beside(model: Path, inputs: Path | None, call: PipelineCall) -> None
         raise UsageError(f"{options}: expected a checkpoint beside it; {model} is none.")
 
 
-def _checkpoint(path: Path, inputs: Path | None, call: PipelineCall) -> dict[str, Any]:
+def _checkpoint(path: Path, inputs: Path | None, call: PipelineCall, whole: bool) -> dict[str, Any]:
+    """What a checkpoint consists of; of a pipeline only what its folder and one call tell, unless all is asked for."""
     from ..frontend.inspect import inspect_program
     from ..frontend.load import load_checkpoint
+    from ..frontend.overview import overview
 
     with working() as progress:
         progress("loading", 0, 1)
         checkpoint = load_checkpoint(path, inputs=inputs, call=call)
+        pipeline = overview(checkpoint)
+        if pipeline is not None and checkpoint.loop is not None and not whole:
+            return {"pipeline": pipeline, "loop": checkpoint.loop.model_dump(mode="json", exclude_defaults=True)}
         progress("capturing", 0, 1)
-        return inspect_program(checkpoint.capture())
+        return inspect_program(checkpoint.capture()) | ({} if pipeline is None else {"pipeline": pipeline})
+
+
+def print_pipeline(document: Mapping[str, Any]) -> None:
+    """Print what a person asks about a pipeline before compiling it."""
+    screen, pipeline = console(), document["pipeline"]
+    rows = [
+        (entry["name"], entry["class"], f"{entry['parameters']:,}", entry["reason"] or "yes")
+        for entry in pipeline["networks"]
+    ]
+    columns = ("network", "class", "parameters", "in the bundle")
+    screen.print(table(pipeline["class"], columns, rows, ("parameters",)))
+    height, width = pipeline["image"] or (None, None)
+    image = "" if height is None else f"Image: {height} x {width} pixels, for which it is compiled; see --height."
+    lines = [
+        loop_line(document["loop"]),
+        f"Guidance: {pipeline['guidance']}.",
+        image,
+        "A request gives: " + "; ".join(pipeline["takes"]) + ". Any number of samples at once.",
+        *(f"Refused: {reason}." for reason in pipeline["refused"]),
+        "What no engine can run is found by capturing the network: --json, or optimize.",
+    ]
+    for line in filter(None, lines):
+        screen.print(line, markup=False, soft_wrap=True)
 
 
 def print_checkpoint(document: Mapping[str, Any]) -> None:

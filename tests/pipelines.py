@@ -112,6 +112,21 @@ def stable_diffusion(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def unconditional(folder: Path, **config: Any) -> Path:
+    """An unconditional UNet with DDIM, which clips unless `config` says otherwise."""
+    torch.manual_seed(0)
+    network = diffusers.UNet2DModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+    )
+    diffusers.DDIMPipeline(network, diffusers.DDIMScheduler(**config)).save_pretrained(folder)
+    return folder
+
+
 def dit(folder: Path) -> Path:
     """DiT: a thousand classes."""
     torch.manual_seed(0)

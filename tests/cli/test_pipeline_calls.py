@@ -8,6 +8,9 @@ from pathlib import Path
 import pipelines
 import pytest
 
+from stepfold.frontend.load import load_checkpoint
+from stepfold.frontend.overview import overview
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -18,6 +21,40 @@ def test_inspect_shows_the_loop_of_the_call(stepfold, folder: Path) -> None:
     words = ("inspect", folder, "--steps", 3, "--guidance", 0, "--height", 8, "--width", 24, "--json")
     loop = stepfold(*words).document()["loop"]
     assert (loop["sampler"]["steps"], loop["latent"]["shape"], loop.get("guidance")) == (3, [4, 4, 12], None)
+
+
+def test_a_pipeline_in_a_screenful(stepfold, folder: Path) -> None:
+    """What a person asks before compiling: networks, loop, guidance, sizes, what a request gives."""
+    result = stepfold("inspect", folder, "--steps", 4)
+    assert result.code == 0 and len(result.out.splitlines()) < 24
+    for text in (
+        "StableDiffusionPipeline",
+        "UNet2DConditionModel",
+        "text_encoder",
+        "Loop: PNDMScheduler, 4 steps, latent [4, 8, 8], guidance 7.5.",
+        "Guidance: two branches at scale 7.5, the request gives the other.",
+        "Image: 16 x 16 pixels",
+        "tokenizer reads 12 tokens",
+    ):
+        assert text in result.out
+
+
+def test_a_pipeline_of_noise_alone(stepfold, tmp_path: Path) -> None:
+    """Nothing is known about what surrounds an unconditional model, and nothing does."""
+    folder = pipelines.unconditional(tmp_path / "ddim", clip_sample=False)
+    document = stepfold("inspect", folder, "--json").document()
+    pipeline = document["pipeline"]
+    assert (pipeline["takes"], pipeline["guidance"], pipeline["image"]) == (["noise alone"], "one branch", [8, 8])
+    assert [(entry["name"], entry["in_bundle"]) for entry in pipeline["networks"]] == [("unet", True)]
+    assert document["class"] == "UNet2DModel" and document["rates"] and document["loop"]["sampler"]["steps"] == 50
+
+
+def test_a_slow_tokenizer_is_told_before_compiling(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = load_checkpoint(folder)
+    assert checkpoint.run is not None
+    monkeypatch.setattr(type(checkpoint.run.pipeline.tokenizer), "backend_tokenizer", None)
+    found = overview(checkpoint)
+    assert found is not None and found["refused"][0].startswith("tokenizer: CLIPTokenizer has no form of the")
 
 
 BAD: dict[str, tuple[list[object], str]] = {

@@ -223,27 +223,15 @@ def test_weights_of_flax_alone_are_refused_by_name(folder: Path) -> None:
 # -- other calls
 
 
-def unconditional(folder: Path, **config: Any) -> Path:
-    torch.manual_seed(0)
-    network = diffusers.UNet2DModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=8,
-    )
-    diffusers.DDIMPipeline(network, diffusers.DDIMScheduler(**config)).save_pretrained(folder)
-    return folder
-
-
 def test_an_unconditional_pipeline_is_asked_for_a_batch(tmp_path: Path) -> None:
-    checkpoint = load_checkpoint(unconditional(tmp_path / "ddim", clip_sample=False), call=pipeline_call(steps=5))
+    checkpoint = load_checkpoint(
+        pipelines.unconditional(tmp_path / "ddim", clip_sample=False), call=pipeline_call(steps=5)
+    )
     loop = checkpoint.loop
     assert loop is not None and loop.conditions == [] and loop.guidance is None
     assert loop.latent.shape == (3, 8, 8) and loop.sampler.steps == 5
     with pytest.raises(UsageError, match="clip_sample is True, so it clips the predicted sample"):
-        load_checkpoint(unconditional(tmp_path / "clips"), call=pipeline_call(steps=5))
+        load_checkpoint(pipelines.unconditional(tmp_path / "clips"), call=pipeline_call(steps=5))
 
 
 def test_a_scale_that_a_network_is_told_is_a_condition_of_the_pipeline(tmp_path: Path) -> None:
