@@ -32,9 +32,9 @@ class Guided:
     Attributes:
         conditional: branch.
         unconditional: branch, None without guidance.
-        scale: of the guidance, 1 without.
+        scale: scale of the guidance, 1 without.
         output_scale: what the guided output is multiplied by; -1 in pipelines that negate it.
-        rows: of each denoiser call.
+        rows: rows of each denoiser call.
         output: what the scheduler was given, less the scale.
     """
 
@@ -55,7 +55,7 @@ def guided(step: Step, batch: int, where: str) -> Guided:
     """The branches of a step.
 
     Args:
-        step: as recorded.
+        step: step as it was recorded.
         batch: how many samples the pipeline draws.
         where: the step in words, for messages.
 

@@ -47,8 +47,8 @@ class Index:
 
     Attributes:
         path: folder of the pipeline.
-        class_name: of the pipeline.
-        components: by name; None for one that is left out.
+        class_name: class of the pipeline.
+        components: components by name; None for one that is left out.
         values: plain values of the pipeline's own, such as `boundary_ratio`, and diffusers' notes (`_diffusers_version`).
     """
 
@@ -175,7 +175,7 @@ def staged(index: Index, loaded: Mapping[str, Any]) -> Iterator[Path]:
     """A folder as today's diffusers wants it: the index, and links to the components that diffusers is to load itself.
 
     Args:
-        index: of the pipeline.
+        index: index of the pipeline.
         loaded: components that need not be there.
 
     Raises:

@@ -42,8 +42,8 @@ class Around:
     """What a pipeline does around its loop.
 
     Attributes:
-        surroundings: of its family.
-        prompts: that it was run with; None where it got embeddings.
+        surroundings: surroundings of its family.
+        prompts: prompts that it was run with; None where it got embeddings.
         negative: prompts of the other branch; None where it got embeddings.
         drawn: latents and the images that it makes of them.
     """
@@ -60,8 +60,8 @@ class Checkpoint:
 
     Attributes:
         path: the folder.
-        class_name: of the model.
-        model: in evaluation mode and float32.
+        class_name: class of the model.
+        model: model in evaluation mode and float32.
         loop: the loop around it, or None for a component.
         component: how a component is called, when `loop.yaml` says so.
         kwargs: one example call: a row for each row of the example inputs, two where none were given.

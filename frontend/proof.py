@@ -33,9 +33,9 @@ class PipelineRun:
     """A pipeline and the call that its loop was recorded from.
 
     Attributes:
-        pipeline: as diffusers loads it.
+        pipeline: pipeline as diffusers loads it.
         denoiser: its network.
-        arguments: of the call.
+        arguments: arguments of the call.
         batch: how many samples they ask for.
     """
 
@@ -82,8 +82,8 @@ class Proof:
 
     Attributes:
         latent_db: PSNR of the worst sample, its peak the range of the pipeline's.
-        image_db: that of images; None where stepfold compiles no decoder.
-        samples: that were compared.
+        image_db: agreement of the images; None where stepfold compiles no decoder.
+        samples: number of samples that were compared.
     """
 
     latent_db: float
@@ -97,7 +97,7 @@ def prove(run: PipelineRun, program: Program, decoder: Program | None, on_step: 
     Args:
         run: the pipeline's call.
         program: the denoiser and its loop, before any pass.
-        decoder: from latents to images, before any pass; None where none is compiled.
+        decoder: decoder from latents to images, before any pass; None where none is compiled.
         on_step: called with (steps done, steps in all).
 
     Raises:

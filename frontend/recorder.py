@@ -36,7 +36,7 @@ class Step:
     """The denoiser calls before one scheduler step, and the step.
 
     Attributes:
-        calls: in order.
+        calls: calls in their order.
         timestep: what the scheduler was given.
         guided: the output the scheduler was given, guidance applied.
         sample: the latent it was given.

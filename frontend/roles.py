@@ -47,9 +47,9 @@ class Seen:
     """A step as it is judged.
 
     Attributes:
-        step: as recorded.
+        step: step as it was recorded.
         guided: its branches.
-        latent: of each sample.
+        latent: latent of each sample.
     """
 
     step: Step

@@ -138,12 +138,12 @@ def _run(
     """Run a copy of a scheduler with given denoiser outputs.
 
     Args:
-        name: of the scheduler, for messages.
+        name: name of the scheduler, for messages.
         scheduler: its grid is set and no step was taken; it is left so.
         given: further arguments of every step, such as `eta`.
         start: [D] the first latent, already scaled.
         outputs: [S, D] what the denoiser answers at each call.
-        seed: of every random generator that the scheduler may use.
+        seed: seed of every random generator that the scheduler may use.
 
     Returns:
         latents [S+1, D] and input scales [S].

@@ -19,7 +19,7 @@ def window(stage: Stage, end: fx.Node, nodes: Collection[fx.Node]) -> tuple[Stag
     Args:
         stage: whose shapes are propagated.
         end: the node whose value is returned, a tensor.
-        nodes: to keep of those that it is computed from. Nodes that cannot be inputs, as sizes are none and tensors
+        nodes: nodes to keep of those that it is computed from. Nodes that cannot be inputs, as sizes are none and tensors
             whose batch is no first dimension, are kept with them.
 
     Returns:

@@ -72,7 +72,7 @@ def compare(
     """Compare reports with the first of them.
 
     Args:
-        reports: at least two `report.json` files, or folders that hold one.
+        reports: two or more `report.json` files, or folders that hold one.
         max_slowdown: percent by which the median latency of a bundle may exceed that of the base.
         max_psnr_drop: dB by which its mean PSNR may fall below that of the base.
 

@@ -59,7 +59,7 @@ class Job:
         loop: a `loop.yaml` that replaces the checkpoint's.
         inputs: example tensors.
         min_psnr: quality budget in dB.
-        seed: of the three sample sets.
+        seed: seed of the three sample sets.
         overwrite: replace a bundle that is there.
         calibration: a store of `stepfold calibrate` for the passes to take statistics from.
         call: arguments of a pipeline's call that replace its defaults.
@@ -230,9 +230,9 @@ def apply(
         program: a captured program.
         recipe: name, file or content.
         calibration: a store of `stepfold calibrate`; without one, passes that need statistics calibrate by themselves.
-        seed: of the sample sets.
+        seed: seed of the sample sets.
         backend: engine the schedule is fitted on.
-        options: of that engine, see `stepfold backends`.
+        options: options of that engine, see `stepfold backends`.
 
     Returns:
         The new program and one record for each pass.
@@ -274,7 +274,7 @@ def lower(
         backend: engine.
         out: folder of the bundle.
         overwrite: replace a bundle that is there.
-        options: of the engine, see `stepfold backends`.
+        options: options of the engine, see `stepfold backends`.
 
     Raises:
         UsageError: the backend is unknown, lacks an option or cannot build here, or `out` exists.

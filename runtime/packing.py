@@ -60,16 +60,16 @@ def pack(
     """Write stages, tables, schedule, probe and manifest into an empty folder.
 
     Args:
-        folder: to write to.
-        program: after all passes.
+        folder: folder to write to.
+        program: program after all passes.
         bound: the program on the engine, for the recorded probe.
         shop: where its stages were compiled.
-        recipe: as it was run.
-        quality: on held-out samples, None where it was not measured.
-        seed: of the sample sets, None where they are not known.
+        recipe: recipe as it was run.
+        quality: quality on held-out samples, None where it was not measured.
+        seed: seed of the sample sets, None where they are not known.
         pipeline: what surrounds the loop, its files written before.
         call: arguments of the pipeline's call that replaced its defaults.
-        proof: of the unoptimized program against its pipeline.
+        proof: proof of the unoptimized program against its pipeline.
     """
     stages = tuple(_copy_stage(folder, shop, stage) for stage in program.stages)
     shared = _share(folder, shop, stages)
@@ -119,7 +119,7 @@ def batch_invariant(stages: Iterable[Stage]) -> bool:
     """Whether a sample does not depend on its batch mates: per-tensor dynamic scales couple them.
 
     Args:
-        stages: as the engine computes them; one that gives a scale to each token has no such operator.
+        stages: stages as the engine computes them; one that gives a scale to each token has no such operator.
     """
     return not any(str(node.target) == COUPLING for stage in stages for node in stage.graph.graph.nodes)
 

@@ -22,7 +22,7 @@ def prove(
     """Compare what was captured of a pipeline with the pipeline's own samples; None for what is no pipeline.
 
     Args:
-        checkpoint: as loaded.
+        checkpoint: checkpoint as it was loaded.
         program: its denoiser and loop, before any pass.
         ends: what surrounds the loop, before any pass.
         progress: called with (task, done, total).

@@ -41,7 +41,7 @@ def require_right(program: Program, bound: BoundProgram, backend: Backend, known
     Args:
         program: whose stages are compiled; one without an example, as is made to time a layer, cannot be compared.
         bound: the same, on the engine.
-        backend: that compiled them.
+        backend: backend that compiled them.
         known: stages, by identity, that were compared before.
 
     Raises:
@@ -80,8 +80,8 @@ def difference(received: Mapping[str, Array], wanted: Mapping[str, Array], most:
     """What is wrong with the outputs of a stage; None for nothing.
 
     Args:
-        received: by name, of the engine.
-        wanted: of the graph. Values that are not finite there, such as those of a mask, may be so in the engine.
+        received: outputs of the engine, by name.
+        wanted: outputs of the graph. Values that are not finite there, such as those of a mask, may be so in the engine.
         most: relative L2 error of an output.
     """
     for name, value in wanted.items():

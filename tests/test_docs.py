@@ -17,6 +17,7 @@ PAGES = sorted(
 )
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
+HEADLESS = re.compile(r"^ {4}([a-z]\w*): (?:of|that|with|in|to|for|from|by|as|on|at|behind|without) ", re.MULTILINE)
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -34,6 +35,12 @@ def undocumented(source: str) -> list[str]:
     return missing
 
 
+def headless(source: str) -> list[str]:
+    """Entries of docstrings that are no noun phrase: only the name in front of them would make one."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, Documented)]
+    return [match[0] for node in nodes for match in HEADLESS.finditer(ast.get_docstring(node) or "")]
+
+
 def _public(node: Documented, name: str) -> Iterator[tuple[str, Documented]]:
     yield name, node
     for child in node.body if isinstance(node, ast.Module | ast.ClassDef) else ():
@@ -44,7 +51,21 @@ def _public(node: Documented, name: str) -> Iterator[tuple[str, Documented]]:
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_public_names_are_documented(path: Path) -> None:
-    assert undocumented(path.read_text()) == []
+    source = path.read_text()
+    assert undocumented(source) == [] and headless(source) == []
+
+
+def test_headless_entries_are_found() -> None:
+    source = '''
+def run(seed, path):
+    """Run.
+
+    Args:
+        seed: of the noise.
+        path: path of the file.
+    """
+'''
+    assert headless(source) == ["    seed: of "]
 
 
 def test_missing_docstrings_are_found() -> None:
