@@ -1,0 +1,102 @@
+"""`benchmarks/published.py`: folders through the command line, and what their rows say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pipelines
+import pytest
+
+FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "published.py"
+
+
+@pytest.fixture(scope="module")
+def published() -> Any:
+    spec = importlib.util.spec_from_file_location("published", FILE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["published"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+ANSWER = {"pipeline": "SomePipeline", "runs": "", "call": {}}
+
+
+def document(latent: float, image: float | None, quality: float) -> str:
+    proof = {"latent_db": latent, "image_db": image, "samples": 2}
+    return json.dumps({"proof": proof, "quality": {"psnr_db": {"mean": 126.0, "min": quality, "low": 126.0}}})
+
+
+@pytest.mark.parametrize(
+    ("figures", "outcome"),
+    [
+        ((120.0, 110.0, 126.0), "exact"),
+        ((120.0, None, 126.0), "exact"),
+        ((120.0, 70.0, 126.0), "wrong"),
+        ((120.0, None, 80.0), "wrong"),
+    ],
+)
+def test_a_bundle_is_exact_in_everything_or_wrong(published: Any, figures: Any, outcome: str) -> None:
+    row = published.row_of("a", ANSWER, 0, document(*figures), "")
+    assert (row.outcome, row.latent_db, row.image_db, row.quality_db) == (outcome, *figures)
+
+
+def test_a_bundle_without_a_proof_is_not_exact(published: Any) -> None:
+    row = published.row_of("a", ANSWER, 0, json.dumps({"proof": None, "quality": None}), "")
+    assert row.outcome == "wrong"
+
+
+@pytest.mark.parametrize(("code", "outcome"), [(2, "refused"), (1, "failed")])
+def test_a_folder_without_a_bundle_has_its_reason(published: Any, code: int, outcome: str) -> None:
+    row = published.row_of("a", ANSWER, code, "", "info: keys\nerror: it adds noise | in its steps\nmore")
+    assert (row.outcome, row.reason) == (outcome, "it adds noise | in its steps")
+    assert "it adds noise \\| in its steps" in published.table([row])
+
+
+def test_the_share_is_of_folders_that_run(published: Any) -> None:
+    rows = [
+        published.row_of("a", ANSWER, 0, document(120.0, None, 126.0), ""),
+        published.row_of("b", ANSWER, 2, "", "error: no"),
+        published.row_of("c", ANSWER | {"runs": "ImportError: gone"}, 2, "", "error: no"),
+    ]
+    assert published.table(rows).endswith(
+        "3 folders, 2 run in diffusers: 1 exact, 0 wrong, 1 refused, 0 failed (50 % exact)."
+    )
+
+
+def test_a_call_is_given_by_options(published: Any) -> None:
+    call = published.small_call(diffusers.WanPipeline, 4, 64)
+    words = published.words(call | {"use_resolution_binning": False})
+    assert words == [
+        "--steps",
+        "4",
+        "--height",
+        "64",
+        "--width",
+        "64",
+        "--frames",
+        "9",
+        "--call",
+        "use_resolution_binning=false",
+    ]
+    assert published.small_call(diffusers.DDIMPipeline, 4, 64) == {"num_inference_steps": 4}
+
+
+@pytest.mark.slow
+def test_folders_of_pipelines(published: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that becomes an exact bundle and one that is refused; what is known is not run again."""
+    folders = tmp_path / "folders"
+    pipelines.unconditional(folders / "ddim", clip_sample=False)
+    pipelines.unconditional(folders / "ddim-clips")
+    words = [str(folders), "--rows", str(tmp_path / "rows.jsonl"), "--steps", "3"]
+    assert published.main(words) == 0
+    shown = capsys.readouterr().out
+    assert shown.endswith("2 folders, 2 run in diffusers: 1 exact, 0 wrong, 1 refused, 0 failed (50 % exact).\n")
+    assert "clip_sample is True" in shown
+    assert published.main(words) == 0 and capsys.readouterr().out == shown
