@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from evaluations import REFERENCE, Row
+from safetensors.numpy import save_file
 
-import stepfold
 from stepfold.backends.instructions import instructions
+from stepfold.frontend.load import load_checkpoint
 from stepfold.loop.classes import class_conditions
 from stepfold.loop.metrics import psnr
 from stepfold.loop.noise import noise
+from stepfold.loop.table import fold
+from stepfold.report.baselines.build import build, chain, describe
 from stepfold.report.emulation import without_vnni
+from stepfold.report.work import Work, write
 from stepfold.runtime.compiler import Job, optimize
 from stepfold.runtime.unoptimized import load_unoptimized
 
@@ -42,19 +48,35 @@ ROWS = {
     "mixed, 7 bits": Row("mixed", ({"hoist": {}}, {"quantize": {"scheme": "mixed", "bits": 7.0}}, FUSE)),
 }
 DEFAULT = "default, 40 dB"
-DRAW = """
+BASELINES = {
+    "ONNX Runtime, quantize_dynamic": "onnxruntime-int8",
+    "ONNX Runtime, quantize_dynamic, reduce_range": "onnxruntime-int8-reduced",
+    "NNCF on OpenVINO": "openvino-int8",
+}
+DRAW_BUNDLE = """
 import json, sys
 import numpy as np
 import stepfold
-path, count, seed = json.loads(sys.argv[1])
-np.save(path + ".npy", stepfold.load(path, threads=1).generate(count=count, seed=seed))
+path, count, seed, out = json.loads(sys.argv[1])
+np.save(out, stepfold.load(path, threads=1).generate(count=count, seed=seed))
 """
+DRAW_BASELINE = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from stepfold.report.baselines.opening import open_baseline
+from stepfold.report.work import read_all
+row, request, out = json.loads(sys.argv[1])
+np.save(out, open_baseline(row, 1).sample(read_all(Path(request))))
+"""
+Draw = Callable[[Path], tuple[str, str]]
+"""The code that draws a row into a file, and its argument."""
 
 
 def main() -> None:
     """Build, draw here and emulated, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", default=";".join([*ROWS, DEFAULT]))
+    parser.add_argument("--rows", default=";".join([*ROWS, DEFAULT, *BASELINES]))
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--seed", type=int, default=12345)
     options = parser.parse_args()
@@ -63,23 +85,47 @@ def main() -> None:
         print(f"this processor: {', '.join(instructions())}\n")
         print("| row | dB here | dB without VNNI | dB between them | largest difference |\n|---|---|---|---|---|")
         for name in options.rows.split(";"):
-            path = build(name, Path(scratch))
-            print("drawing emulated", file=sys.stderr)
-            without_vnni("-c", DRAW, json.dumps([str(path), options.samples, options.seed]))
-            here = stepfold.load(path, threads=1).generate(count=options.samples, seed=options.seed)
-            there = np.load(f"{path}.npy")
+            prepare = baseline if name in BASELINES else bundle
+            here, there = both(prepare(name, Path(scratch), options.samples, options.seed), Path(scratch))
             largest = np.abs(here - there).max() / np.ptp(here)
             figures = [psnr(a, b).mean() for a, b in ((here, wanted), (there, wanted), (there, here))]
             print(f"| {name} | {' | '.join(f'{value:.1f}' for value in figures)} | {largest:.0e} |", flush=True)
 
 
-def build(name: str, folder: Path) -> Path:
-    """The bundle of a row."""
+def both(draw: Draw, scratch: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Samples of a row on this processor and on the emulated one."""
+    code, argument = draw(scratch / "here.npy")
+    subprocess.run([sys.executable, "-c", code, argument], check=True)
+    print("drawing emulated", file=sys.stderr)
+    without_vnni("-c", *draw(scratch / "there.npy"))
+    return np.load(scratch / "here.npy"), np.load(scratch / "there.npy")
+
+
+def bundle(name: str, scratch: Path, samples: int, seed: int) -> Draw:
+    """Build the bundle of a row."""
     print(f"building {name}", file=sys.stderr)
-    if name != DEFAULT:
-        return ROWS[name].build(REFERENCE, folder)
-    optimize(Job(REFERENCE.checkpoint, folder / "default", min_psnr=40.0), lambda task, done, total: None)
-    return folder / "default"
+    if name == DEFAULT:
+        path = scratch / "default"
+        optimize(Job(REFERENCE.checkpoint, path, min_psnr=40.0), lambda task, done, total: None)
+    else:
+        path = ROWS[name].build(REFERENCE, scratch)
+    return lambda out: (DRAW_BUNDLE, json.dumps([str(path), samples, seed, str(out)]))
+
+
+def baseline(name: str, scratch: Path, samples: int, seed: int) -> Draw:
+    """Build the model of another tool, as `stepfold bench` does."""
+    print(f"building {name}", file=sys.stderr)
+    program = load_checkpoint(REFERENCE.checkpoint).capture()
+    assert program.loop is not None and program.recurrence is not None
+    work = Work(program.loop, program.inputs, {})
+    table, request, folder = scratch / "full.table", scratch / "request", scratch / "baselines"
+    save_file(fold(program.recurrence, work.guidance).arrays(), table)
+    write(request, work.arrays(samples, seed))
+    row = {"checkpoint": str(REFERENCE.checkpoint), "table": str(table), "example": None, **describe(work)}
+    for artifact in chain(BASELINES[name]):
+        build({**row, "artifact": artifact, "folder": str(folder), "threads": 2}, lambda done, total: None)
+    row |= {"engine": BASELINES[name], "artifact": str(folder / BASELINES[name])}
+    return lambda out: (DRAW_BASELINE, json.dumps([row, str(request), str(out)]))
 
 
 def full_loop(count: int, seed: int) -> np.ndarray:
