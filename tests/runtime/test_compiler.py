@@ -74,7 +74,7 @@ def test_the_summary_is_what_was_built(optimized: tuple[Path, dict[str, Any]], t
 
 def test_the_manifest_records_the_run(optimized: tuple[Path, dict[str, Any]], tiny_program: Program) -> None:
     manifest = stepfold.load(optimized[0]).manifest
-    assert manifest.seeds == {"seed": 0, "calibration": [0, 1], "validation": [0, 2], "held-out": [0, 3]}
+    assert manifest.seeds == {"seed": 0, "calibration": (0, 1), "validation": (0, 2), "held-out": (0, 3)}
     assert manifest.model.weights_sha256 == tiny_program.model.weights_sha256
     assert manifest.batch_invariant is False
     assert [next(iter(entry)) for entry in manifest.recipe["passes"]] == ["hoist", "quantize", "fuse", "schedule"]  # type: ignore[index]
@@ -146,7 +146,7 @@ def test_options_progress_and_cache(tiny_checkpoint: Path, tmp_path: Path, monke
     assert document["schedule"]["evaluations"] == 2 and document["passes"][1]["changed"] == 4
     manifest = stepfold.load(tmp_path / "bundle").manifest
     assert manifest.recipe["passes"][1]["quantize"]["skip"] == ["*.ff.*"]  # type: ignore[index]
-    assert manifest.seeds["seed"] == 1 and manifest.seeds["held-out"] == [1, 3]
+    assert manifest.seeds["seed"] == 1 and manifest.seeds["held-out"] == (1, 3)
     tasks = list(dict.fromkeys(task for task, _, _ in told))
     assert tasks[:2] == ["loading", "capturing"] and tasks[-1] == "compiling"
     for name in ("calibration", "validation", "held-out"):

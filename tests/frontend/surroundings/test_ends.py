@@ -185,7 +185,7 @@ def test_a_condition_that_nobody_can_give_is_refused() -> None:
     from stepfold.frontend.surroundings import ends
 
     assert ends._given("size", torch.tensor([[4.0, 4.0]] * 2)) == [4.0, 4.0]
-    for value in (torch.zeros(2, 100), torch.tensor([1.0, 2.0])):
+    for value in (torch.zeros(2, ends.MOST_GIVEN + 1), torch.tensor([1.0, 2.0])):
         with pytest.raises(UsageError, match="mask: the pipeline makes this condition"):
             ends._given("mask", value)
 

@@ -147,12 +147,9 @@ def test_a_budget_of_the_user_holds_for_a_number_too(cache: Path) -> None:
         of(90.0)
 
 
-@pytest.mark.parametrize("evaluations", [0, 13, -1])
-def test_evaluations_outside_the_grid(cache: Path, evaluations: int) -> None:
-    with pytest.raises(
-        UsageError, match=f"evaluations must be 1 to 12, the calls of the sampler; received {evaluations}"
-    ):
-        search(cache, evaluations=evaluations)
+def test_more_evaluations_than_the_grid_has(cache: Path) -> None:
+    with pytest.raises(UsageError, match="evaluations must be 1 to 12, the calls of the sampler; received 13"):
+        search(cache, evaluations=13)
 
 
 def test_every_call_is_the_full_loop(cache: Path) -> None:
