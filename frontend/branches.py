@@ -106,6 +106,12 @@ def _other_calls(step: Step, rows: tuple[int, ...], batch: int) -> str:
             f"the guidance of the pipeline has three branches (denoiser calls of {list(rows)} rows for {batch} samples); "
             f"the fold holds two, `unconditional + scale (conditional - unconditional)`. {BY_HAND}"
         )
+    lists = [name for call in step.calls for name, value in call.arguments.items() if isinstance(value, list)]
+    if lists:
+        return (
+            f"the denoiser takes its samples as a list ({lists[0]!r}) with a tensor for each, and counts them in Python; "
+            "the fold holds one tensor with a row for each sample."
+        )
     return (
         f"the pipeline calls its denoiser {len(rows)} times, with {list(rows)} rows for {batch} samples; the fold holds "
         f"one call, one with a doubled batch, or two. {BY_HAND}"

@@ -169,6 +169,7 @@ def by_sample(value: torch.Tensor) -> torch.Tensor:
     return value * torch.tensor([1.0, 1.3]).reshape(2, 1, 1)
 
 
+LATENT_ROW = torch.zeros(LATENT)
 REFUSED: dict[str, tuple[str, Callable[[Recorded], object], str]] = {
     "middle_of_the_grid": (
         "none",
@@ -192,6 +193,11 @@ REFUSED: dict[str, tuple[str, Callable[[Recorded], object], str]] = {
         "twice",
         lambda r: r.steps[0].calls.extend(r.steps[0].calls),
         "step 1 of 4: the pipeline calls its denoiser 4 times",
+    ),
+    "lists_of_samples": (
+        "none",
+        lambda r: setattr(r.steps[0], "calls", [Call({"x": [LATENT_ROW] * BATCH}, torch.zeros(16, *LATENT))]),
+        r"step 1 of 4: the denoiser takes its samples as a list \('x'\) with a tensor for each",
     ),
     "second_network_besides": (
         "none",
