@@ -8,10 +8,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from .errors import UsageError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -33,7 +35,7 @@ class Extensions(Generic[T]):
 
     def names(self) -> list[str]:
         """The names that are declared, none of which is imported for it."""
-        return sorted({entry.name for entry in entry_points(group=self.group)})
+        return sorted({entry.name for entry in self._entries()})
 
     def load(self, name: str) -> T:
         """What a package declares under a name.
@@ -44,7 +46,7 @@ class Extensions(Generic[T]):
         Raises:
             UsageError: it cannot be imported, is not what is wanted or has another name, or two packages declare it.
         """
-        entries = [entry for entry in entry_points(group=self.group) if entry.name == name]
+        entries = [entry for entry in self._entries() if entry.name == name]
         if len(entries) > 1:
             packages = " and ".join(sorted(_package(entry) for entry in entries))
             raise UsageError(f"{self.wanted} {name!r}: declared by {packages}; uninstall all but one of them.")
@@ -62,6 +64,11 @@ class Extensions(Generic[T]):
                 "the package."
             )
         return found
+
+    def _entries(self) -> Iterator[EntryPoint]:
+        from importlib.metadata import entry_points  # slow to import, and no bundle of stepfold's own engines needs it
+
+        yield from entry_points(group=self.group)
 
     def load_all(self, own: Sequence[str]) -> Iterator[T]:
         """Everything that can be loaded; a warning names what cannot, or has the name of one of stepfold's own."""
