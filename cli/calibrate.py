@@ -14,21 +14,16 @@ from ..loop.writing import require_writable
 from .console import console, errors_console, print_json, working
 from .options import (
     MOST_SAMPLES,
-    CallArguments,
-    Frames,
-    Height,
+    NO_CALL,
     Json,
-    NegativePrompt,
-    PipelineGuidance,
-    Steps,
-    Width,
-    asked_call,
+    with_pipeline_call,
 )
 
 if TYPE_CHECKING:
     from ..calibration.run import Outcome, Prepared, Work
 
 
+@with_pipeline_call
 def calibrate(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CHECKPOINT", help="Folder with config.json and safetensors, or a pipeline.")
@@ -57,13 +52,7 @@ def calibrate(
     loop: Annotated[
         Path | None, typer.Option("--loop", metavar="FILE.yaml", help="Loop to use instead of the checkpoint's.")
     ] = None,
-    steps: Steps = None,
-    guidance: PipelineGuidance = None,
-    height: Height = None,
-    width: Width = None,
-    frames: Frames = None,
-    negative_prompt: NegativePrompt = None,
-    arguments: CallArguments = None,
+    call: PipelineCall = NO_CALL,
     seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of the samples.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -82,15 +71,6 @@ def calibrate(
     start = time.perf_counter()
     check_folder(out)
     require_writable("--out", out / STORE)
-    call = asked_call(
-        arguments,
-        steps=steps,
-        guidance=guidance,
-        height=height,
-        width=width,
-        frames=frames,
-        negative_prompt=negative_prompt,
-    )
     settings = Settings(samples=samples, seed=seed, buckets=buckets)
     work: Work | None = None
     if workers > 1:

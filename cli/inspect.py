@@ -18,48 +18,28 @@ from .inspect_store import print_store
 from .optimize import proof_lines, quality_line, schedule_line, shared_line
 from .options import (
     ANY_FOLDER,
-    CallArguments,
-    Frames,
-    Height,
+    NO_CALL,
     Json,
-    NegativePrompt,
-    PipelineGuidance,
-    Steps,
-    Width,
-    asked_call,
     is_bundle,
     is_store,
+    with_pipeline_call,
 )
 
 
+@with_pipeline_call
 def inspect(
     model: Annotated[Path, typer.Argument(metavar=ANY_FOLDER, help="Folder to look into.")],
     inputs: Annotated[
         Path | None,
         typer.Option("--inputs", metavar="FILE.safetensors", help="Example inputs of a checkpoint by name."),
     ] = None,
-    steps: Steps = None,
-    guidance: PipelineGuidance = None,
-    height: Height = None,
-    width: Width = None,
-    frames: Frames = None,
-    negative_prompt: NegativePrompt = None,
-    arguments: CallArguments = None,
+    call: PipelineCall = NO_CALL,
     as_json: Json = False,
 ) -> None:
     """Show what a checkpoint consists of, rate by rate and site by site, or what a bundle or calibration store holds.
 
     $ stepfold inspect examples/mnist_dit
     """
-    call = asked_call(
-        arguments,
-        steps=steps,
-        guidance=guidance,
-        height=height,
-        width=width,
-        frames=frames,
-        negative_prompt=negative_prompt,
-    )
     if is_bundle(model) or is_store(model):
         _refuse_beside(model, inputs, call)
     if is_bundle(model):

@@ -11,21 +11,16 @@ import typer
 from rich.markup import escape
 
 from ..loop.errors import UsageError
+from ..loop.pipeline_call import PipelineCall
 from ..loop.reading import Expected
 from ..loop.yaml_files import parse_yaml
 from .console import console, print_json, table, working
 from .options import (
-    CallArguments,
-    Frames,
-    Height,
+    NO_CALL,
     Json,
     MinPsnr,
-    NegativePrompt,
-    PipelineGuidance,
-    Steps,
-    Width,
-    asked_call,
     check_min_psnr,
+    with_pipeline_call,
 )
 
 SETTING = Expected("a YAML value, as in 10 or [a, b]")
@@ -33,6 +28,7 @@ REASONS = 3  # that are told of each pass
 STAGES = ("stage", "rate", "engine file", "bytes", "FLOPs")
 
 
+@with_pipeline_call
 def optimize(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CHECKPOINT", help="Folder with config.json and safetensors, or a pipeline.")
@@ -59,13 +55,7 @@ def optimize(
         typer.Option("--calibration", metavar="STORE", help="Statistics for the passes; see `stepfold calibrate`."),
     ] = None,
     min_psnr: MinPsnr = None,
-    steps: Steps = None,
-    guidance: PipelineGuidance = None,
-    height: Height = None,
-    width: Width = None,
-    frames: Frames = None,
-    negative_prompt: NegativePrompt = None,
-    arguments: CallArguments = None,
+    call: PipelineCall = NO_CALL,
     no_proof: Annotated[
         bool, typer.Option("--no-proof", help="Do not compare the captured program of a pipeline with the pipeline.")
     ] = False,
@@ -80,15 +70,6 @@ def optimize(
     $ stepfold optimize examples/mnist_dit --out out/mnist --min-psnr 40
     """
     check_min_psnr(min_psnr)
-    call = asked_call(
-        arguments,
-        steps=steps,
-        guidance=guidance,
-        height=height,
-        width=width,
-        frames=frames,
-        negative_prompt=negative_prompt,
-    )
     chosen = [parse_setting(text) for text in settings or ()]
     from ..report.bundle_report import write_bundle_report
     from ..runtime.compiler import Job

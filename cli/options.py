@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,7 +66,39 @@ CallArguments = Annotated[
     list[str] | None,
     typer.Option("--call", metavar="NAME=VALUE", help="Another argument of a pipeline's call; YAML; repeatable."),
 ]
+NO_CALL = PipelineCall()
 ARGUMENT = Expected("a YAML value, as in 10, [a, b] or true")
+
+
+CALL_OPTIONS: Mapping[str, Any] = {
+    "steps": Steps,
+    "guidance": PipelineGuidance,
+    "height": Height,
+    "width": Width,
+    "frames": Frames,
+    "negative_prompt": NegativePrompt,
+    "arguments": CallArguments,
+}
+"""What a pipeline is called with, as the commands that run one take it."""
+
+
+def with_pipeline_call(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with the options of a pipeline's call in the place of its parameter `call`."""
+
+    @wraps(command)
+    def asking(**given: Any) -> None:
+        asked = {name: given.pop(name) for name in CALL_OPTIONS}
+        command(**given, call=asked_call(asked.pop("arguments"), **asked))
+
+    signature = inspect.signature(command, eval_str=True)
+    options = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=annotation)
+        for name, annotation in CALL_OPTIONS.items()
+    ]
+    parameters = [new for old in signature.parameters.values() for new in (options if old.name == "call" else [old])]
+    asking.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    asking.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return asking
 
 
 def asked_call(arguments: Sequence[str] | None, **options: Any) -> PipelineCall:

@@ -115,7 +115,7 @@ def test_arrays_of_a_bundle(read_only_bundle: Path, kind: Any, name: str) -> Non
     def changed(key: str, value: np.ndarray | None) -> None:
         others = {other: array for other, array in arrays.items() if other != key}
         with suppress(StepfoldError):
-            kind.from_arrays(others if value is None else {**others, key: value})
+            assert isinstance(kind.from_arrays(others if value is None else {**others, key: value}), kind)
 
     changed()
 
