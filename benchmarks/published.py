@@ -1,27 +1,34 @@
 """Pipeline folders against the pipelines themselves: which run in diffusers, which become exact bundles, which are refused.
 
-    python benchmarks/published.py FOLDER_OF_FOLDERS [--only REGEX] [--rows FILE.jsonl] [--steps N] [--pixels N]
+    python benchmarks/published.py [FOLDER_OF_FOLDERS] [--only REGEX] [--rows FILE.jsonl] [--steps N] [--pixels N]
 
-Each folder is a diffusers pipeline, as published or made tiny. Everything goes through the command line: `stepfold
-optimize` with `passes: [hoist]`, which changes no arithmetic, few steps and small images. A bundle is exact where its
-proof against the pipeline's own code and its samples against the full loop both reach 100 dB. Rows that are in the file
-of `--rows` are not run again.
+Without an argument, folders of random weights are made of the configurations in `benchmarks/published/`, once, under the
+system's temporary folder. Everything goes through the command line: `stepfold optimize` with `passes: [hoist]`, which
+changes no arithmetic, few steps and small images. A bundle is exact where its proof against the pipeline's own code and
+its samples against the full loop both reach 100 dB. Rows that are in the file of `--rows` are not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import inspect
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
+HERE = Path(__file__).resolve().parent
+CHECKPOINTS = HERE / "published"
+MADE = Path(tempfile.gettempdir()) / "stepfold-published"
+PACKAGES = ("stepfold", "torch", "diffusers", "transformers", "onnxruntime")
 EXACT_DB = 100.0  # a relative error of about 1e-5
 SECONDS = 1200  # that one folder may take
 CALL_OF_A_PIPELINE = "--call-of"
@@ -37,14 +44,14 @@ class Row:
     """What became of a folder.
 
     Attributes:
-        name: of the folder.
-        pipeline: class of the pipeline.
-        runs: empty where it runs in diffusers, else the reason.
+        name: The folder's.
+        pipeline: Class of the pipeline.
+        runs: Why it does not run in diffusers; empty where it does.
         outcome: `exact`, `wrong`, `refused` (exit code 2) or `failed`.
-        latent_db: of the proof against the pipeline; None without a bundle.
-        image_db: of the proof's images; None without a decoder.
-        quality_db: of the bundle's samples against the full loop.
-        reason: the error of stepfold, where there is no bundle.
+        latent_db: PSNR of the proof against the pipeline; None without a bundle.
+        image_db: PSNR of the proof's images; None without a decoder.
+        quality_db: PSNR of the bundle's samples against the full loop.
+        reason: The error of stepfold, where there is no bundle.
     """
 
     name: str
@@ -84,28 +91,63 @@ def words(call: Mapping[str, Any]) -> list[str]:
 
 
 def run_pipeline(folder: Path, steps: int, pixels: int) -> dict[str, Any]:
-    """Run a folder in diffusers with a prompt; in a process of its own."""
+    """Run a folder in diffusers with a prompt, and with an image where it asks for one; in a process of its own."""
     import diffusers
     import torch
     import transformers
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     name = json.loads((folder / "model_index.json").read_text())["_class_name"]
     answer: dict[str, Any] = {"pipeline": name, "call": {}, "runs": ""}
     try:
         pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
         pipeline.set_progress_bar_config(disable=True)
         answer |= {"pipeline": type(pipeline).__name__, "call": small_call(type(pipeline), steps, pixels)}
-        parameters = inspect.signature(pipeline.__call__).parameters
-        given: dict[str, Any] = {"prompt": "a photo of a cat", "class_labels": [1]}
-        pipeline(**{key: value for key, value in given.items() if key in parameters}, **answer["call"])
+        call_pipeline(pipeline, answer["call"], torch.full((1, 3, pixels, pixels), 0.5))
     except Exception as error:  # noqa: BLE001 (whatever a pipeline raises is its reason)
-        answer["runs"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:200]
-        found = getattr(diffusers, name, None)
-        if not answer["call"] and isinstance(found, type):
-            answer["call"] = small_call(found, steps, pixels)
+        answer["runs"] = reason_of(error)
+        answer["call"] = answer["call"] or small_call(class_today(folder), steps, pixels)
     return answer
+
+
+def class_today(folder: Path) -> type[Any]:
+    """The class that a pipeline of another time has by now, for what its call is named; any where there is none."""
+    import diffusers
+
+    from stepfold.frontend.components import read_index
+    from stepfold.loop.errors import UsageError
+
+    try:
+        found = getattr(diffusers, read_index(folder).class_name, None)
+    except UsageError:
+        found = None
+    return found if isinstance(found, type) else diffusers.StableDiffusionPipeline
+
+
+def call_pipeline(pipeline: Any, call: Mapping[str, Any], image: Any) -> None:
+    """Call a pipeline, with an image [1, 3, H, W] only where it does not run without one.
+
+    Raises:
+        Exception: The pipeline does not run; without an image, where it takes none.
+    """
+    parameters = inspect.signature(pipeline.__call__).parameters
+    given = {"prompt": "a photo of a cat", "class_labels": [1], "control_mode": 0}
+    images = {"image": image, "control_image": image, "mask_image": image[:, :1]}
+    known = {name: value for name, value in given.items() if name in parameters}
+    pictured = {name: value for name, value in images.items() if name in parameters}
+    try:
+        pipeline(**known, **call)
+    except Exception:
+        if not pictured:
+            raise
+        pipeline(**known, **pictured, **call)
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of an error, with its class."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:200]
 
 
 def try_folder(folder: Path, steps: int, pixels: int) -> Row:
@@ -124,7 +166,8 @@ def try_folder(folder: Path, steps: int, pixels: int) -> Row:
             check=False,
             timeout=SECONDS,
         )
-    return row_of(folder.name, answer, built.returncode, built.stdout, built.stderr)
+    said = built.stderr.replace(f"{folder}: ", "").replace(str(folder), folder.name)
+    return row_of(folder.name, answer, built.returncode, built.stdout, said)
 
 
 def row_of(name: str, answer: Mapping[str, Any], code: int, out: str, err: str) -> Row:
@@ -152,7 +195,7 @@ def table(rows: Sequence[Row]) -> str:
     ]
     for row in rows:
         figures = " | ".join(number(value) for value in (row.latent_db, row.image_db, row.quality_db))
-        reason = row.reason.replace("|", "\\|")[:240]
+        reason = shorten(row.reason.replace("|", "\\|"), 240, placeholder=" ...")
         lines.append(
             f"| {row.name} | {row.pipeline} | {row.runs or 'yes'} | {row.outcome} | {figures} | {reason or '-'} |"
         )
@@ -165,10 +208,52 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
+def versions() -> str:
+    """What the rows were made with, as a sentence."""
+    return ", ".join(f"{name} {version(name)}" for name in PACKAGES) + "."
+
+
+def made_folders(only: str) -> Iterator[Path]:
+    """Tiny folders of the checkpoints whose names match, each made when it is asked for and kept as long as it would
+    be made the same."""
+    from tiny.folders import Checkpoint, make_once
+
+    maker = b"".join(file.read_bytes() for file in sorted((HERE / "tiny").glob("*.py"))) + versions().encode()
+    for file in sorted(CHECKPOINTS.glob("*.json")):
+        if re.search(only, file.stem):
+            of_these = hashlib.sha256(maker + file.read_bytes()).hexdigest()[:12]
+            yield make_once(Checkpoint.read(file), MADE / of_these / file.stem)
+
+
+def found_folders(folders: Path, only: str) -> Iterator[Path]:
+    """Pipeline folders in a folder whose names match."""
+    for folder in sorted(path for path in folders.iterdir() if (path / "model_index.json").is_file()):
+        if re.search(only, folder.name):
+            yield folder
+
+
+def tried(folders: Iterator[Path], file: Path | None, steps: int, pixels: int) -> list[Row]:
+    """A row for each folder; those in the file are taken from there, the others are added to it."""
+    known: dict[str, Row] = {}
+    if file is not None and file.is_file():
+        known = {row["name"]: Row(**row) for row in map(json.loads, file.read_text().splitlines())}
+    rows = []
+    for folder in folders:
+        row = known.get(folder.name) or try_folder(folder, steps, pixels)
+        if file is not None and folder.name not in known:
+            with file.open("a") as stream:
+                stream.write(json.dumps(asdict(row)) + "\n")
+        print(f"{row.name}: {row.outcome} {row.latent_db or row.reason[:100]}", file=sys.stderr, flush=True)
+        rows.append(row)
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", type=Path, help="folder of pipeline folders")
+    parser.add_argument(
+        "folders", type=Path, nargs="?", help="folder of pipeline folders (default: tiny ones are made)"
+    )
     parser.add_argument("--only", default="", help="regular expression that names have to match")
     parser.add_argument("--rows", type=Path, help="file of rows, one JSON object a line, to read and to add to")
     parser.add_argument("--steps", type=int, default=4)
@@ -178,21 +263,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.alone:
         print(json.dumps(run_pipeline(given.folders, given.steps, given.pixels)))
         return 0
-    file: Path | None = given.rows
-    known: dict[str, Row] = {}
-    if file is not None and file.is_file():
-        known = {row["name"]: Row(**row) for row in map(json.loads, file.read_text().splitlines())}
-    rows = []
-    for folder in sorted(path for path in given.folders.iterdir() if (path / "model_index.json").is_file()):
-        if not re.search(given.only, folder.name):
-            continue
-        row = known.get(folder.name) or try_folder(folder, given.steps, given.pixels)
-        if file is not None and folder.name not in known:
-            with file.open("a") as stream:
-                stream.write(json.dumps(asdict(row)) + "\n")
-        print(f"{row.name}: {row.outcome} {row.latent_db or row.reason[:100]}", file=sys.stderr, flush=True)
-        rows.append(row)
-    print(table(rows))
+    folders = made_folders(given.only) if given.folders is None else found_folders(given.folders, given.only)
+    rows = tried(folders, given.rows, given.steps, given.pixels)
+    print(f"{table(rows)}\n\nMade with {versions()}")
     return 1 if any(row.outcome == "wrong" and not row.runs for row in rows) else 0
 
 
