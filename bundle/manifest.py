@@ -14,12 +14,14 @@ from ..loop.pipeline_call import PipelineCall
 from ..loop.ports import InputPort, Port, Rate
 from ..loop.spec import LoopSpec, Role, Strict
 from ..loop.values import DTYPES, MOST_DIMENSIONS, ArrayLike, Size
+from .prompts import Cleaning
 
 FORMAT_VERSION = 1
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Seed = Annotated[int, Field(ge=0, strict=True)]
 Calls = Annotated[int, Field(ge=0, le=1 << 20)]
 MOST_INDICES = 1 << 24  # of an embedding; a list of them fits memory
+Unprompted = Literal["empty", "zeros"]
 
 
 class PortEntry(Strict):
@@ -198,10 +200,19 @@ class FrozenDimensionEntry(Strict):
 
 
 class TokenizerEntry(Strict):
-    """A tokenizer, as its `tokenizer.json`: padding and truncation included."""
+    """A tokenizer, as its `tokenizer.json`: padding and truncation included.
+
+    Attributes:
+        input: input of `text` that gets the token numbers.
+        file: the `tokenizer.json`.
+        mask: input of `text` that tells tokens from padding; None where there is none.
+        cleaning: what is done to a prompt before, in order.
+    """
 
     input: str
     file: str
+    mask: str | None = None
+    cleaning: tuple[Cleaning, ...] = ()
 
 
 class PipelineEntry(Strict):
@@ -212,6 +223,7 @@ class PipelineEntry(Strict):
         text: folder of a bundle within this one, from token numbers to conditions; None where there are no prompts.
         decoder: folder of a bundle within this one, from latents to images in [-1, 1]; None where latents are images.
         given: conditions that the pipeline sets itself, name -> the value of one sample.
+        unprompted: conditions of the other branch where there is no negative prompt: those of an empty one, or zeros.
     """
 
     class_name: str = Field(validation_alias=AliasChoices("class", "class_name"), serialization_alias="class")
@@ -219,6 +231,7 @@ class PipelineEntry(Strict):
     text: str | None = None
     decoder: str | None = None
     given: dict[str, ArrayLike] = Field(default_factory=dict)
+    unprompted: Unprompted = "empty"
 
     @property
     def folders(self) -> tuple[str, ...]:

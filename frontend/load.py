@@ -44,7 +44,7 @@ class Around:
     Attributes:
         surroundings: surroundings of its family.
         prompts: prompts that it was run with; None where it got embeddings.
-        negative: prompts of the other branch; None where it got embeddings.
+        negative: prompts of the other branch; None where it got embeddings, or no negative prompt means zeros.
         drawn: latents and the images that it makes of them.
     """
 

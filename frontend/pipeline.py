@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 DENOISERS = ("transformer", "unet", "prior", "decoder")
 PROMPTS = ["a photo of a cat", "a drawing of a tree"]
 USUAL_STEPS = 50
+WATERMARK = "add_watermarker"
+"""Argument of the classes that draw a mark into images where a package for it is installed; bundles never do."""
 KNOWN_ARGUMENTS: Mapping[str, Any] = {"prompt": PROMPTS, "class_labels": [0, 1]}
 
 
@@ -122,10 +124,12 @@ def _around(run: PipelineRun) -> Around | None:
     if name not in SURROUNDINGS:
         logger.info("%s: prompts and images of this pipeline are not compiled, only its denoiser", name)
         return None
+    surroundings = SURROUNDINGS[name](run.pipeline, run.arguments)
     prompts, negative = (run.arguments.get(argument) for argument in ("prompt", "negative_prompt"))
-    if prompts is not None and not isinstance(negative, list):
+    told = negative is not None or surroundings.unprompted == "empty"
+    if prompts is not None and told and not isinstance(negative, list):
         negative = [negative or ""] * run.batch
-    return Around(SURROUNDINGS[name](run.pipeline, run.arguments), prompts, negative, run.drawn)
+    return Around(surroundings, prompts, negative, run.drawn)
 
 
 def _pipeline(index: Index, parts: Mapping[str, Any], denoiser: torch.nn.Module) -> Any:
@@ -136,6 +140,8 @@ def _pipeline(index: Index, parts: Mapping[str, Any], denoiser: torch.nn.Module)
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "torch_dtype": torch.float32}
     expected = inspect.signature(cls.__init__).parameters
     given = {name: part for name, part in parts.items() if name in expected}
+    if WATERMARK in expected:
+        options[WATERMARK] = False
     with (
         staged(index, parts) as stage,
         _runs(index.path, index.class_name, denoiser, stage),

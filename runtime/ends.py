@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ..loop.errors import BundleError, UsageError
+from ..bundle.manifest import Unprompted
+from ..bundle.prompts import PromptReader
+from ..loop.errors import UsageError
 from ..loop.ports import BoundProgram
 from .samples import finite
 
 Array = np.ndarray
-MISSING = "Prompts need the package tokenizers: pip install 'stepfold[prompts]'"
 
 
 @dataclass(frozen=True)
@@ -21,16 +22,18 @@ class Ends:
     """What a pipeline does around its loop.
 
     Attributes:
-        tokenizers: input of `text` -> content of its `tokenizer.json`, padding and truncation included.
+        readers: how the inputs of `text` are made of a prompt.
         text: encoder from token numbers [B, T] to conditions; None where there are no prompts.
         decoder: decoder from latents to images; None where latents are images.
         given: conditions that the pipeline sets itself, name -> the value of one sample.
+        unprompted: conditions of the other branch where there is no negative prompt: those of an empty one, or zeros.
     """
 
-    tokenizers: Mapping[str, str]
-    text: BoundProgram | None
-    decoder: BoundProgram | None
-    given: Mapping[str, Any]
+    readers: Sequence[PromptReader] = ()
+    text: BoundProgram | None = None
+    decoder: BoundProgram | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)
+    unprompted: Unprompted = "empty"
 
     def conditions(self, prompts: Sequence[str]) -> dict[str, Array]:
         """The conditions of a loop, one row for each prompt.
@@ -49,9 +52,24 @@ class Ends:
                 "prompt: expected a model that is told what to draw by text; this one has no text encoder."
             )
         distinct = list(dict.fromkeys(prompts))
-        encoded = dict(zip(self.text.outputs, self.text.evaluate(self._token_numbers(distinct)), strict=True))
+        numbers = {name: value for reader in self.readers for name, value in reader.read(distinct).items()}
+        encoded = dict(zip(self.text.outputs, self.text.evaluate(numbers), strict=True))
         rows = [distinct.index(prompt) for prompt in prompts]
         return {name: value[rows] for name, value in encoded.items()}
+
+    def unconditional(self, negative_prompt: str | None, conditions: Mapping[str, Array]) -> dict[str, Array]:
+        """The conditions of the other branch.
+
+        Args:
+            negative_prompt: what to keep away from; None for none.
+            conditions: those of the prompts, name -> [B, ...].
+
+        Returns:
+            name -> [B, ...].
+        """
+        if negative_prompt is None and self.unprompted == "zeros":
+            return {name: np.zeros_like(value) for name, value in conditions.items()}
+        return self.conditions([negative_prompt or ""] * len(next(iter(conditions.values()))))
 
     def set_by_pipeline(self, dtypes: Mapping[str, str], count: int) -> dict[str, Array]:
         """The conditions that do not come from the prompt.
@@ -75,20 +93,3 @@ class Ends:
             return latents
         rows = (latents[i : i + 1] for i in range(len(latents)))
         return finite(np.concatenate([self.decoder.evaluate({"latents": row})[0] for row in rows]), "images")
-
-    def _token_numbers(self, prompts: Sequence[str]) -> dict[str, Array]:
-        """name -> int64 [B, T]."""
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise UsageError(MISSING) from None
-        found = {}
-        for name, content in self.tokenizers.items():
-            try:
-                encoded = Tokenizer.from_str(content).encode_batch(list(prompts))
-                found[name] = np.array([item.ids for item in encoded], np.int64)
-            except (KeyboardInterrupt, SystemExit):
-                raise
-            except BaseException as error:  # the library raises plain Exception, and in a panic something that is none
-                raise BundleError(f"the tokenizer of {name}: {error}") from error
-        return found

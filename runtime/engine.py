@@ -15,6 +15,7 @@ from ..backends.registry import get
 from ..bundle.bind import bind
 from ..bundle.files import AGAIN
 from ..bundle.manifest import Manifest, StageEntry
+from ..bundle.prompts import PromptReader
 from ..bundle.reader import Bundle, read
 from ..bundle.tables import Tables
 from ..loop.calls import function, named, place, text, texts, whole, wholes
@@ -152,10 +153,13 @@ class Engine:
         """What the pipeline does around the loop; its stages are opened when it is first asked for."""
         entry = self.manifest.pipeline
         if entry is None:
-            return Ends({}, None, None, {})
+            return Ends()
         text, decoder = (None if folder is None else self._open(folder) for folder in (entry.text, entry.decoder))
-        tokenizers = {item.input: read_text(self.bundle.opened(item.file), TOKENIZER) for item in entry.tokenizers}
-        return Ends(tokenizers, text, decoder, entry.given)
+        readers = tuple(
+            PromptReader(item.input, read_text(self.bundle.opened(item.file), TOKENIZER), item.mask, item.cleaning)
+            for item in entry.tokenizers
+        )
+        return Ends(readers, text, decoder, entry.given, entry.unprompted)
 
     @property
     def manifest(self) -> Manifest:
@@ -266,7 +270,8 @@ class Engine:
 
         Args:
             prompt: one, or one for each image.
-            negative_prompt: what to keep away from; empty when it is not given.
+            negative_prompt: what to keep away from; None is what the pipeline takes for none: an empty prompt, or
+                zeros in its place.
             count: number of images; None makes one for each prompt. Prompts are cycled.
             seed: seed of the noise, see `stepfold.loop.noise`.
             guidance: see `sample`.

@@ -57,7 +57,7 @@ def draw(
         ends: ends of the pipeline.
         noise: float32 [B, *latent], standard normal.
         prompts: cycled to B.
-        negative_prompt: what to keep away from; empty when it is not given.
+        negative_prompt: what to keep away from; None is what the pipeline takes for none.
         guidance: scale; None takes that of the pipeline.
         on_step: called with (evaluations done, evaluations in all).
 
@@ -68,15 +68,15 @@ def draw(
         UsageError: the model takes no prompts or no negative prompt, or the request does not fit it.
     """
     count = len(noise)
-    conditions = ends.conditions([prompts[i % len(prompts)] for i in range(count)])
+    told = ends.conditions([prompts[i % len(prompts)] for i in range(count)])
     dtypes = {port.name: port.port.dtype for port in sampler.program.inputs}
-    conditions |= ends.set_by_pipeline(dtypes, count)
+    conditions = told | ends.set_by_pipeline(dtypes, count)
     if loop.guidance is None and guidance is not None and DISTILLED in ends.given:
         conditions[DISTILLED] = np.full_like(conditions[DISTILLED], guidance)
         guidance = None
     unconditional = None
     if loop.guidance is not None and loop.guidance.unconditional == "input":
-        unconditional = ends.conditions([negative_prompt or ""] * count)
+        unconditional = ends.unconditional(negative_prompt, told)
     elif negative_prompt is not None:
         raise UsageError("negative prompt: expected none, because this loop has no branch that is given one.")
     latents = sampler.sample(noise, guidance, on_step, unconditional=unconditional, conditions=conditions)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..bundle.manifest import PipelineEntry, TokenizerEntry
+from ..bundle.prompts import PromptReader
 from .packing import pack
 
 if TYPE_CHECKING:
@@ -60,15 +61,16 @@ def pack_ends(folder: Path, ends: CapturedEnds, shop: Workshop, recipe: Recipe) 
 
     return PipelineEntry(
         class_name=ends.pipeline,
-        tokenizers=tuple(_write_tokenizer(folder, name, content) for name, content in ends.tokenizers.items()),
+        tokenizers=tuple(_write_tokenizer(folder, reader) for reader in ends.readers),
         text=packed(ends.text, TEXT),
         decoder=packed(ends.decoder, DECODER),
         given=dict(ends.given),
+        unprompted=ends.unprompted,
     )
 
 
-def _write_tokenizer(folder: Path, name: str, content: str) -> TokenizerEntry:
-    file = f"{TOKENIZERS}/{name}.json"
+def _write_tokenizer(folder: Path, reader: PromptReader) -> TokenizerEntry:
+    file = f"{TOKENIZERS}/{reader.input}.json"
     (folder / TOKENIZERS).mkdir(exist_ok=True)
-    (folder / file).write_text(content, encoding="utf-8")
-    return TokenizerEntry(input=name, file=file)
+    (folder / file).write_text(reader.content, encoding="utf-8")
+    return TokenizerEntry(input=reader.input, file=file, mask=reader.mask, cleaning=reader.cleaning)

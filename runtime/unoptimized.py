@@ -90,6 +90,6 @@ def load_unoptimized(checkpoint: Path) -> Unoptimized:
 def _ends(checkpoint: Checkpoint) -> Ends:
     captured = checkpoint.capture_ends()
     if captured is None:
-        return Ends({}, None, None, {})
+        return Ends()
     text, decoder = (None if program is None else program.bind() for program in (captured.text, captured.decoder))
-    return Ends(captured.tokenizers, text, decoder, captured.given)
+    return Ends(captured.readers, text, decoder, captured.given, captured.unprompted)

@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 import torch
 import zoo
+from safetensors.torch import save_file
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -109,6 +110,42 @@ def stable_diffusion(folder: Path, **changes: Any) -> Path:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
+    return folder
+
+
+def sdxl(folder: Path) -> Path:
+    """Stable Diffusion XL: two CLIP encoders, sizes beside the pooled embedding."""
+    torch.manual_seed(0)
+    pipeline = diffusers.StableDiffusionXLPipeline(
+        unet=unet(
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=60,  # 6 * 8 of the sizes + 12 of the pooled embedding
+        ),
+        vae=vae(),
+        scheduler=diffusers.EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1),
+        text_encoder=clip(8),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip(16, 12),
+        tokenizer_2=clip_tokenizer("!"),
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def pixart(folder: Path, name: str = "PixArtAlphaPipeline", **changes: Any) -> Path:
+    """PixArt: T5 with a mask; a size that is none of those it was trained for, unless `changes` say another."""
+    torch.manual_seed(0)
+    pipeline = getattr(diffusers, name)(
+        transformer=diffusers.PixArtTransformer2DModel(**(zoo.PIXART.config | changes)),
+        vae=vae(),
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
+        text_encoder=t5(24),
+        tokenizer=t5_tokenizer(),
+    )
+    pipeline.save_pretrained(folder)
+    save_file({"use_resolution_binning": torch.tensor(bool(changes))}, folder / "inputs.safetensors")
     return folder
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from .dit import DitSurroundings
 from .flux import FluxSurroundings
+from .pixart import PixArtSurroundings
 from .stable_diffusion import StableDiffusionSurroundings
 from .stable_diffusion_3 import StableDiffusion3Surroundings
+from .stable_diffusion_xl import StableDiffusionXLSurroundings
 from .surroundings import Decoder, Prompt, Surroundings, Text
 
 SURROUNDINGS: dict[str, type[Surroundings]] = {
     "DiTPipeline": DitSurroundings,
     "FluxPipeline": FluxSurroundings,
+    "PixArtAlphaPipeline": PixArtSurroundings,
+    "PixArtSigmaPipeline": PixArtSurroundings,
     "StableDiffusion3Pipeline": StableDiffusion3Surroundings,
     "StableDiffusionPipeline": StableDiffusionSurroundings,
+    "StableDiffusionXLPipeline": StableDiffusionXLSurroundings,
 }
 """By the class of the pipeline."""
 

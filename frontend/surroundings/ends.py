@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...bundle.manifest import Unprompted
+from ...bundle.prompts import PromptReader
 from ...ir.program import Program
 from ...loop.errors import StepfoldError, UsageError
 from ...loop.metrics import drift
@@ -27,17 +29,19 @@ class CapturedEnds:
 
     Attributes:
         pipeline: class of the pipeline.
-        tokenizers: input of `text` -> content of its `tokenizer.json`, padding and truncation included.
+        readers: how the inputs of `text` are made of a prompt.
         text: encoder from token numbers to conditions; None where there are no prompts.
         decoder: decoder from latents to images; None where latents are images.
         given: conditions that the pipeline sets itself, name -> the value of one sample.
+        unprompted: conditions of the other branch where there is no negative prompt: those of an empty one, or zeros.
     """
 
     pipeline: str
-    tokenizers: Mapping[str, str]
+    readers: tuple[PromptReader, ...]
     text: Program | None
     decoder: Program | None
     given: Mapping[str, Any]
+    unprompted: Unprompted
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Seen:
     Attributes:
         prompts: B of them; None where it was given embeddings, and has no prompts.
         conditions: what its denoiser was given for them, name -> [B, ...].
-        negative: the prompts of the other branch; None where it has none.
+        negative: the prompts of the other branch; None where it has none, or zeros in their place.
         unconditional: what its denoiser was given for those.
         drawn: makes latents [B, *latent] and its images [B, C, H, W] in [0, 1] of them.
     """
@@ -71,22 +75,39 @@ def capture_ends(surroundings: Surroundings, seen: Seen, latent: tuple[int, ...]
         StepfoldError: a captured end does not do what the pipeline did.
         UsageError: a tokenizer has no `tokenizer.json` form, or the pipeline makes a condition that nobody can give.
     """
-    prompts, conditions = seen.prompts, seen.conditions
-    text = surroundings.text() if prompts is not None else None
-    tokenizers, program, made = dict[str, str](), None, set[str]()
-    if text is not None and prompts is not None:
-        tokenizers = {name: _tokenizer(surroundings.pipeline, prompt) for name, prompt in text.prompts.items()}
-        ids = {name: _token_numbers(content, prompts) for name, content in tokenizers.items()}
-        program = _captured(text, ids)
-        made = set(program.outputs)
-        _require_same(program, ids, conditions)
-        if seen.negative is not None and seen.unconditional:
-            negative = {name: _token_numbers(content, seen.negative) for name, content in tokenizers.items()}
-            _require_same(program, negative, {**conditions, **seen.unconditional})
-    others = {name: value for name, value in conditions.items() if name not in made} if program is not None else {}
-    given = {name: _given(name, value) for name, value in others.items()}
+    text = surroundings.text() if seen.prompts is not None else None
+    readers, program, given = tuple[PromptReader, ...](), None, dict[str, Any]()
+    if text is not None and seen.prompts is not None:
+        readers = tuple(_reader(surroundings.pipeline, name, prompt) for name, prompt in text.prompts.items())
+        program = _encoders(text, readers, seen, seen.prompts)
+        others = {name: value for name, value in seen.conditions.items() if name not in program.outputs}
+        given = {name: _given(name, value, seen.unconditional.get(name)) for name, value in others.items()}
     decoder = _decoder(surroundings, latent, seen) if surroundings.has("vae") else None
-    return CapturedEnds(type(surroundings.pipeline).__name__, tokenizers, program, decoder, given)
+    name = type(surroundings.pipeline).__name__
+    return CapturedEnds(name, readers, program, decoder, given, surroundings.unprompted)
+
+
+def _encoders(text: Text, readers: Sequence[PromptReader], seen: Seen, prompts: Sequence[str]) -> Program:
+    """The text encoders, which have to make of the prompts what the pipeline made of them, in both branches."""
+    numbers = _numbers(readers, prompts)
+    program = capture(text.encoder, {name: torch.from_numpy(value) for name, value in numbers.items()})
+    _require_same(program, numbers, seen.conditions)
+    if not seen.unconditional:
+        return program
+    if seen.negative is not None:
+        _require_same(program, _numbers(readers, seen.negative), {**seen.conditions, **seen.unconditional})
+        return program
+    for name in program.outputs:
+        if seen.unconditional[name].any():
+            raise StepfoldError(
+                f"{name}: expected zeros in the other branch, because the pipeline was given no negative prompt; "
+                "received others. This is a defect of stepfold on this pipeline."
+            )
+    return program
+
+
+def _numbers(readers: Sequence[PromptReader], prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    return {name: value for reader in readers for name, value in reader.read(prompts).items()}
 
 
 def _decoder(surroundings: Surroundings, latent: tuple[int, ...], seen: Seen) -> Program:
@@ -105,13 +126,9 @@ def _decoder(surroundings: Surroundings, latent: tuple[int, ...], seen: Seen) ->
     return program
 
 
-def _captured(text: Text, ids: Mapping[str, np.ndarray]) -> Program:
-    return capture(text.encoder, {name: torch.from_numpy(value) for name, value in ids.items()})
-
-
-def _require_same(program: Program, ids: Mapping[str, np.ndarray], conditions: Mapping[str, torch.Tensor]) -> None:
+def _require_same(program: Program, numbers: Mapping[str, np.ndarray], conditions: Mapping[str, torch.Tensor]) -> None:
     """Raise StepfoldError where the encoders give other conditions than the pipeline gave its denoiser."""
-    for name, value in zip(program.outputs, program.bind().evaluate(dict(ids)), strict=True):
+    for name, value in zip(program.outputs, program.bind().evaluate(dict(numbers)), strict=True):
         wanted = conditions.get(name)
         if wanted is None or wanted.shape != value.shape or drift(value, wanted.numpy()) > TOLERANCE:
             received = "none" if wanted is None else f"{list(wanted.shape)}"
@@ -121,8 +138,8 @@ def _require_same(program: Program, ids: Mapping[str, np.ndarray], conditions: M
             )
 
 
-def _tokenizer(pipeline: Any, prompt: Prompt) -> str:
-    """The content of a `tokenizer.json` that pads and cuts as the pipeline does."""
+def _reader(pipeline: Any, name: str, prompt: Prompt) -> PromptReader:
+    """The reader of an input, which reads, pads and cuts as the pipeline does."""
     from tokenizers import Tokenizer
 
     original = getattr(pipeline, prompt.tokenizer)
@@ -140,23 +157,21 @@ def _tokenizer(pipeline: Any, prompt: Prompt) -> str:
         pad_id=original.pad_token_id,
         pad_token=original.pad_token,
     )
+    reader = PromptReader(name, tokenizer.to_str(), prompt.mask, prompt.cleaning)
     for text in ("a photo of a cat", "", LONG):
-        wanted = original(text, padding="max_length", max_length=prompt.length, truncation=True).input_ids
-        if tokenizer.encode(text).ids != wanted:
-            raise StepfoldError(f"{prompt.tokenizer}: its `tokenizer.json` reads {text[:40]!r} differently.")
-    return tokenizer.to_str()
+        wanted = original(text, padding="max_length", max_length=prompt.length, truncation=True)
+        received = reader.read([text])
+        masks = [] if prompt.mask is None else [(received[prompt.mask], wanted.attention_mask)]
+        for got, expected in [(received[name], wanted.input_ids), *masks]:
+            if got[0].tolist() != expected:
+                raise StepfoldError(f"{prompt.tokenizer}: its `tokenizer.json` reads {text[:40]!r} differently.")
+    return reader
 
 
-def _token_numbers(content: str, prompts: Sequence[str]) -> np.ndarray:
-    """[B, T] int64."""
-    from tokenizers import Tokenizer
-
-    return np.array([item.ids for item in Tokenizer.from_str(content).encode_batch(list(prompts))], np.int64)
-
-
-def _given(name: str, value: torch.Tensor) -> Any:
-    """The value of one sample of a condition that does not come from the prompt."""
-    if value[0].numel() > MOST_GIVEN or not all(torch.equal(row, value[0]) for row in value):
+def _given(name: str, value: torch.Tensor, other: torch.Tensor | None = None) -> Any:
+    """The value of one sample of a condition that does not come from the prompt, and is that of both branches."""
+    rows = [*value, *(() if other is None else other)]
+    if value[0].numel() > MOST_GIVEN or not all(torch.equal(row, value[0]) for row in rows):
         raise UsageError(
             f"{name}: the pipeline makes this condition {list(value.shape)} in a way that is not captured; its bundle "
             "would take no prompts."

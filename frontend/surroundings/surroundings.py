@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from ...bundle.manifest import Unprompted
+from ...bundle.prompts import Cleaning
 from ...loop.errors import UsageError
 from ...loop.values import LARGEST_FACTOR
 
@@ -26,10 +28,14 @@ class Prompt:
     Attributes:
         tokenizer: name of the pipeline's component.
         length: T; shorter prompts are padded, longer ones cut.
+        mask: input of the encoder that tells tokens from padding; None for none.
+        cleaning: what the pipeline does to the prompt before.
     """
 
     tokenizer: str
     length: int
+    mask: str | None = None
+    cleaning: tuple[Cleaning, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,12 +66,17 @@ class Surroundings(ABC):
         self.pipeline = pipeline
         self.arguments = arguments or {}
 
+    @property
+    def unprompted(self) -> Unprompted:
+        """What the other branch is given where the call has no negative prompt: an empty one, or zeros."""
+        return "empty"
+
     @abstractmethod
     def text(self) -> Text | None:
         """How prompts become conditions; None where they are none, or the folder lacks a tokenizer or an encoder."""
 
     def decoder(self, latent: tuple[int, ...]) -> Decoder:
-        """From `latents` [B, *latent] to `image` [B, C, H, W] in [-1, 1].
+        """From `latents` [B, *latent] to `image` [B, C, H, W], of a video [B, C, F, H, W], in [-1, 1].
 
         Args:
             latent: shape of one latent.
@@ -83,24 +94,56 @@ class Surroundings(ABC):
 
 
 class Decoder(torch.nn.Module):
-    """Latents to images with an autoencoder: undo its scale, and its shift in the families that know one."""
+    """Latents to images with an autoencoder, after its scale and shift were undone.
 
-    def __init__(self, vae: Any, *, shifted: bool = False):
+    A family says how its latents are unpacked, and what is done to images behind the autoencoder.
+    """
+
+    mean: torch.Tensor
+    deviation: torch.Tensor
+
+    def __init__(self, vae: Any, *, shifted: bool = False, standardized: bool = False):
+        """What is undone is `(latent - mean) / deviation * scale`.
+
+        Args:
+            vae: autoencoder of the pipeline.
+            shifted: whether the mean is the `shift_factor` of its configuration.
+            standardized: whether its channels have means and deviations where it has both of `latents_mean` and
+                `latents_std`, as buffers or in its configuration.
+        """
         super().__init__()
         self.vae = vae
-        self.scale = _number("scaling_factor", vae.config.scaling_factor)
-        self.shift = _number("shift_factor", vae.config.shift_factor) if shifted else 0.0
+        self.scale = _number("scaling_factor", getattr(vae.config, "scaling_factor", 1.0))
         if self.scale == 0:
             raise UsageError("vae/config.json: scaling_factor: expected a number that is not 0; received 0.")
+        self.shift = _number("shift_factor", vae.config.shift_factor) if shifted else 0.0
+        mean, deviation = (_channels(vae, name) if standardized else None for name in ("latents_mean", "latents_std"))
+        self.standardized = mean is not None and deviation is not None
+        if self.standardized:
+            self.register_buffer("mean", mean)
+            self.register_buffer("deviation", deviation)
 
     def unpacked(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents [B, C, H, W] of what the loop carries."""
+        """Latents [B, C, H, W] or [B, C, F, H, W] of what the loop carries."""
         return latents
 
+    def decoded(self, latents: torch.Tensor) -> torch.Tensor:
+        """What the autoencoder makes of latents."""
+        return self.vae.decode(latents, return_dict=False)[0]
+
+    def finished(self, image: torch.Tensor) -> torch.Tensor:
+        """What the pipeline makes of an image of the autoencoder."""
+        return image
+
     def forward(self, latents: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """[B, *latent] -> {"image": [B, C, H, W]}."""
-        scaled = self.unpacked(latents) / self.scale + self.shift
-        return {"image": self.vae.decode(scaled, return_dict=False)[0].clamp(-1, 1)}
+        """[B, *latent] -> {"image": [B, C, H, W]}, of a video [B, C, F, H, W]."""
+        scaled = self.unpacked(latents)
+        if self.standardized:
+            sizes = (1, -1, *(1,) * (scaled.ndim - 2))
+            scaled = scaled * self.deviation.view(sizes) / self.scale + self.mean.view(sizes)
+        else:
+            scaled = scaled / self.scale + self.shift
+        return {"image": self.finished(self.decoded(scaled)).clamp(-1, 1)}
 
 
 def _number(name: str, value: Any) -> float:
@@ -109,3 +152,16 @@ def _number(name: str, value: Any) -> float:
     if not number or not abs(value) <= LARGEST_FACTOR:  # also NaN
         raise UsageError(f"vae/config.json: {name}: expected a finite number; received {value!r:.60}.")
     return float(value)
+
+
+def _channels(vae: Any, name: str) -> torch.Tensor | None:
+    """A number for each channel of an autoencoder, which has them beside its weights or in its configuration."""
+    buffers = dict(vae.named_buffers(recurse=False))
+    if name in buffers:
+        return buffers[name].detach().float()
+    values = getattr(vae.config, name, None)
+    if values is None:
+        return None
+    if not isinstance(values, (list, tuple)):
+        raise UsageError(f"vae/config.json: {name}: expected a list of numbers; received {values!r:.60}.")
+    return torch.tensor([_number(name, value) for value in values])

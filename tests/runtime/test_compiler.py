@@ -98,7 +98,7 @@ def test_the_reported_quality_is_that_of_held_out_samples(
 
 def unoptimized(program: Program) -> Unoptimized:
     assert program.loop is not None and program.recurrence is not None
-    return Unoptimized(program.loop, program.recurrence, program.bind(), Ends({}, None, None, {}))
+    return Unoptimized(program.loop, program.recurrence, program.bind(), Ends())
 
 
 def test_the_bundle_verifies(optimized: tuple[Path, dict[str, Any]]) -> None:

@@ -50,7 +50,7 @@ def test_the_loop_of_pytorch(samples: np.ndarray, read_only_bundle: Path, monkey
 def test_images_of_finite_latents(samples: np.ndarray) -> None:
     decoder: Any = SimpleNamespace(evaluate=lambda values: [samples[values["latents"]]])
     with pytest.raises(StepfoldError, match=REFUSAL.replace("samples", "images")):
-        Ends({}, None, decoder, {}).images(np.arange(3))
+        Ends(decoder=decoder).images(np.arange(3))
 
 
 def test_finite_samples_are_given_as_they_are() -> None:

@@ -25,9 +25,34 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "StableDiffusion3Pipeline": pipelines.sd3,
     "FluxPipeline": pipelines.flux,
     "StableDiffusionPipeline": pipelines.stable_diffusion,
+    "StableDiffusionXLPipeline": pipelines.sdxl,
+    "PixArtAlphaPipeline": pipelines.pixart,
+    "PixArtSigmaPipeline": lambda folder: pipelines.pixart(folder, "PixArtSigmaPipeline"),
     "DiTPipeline": pipelines.dit,
 }
-TEXTS = ["a cat", "", "a prompt that is longer than all of the tokens"]
+TEXTS = ["a cat", "", "a prompt that is longer than all of the tokens", "  A Cat\n on a &amp;lt;mat&amp;gt;  "]
+CALLS: dict[str, dict[str, Any]] = {
+    "StableDiffusion3Pipeline": {"prompt_2": None, "prompt_3": None},
+    "FluxPipeline": {"prompt_2": None},
+    "StableDiffusionPipeline": {
+        "device": "cpu",
+        "num_images_per_prompt": 1,
+        "do_classifier_free_guidance": False,
+    },
+    "StableDiffusionXLPipeline": {"do_classifier_free_guidance": False},
+    "PixArtAlphaPipeline": {"do_classifier_free_guidance": False, "max_sequence_length": 120},
+    "PixArtSigmaPipeline": {"do_classifier_free_guidance": False, "max_sequence_length": 300},
+}
+"""Arguments of `encode_prompt`."""
+CONDITIONS = {
+    "StableDiffusion3Pipeline": {"encoder_hidden_states": 0, "pooled_projections": 2},
+    "FluxPipeline": {"encoder_hidden_states": 0, "pooled_projections": 1},
+    "StableDiffusionPipeline": {"encoder_hidden_states": 0},
+    "StableDiffusionXLPipeline": {"encoder_hidden_states": 0, "added_cond_kwargs.text_embeds": 2},
+    "PixArtAlphaPipeline": {"encoder_hidden_states": 0, "encoder_attention_mask": 1},
+    "PixArtSigmaPipeline": {"encoder_hidden_states": 0, "encoder_attention_mask": 1},
+}
+"""Place of each condition in what `encode_prompt` returns."""
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +71,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Ch
 
 
 def token_numbers(ends: CapturedEnds, texts: list[str]) -> dict[str, np.ndarray]:
-    from tokenizers import Tokenizer
-
-    read = {name: Tokenizer.from_str(content) for name, content in ends.tokenizers.items()}
-    return {name: np.array([item.ids for item in t.encode_batch(texts)]) for name, t in read.items()}
+    return {name: value for reader in ends.readers for name, value in reader.read(texts).items()}
 
 
 def test_every_family_is_tried() -> None:
@@ -58,20 +80,14 @@ def test_every_family_is_tried() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline", "StableDiffusionPipeline"])
+@pytest.mark.parametrize("name", CONDITIONS)
 def test_prompts_become_the_conditions_of_the_pipeline(name: str, loaded: Any) -> None:
-    """Another number of prompts than it was captured with: none, and one that is cut, among them."""
+    """Another number of prompts than it was captured with: none, one that is cut, and one that some clean."""
     checkpoint, ends = loaded(name)
     pipeline = checkpoint.around.surroundings.pipeline
-    several = {"prompt_2": None} if name == "FluxPipeline" else {}
-    if name == "StableDiffusion3Pipeline":
-        several = {"prompt_2": None, "prompt_3": None}
-    if name == "StableDiffusionPipeline":
-        several = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     with torch.no_grad():
-        wanted = pipeline.encode_prompt(TEXTS, **several)
-    pooled = {"StableDiffusion3Pipeline": 2, "FluxPipeline": 1}.get(name)
-    expected = {"encoder_hidden_states": wanted[0]} | ({} if pooled is None else {"pooled_projections": wanted[pooled]})
+        wanted = pipeline.encode_prompt(TEXTS, **CALLS[name])
+    expected = {condition: wanted[place] for condition, place in CONDITIONS[name].items()}
     received = dict(zip(ends.text.outputs, ends.text.bind().evaluate(token_numbers(ends, TEXTS)), strict=True))
     assert received.keys() == expected.keys()
     for key, value in expected.items():
@@ -117,6 +133,7 @@ def test_what_the_pipeline_sets_itself_is_kept(loaded: Any) -> None:
     """FLUX is told a guidance scale."""
     assert loaded("FluxPipeline")[1].given == {"guidance": 3.5}
     assert loaded("StableDiffusion3Pipeline")[1].given == {}
+    assert loaded("StableDiffusionXLPipeline")[1].given == {"added_cond_kwargs.time_ids": [16, 16, 0, 0, 16, 16]}
 
 
 def test_both_branches_of_the_recording_are_kept(loaded: Any) -> None:
@@ -130,7 +147,8 @@ def test_both_branches_of_the_recording_are_kept(loaded: Any) -> None:
 @pytest.mark.slow
 def test_without_t5_there_are_zeros(tmp_path: Path) -> None:
     ends = load_checkpoint(pipelines.sd3(tmp_path / "sd3", with_t5=False)).capture_ends()
-    assert ends is not None and ends.text is not None and list(ends.tokenizers) == ["input_ids", "input_ids_2"]
+    assert ends is not None and ends.text is not None
+    assert [reader.input for reader in ends.readers] == ["input_ids", "input_ids_2"]
     hidden = ends.text.bind().evaluate(token_numbers(ends, ["a"]))[0]
     assert hidden.shape == (1, pipelines.LENGTH + 256, 24) and not hidden[:, pipelines.LENGTH :].any()
 
@@ -168,7 +186,7 @@ def test_a_decoder_that_is_not_the_pipelines_fails(loaded: Any) -> None:
 def test_embeddings_leave_no_prompts(loaded: Any) -> None:
     checkpoint, _ = loaded("StableDiffusionPipeline")
     ends = replace(checkpoint, around=replace(checkpoint.around, prompts=None)).capture_ends()
-    assert (ends.text, ends.tokenizers, ends.given) == (None, {}, {}) and ends.decoder is not None
+    assert (ends.text, ends.readers, ends.given) == (None, (), {}) and ends.decoder is not None
 
 
 def test_a_tokenizer_without_a_file_is_refused(loaded: Any) -> None:
@@ -178,7 +196,7 @@ def test_a_tokenizer_without_a_file_is_refused(loaded: Any) -> None:
         tokenizer = object()
 
     with pytest.raises(UsageError, match="tokenizer: object has no form of the `tokenizers` library"):
-        ends._tokenizer(Pipeline(), Prompt("tokenizer", 12))
+        ends._reader(Pipeline(), "input_ids", Prompt("tokenizer", 12))
 
 
 def test_a_condition_that_nobody_can_give_is_refused() -> None:
