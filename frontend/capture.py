@@ -25,6 +25,7 @@ from ..loop.ports import InputPort, Port, Rate
 from ..loop.recurrence import Recurrence
 from ..loop.spec import LoopSpec, Role
 from .calling import Calling, flatten, in_signature_order
+from .detached import DataAsDetached
 from .frozen import baked_constants, frozen_dimensions
 from .identity import weights_hash
 from .normalize import normalize
@@ -190,7 +191,7 @@ def export(calling: Calling, example: Mapping[str, torch.Tensor], name: str) -> 
         {0: torch.export.Dim.AUTO} if value.ndim and value.shape[0] == size else None for value in example.values()
     )
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _quiet(), DataAsDetached():
             exported = torch.export.export(calling, tuple(example.values()), dynamic_shapes=(dynamic,), strict=False)
             return exported.run_decompositions(decomp_table={})
     except (MemoryError, UsageError):
