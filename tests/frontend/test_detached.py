@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from stepfold.frontend.capture import capture
 
 POSITIONS = 4
