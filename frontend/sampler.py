@@ -38,6 +38,10 @@ Run = Callable[..., tuple[Array, Array]]
 DETERMINISTIC = (
     "choose a deterministic scheduler, such as DDIMScheduler, DPMSolverMultistepScheduler or EulerDiscreteScheduler."
 )
+STOCHASTIC = (
+    "stochastic: it adds noise in its steps (two runs with different seeds differ), and only a deterministic loop folds; "
+    f"{DETERMINISTIC}"
+)
 
 NONLINEAR_KEYS: Mapping[str, tuple[str, str]] = {
     "clip_sample": ("it clips the predicted sample", "set clip_sample: false"),
@@ -169,6 +173,8 @@ def _run(
                 scales.append(_input_scale(name, scheduler, latent, t))
                 latent = scheduler.step(output, t, latent, return_dict=False, **extra)[0]
             except SCHEDULER_ERRORS as error:
+                if _adds_noise_for_each(scheduler, extra):
+                    raise UsageError(f"{name}: {STOCHASTIC}") from None
                 raise UsageError(
                     f"{name}: its step failed at call {i} of {len(outputs)}: {type(error).__name__}: {error}. "
                     + _variance(scheduler)
@@ -182,6 +188,22 @@ def _run(
                 )
             latents.append(latent.flatten().double().numpy())
     return np.stack(latents), np.asarray(scales)
+
+
+def _adds_noise_for_each(scheduler: Any, given: Mapping[str, Any]) -> bool:
+    """Whether a step that failed with one timestep for all samples works with one for each, and adds noise."""
+    import torch
+
+    time, latent = torch.as_tensor(scheduler.timesteps[0]).reshape(1), torch.ones(1, REPLAY_WIDTH, 1, 1)
+    answers = []
+    for seed in (1, 2):
+        extra = dict(given) | ({"generator": torch.Generator().manual_seed(seed)} if "generator" in given else {})
+        torch.manual_seed(seed)  # its caller puts the generator's state back
+        try:
+            answers.append(copy.deepcopy(scheduler).step(latent, time, latent, return_dict=False, **extra)[0])
+        except SCHEDULER_ERRORS:
+            return False
+    return not torch.equal(*answers)
 
 
 def _input_scale(name: str, scheduler: Any, latent: Any, t: Any) -> float:
@@ -291,10 +313,7 @@ def _refuse_noise(name: str, run: Run, calls: int) -> None:
     outputs = generator.standard_normal((calls, REPLAY_WIDTH))
     runs = [run(start, outputs, seed)[0] for seed in (1, 2)]
     if not np.array_equal(*runs, equal_nan=True):
-        raise UsageError(
-            f"{name}: stochastic: it adds noise in its steps (two runs with different seeds differ), and "
-            f"only a deterministic loop folds; {DETERMINISTIC}"
-        )
+        raise UsageError(f"{name}: {STOCHASTIC}")
 
 
 def _cause(scheduler: Any) -> str:

@@ -29,6 +29,7 @@ def refusal(name: str, steps: int = 6, config: dict[str, Any] | None = None, **a
 STOCHASTIC = [
     ("EulerAncestralDiscreteScheduler", {}),
     ("KDPM2AncestralDiscreteScheduler", {}),
+    ("DDPMWuerstchenScheduler", {}),  # takes a timestep for each sample, and fails otherwise
     ("DDPMScheduler", {}),
     ("DDPMScheduler", {"clip_sample": False}),
     ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
