@@ -25,6 +25,7 @@ from ..loop.ports import InputPort, Port, Rate
 from ..loop.recurrence import Recurrence
 from ..loop.spec import LoopSpec, Role
 from .calling import Calling, flatten, in_signature_order
+from .dense import dense, dense_arguments
 from .detached import DataAsDetached
 from .frozen import baked_constants, frozen_dimensions
 from .identity import weights_hash
@@ -71,6 +72,8 @@ def capture(
             f"method: {type(model).__name__} has no method {method!r}; {nearest(method, dir(type(model)))}"
         )
     recurrence = probe(loop.sampler) if loop is not None else None  # refuses a sampler before the model is captured
+    if method == "forward":
+        model, kwargs = dense(model), dense_arguments(model, kwargs)
     kwargs = in_signature_order(getattr(model, method), kwargs)
     tensors, constants = flatten(kwargs)
     roles = _roles(list(tensors), loop)

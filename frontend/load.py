@@ -20,6 +20,7 @@ from ..loop.reading import read_json
 from ..loop.spec import ComponentFile, LoopSpec, read_loop
 from .calling import flatten
 from .capture import capture
+from .dense import dense
 from .examples import TEXT_ENCODERS, example_kwargs, read_tensors, unknown_inputs
 from .foreign import require_method, require_own_code, require_plain
 from .identity import weights_hash
@@ -155,7 +156,7 @@ def load_network(
     tensors = read_tensors(inputs or path / INPUTS_FILE) if inputs or (path / INPUTS_FILE).is_file() else {}
     if description is None:
         _require_component(path, cls, library, tensors)
-    model = read_model(path, class_name, library, find_weights(path))
+    model = dense(read_model(path, class_name, library, find_weights(path)))
     return Checkpoint(
         path=path,
         class_name=class_name,

@@ -15,6 +15,7 @@ import torch
 from ..loop.errors import StepfoldError, UsageError, nearest
 from ..loop.pipeline_call import PipelineCall
 from .components import Index, read_index, read_parts, staged
+from .dense import dense
 from .examples import BATCH, read_tensors
 from .identity import weights_hash
 from .load import (
@@ -29,7 +30,6 @@ from .load import (
     refuse_call,
 )
 from .proof import PipelineRun
-from .recorder import recording
 from .roles import Inferred
 from .schedulers import GRID_ARGUMENTS
 from .surroundings import SURROUNDINGS
@@ -88,12 +88,12 @@ def load_pipeline(
     pipeline = _pipeline(index, parts, denoiser)
     given = read_tensors(inputs or path / INPUTS_FILE) if inputs or (path / INPUTS_FILE).is_file() else {}
     arguments = _arguments(path, pipeline, given, call or PipelineCall())
-    inferred = _with_nothing(denoiser, _record(path, pipeline, denoiser, arguments))
     run = PipelineRun(pipeline, denoiser, arguments, BATCH)
+    inferred = _with_nothing(denoiser, _record(path, run))
     return Checkpoint(
         path=path,
         class_name=type(denoiser).__name__,
-        model=denoiser,
+        model=dense(denoiser),
         loop=inferred.loop,
         component=None,
         kwargs=inferred.kwargs,
@@ -190,16 +190,12 @@ def _arguments(path: Path, pipeline: Any, given: Mapping[str, torch.Tensor], cal
     return arguments
 
 
-def _record(path: Path, pipeline: Any, denoiser: torch.nn.Module, arguments: dict[str, Any]) -> Inferred:
+def _record(path: Path, run: PipelineRun) -> Inferred:
     """The loop of a pipeline, which all of its steps were compared with."""
-    steps = _steps(pipeline, arguments)
-    watch, networks = Watch(pipeline.scheduler, BATCH, steps), dict(pipeline.components)
-    with (
-        _runs(path, type(pipeline).__name__, denoiser),
-        recording(denoiser, pipeline.scheduler, networks, watch) as recorded,
-        torch.no_grad(),
-    ):
-        pipeline(**arguments)
+    pipeline, denoiser = run.pipeline, run.denoiser
+    watch = Watch(pipeline.scheduler, BATCH, _steps(pipeline, run.arguments))
+    with _runs(path, type(pipeline).__name__, denoiser), run.recorded(watch) as recorded, torch.no_grad():
+        pipeline(**run.given())
     inferred = watch.finish(recorded)
     _mention_others(pipeline, denoiser)
     return inferred

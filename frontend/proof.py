@@ -7,7 +7,9 @@ very step can be compared.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +21,14 @@ from ..loop.driver import LoopRun, Request
 from ..loop.errors import StepfoldError
 from ..loop.metrics import drift
 from ..loop.table import FoldedTable, fold
+from .arrangement import arranged
 from .branches import guided, one_of_two
 from .images import LEAST_DB, pipeline_images, unit_images, worst
 from .recorder import OnStep as OnRecordedStep
 from .recorder import Recording, Step, recording
 
 Array = np.ndarray
+LONGEST_PROMPT = "max_sequence_length"  # argument of pipelines: how many tokens of a prompt are read
 OnStep = Callable[[int, int], None]
 
 
@@ -55,14 +59,30 @@ class PipelineRun:
         Returns:
             What the pipeline returns.
         """
-        given = dict(self.arguments)
+        given = self.given()
         if "output_type" in given and images:
             given["output_type"] = "np"
         if "generator" in given:
             given["generator"] = torch.Generator().manual_seed(0)
-        networks = dict(self.pipeline.components)
-        with torch.no_grad(), recording(self.denoiser, self.pipeline.scheduler, networks, on_step, answer=answer):
+        with torch.no_grad(), self.recorded(on_step, answer=answer):
             return self.pipeline(**given)
+
+    def given(self) -> dict[str, Any]:
+        """The arguments for one call, of which some pipelines rewrite the list of prompts (Z-Image)."""
+        return {name: list(value) if isinstance(value, list) else value for name, value in self.arguments.items()}
+
+    def recorded(self, on_step: OnRecordedStep, *, answer: bool = True) -> AbstractContextManager[Recording]:
+        """A recorder on the pipeline, see `recording`."""
+        parameter = inspect.signature(self.pipeline.__call__).parameters.get(LONGEST_PROMPT)
+        tokens = self.arguments.get(LONGEST_PROMPT, parameter.default if parameter is not None else 0)
+        return recording(
+            self.denoiser,
+            self.pipeline.scheduler,
+            dict(self.pipeline.components),
+            on_step,
+            answer=answer,
+            tokens=tokens if isinstance(tokens, int) else 0,
+        )
 
     def drawn(self) -> tuple[Array, Array]:
         """Latents [B, *latent] at the end of the loop, its denoiser answered for with noise, and their images."""
@@ -70,7 +90,7 @@ class PipelineRun:
 
         def on_step(_: Recording, step: Step) -> None:
             nonlocal last
-            last = _array(one_of_two(step.result, self.batch))
+            last = _array(one_of_two(arranged(step, self.batch).result, self.batch))
 
         answer = self.watched(on_step, answer=True, images=True)
         return last, pipeline_images(answer)
@@ -139,7 +159,7 @@ class _Beside:
 
     def __call__(self, recorded: Recording, step: Step) -> None:
         """Make the same step."""
-        k, table = recorded.taken, self._table
+        k, table, step = recorded.taken, self._table, arranged(step, self._batch)
         latent = _array(one_of_two(step.sample, self._batch))
         if self._run is None:
             self._run = LoopRun(self._bound, self._loop, self._request(latent / table.initial_scale), table)

@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 
 from ..loop.errors import UsageError
+from .dense import dense_arguments
 
 NOT_ITS_OWN = ("model_output", "timestep", "sample", "generator", "return_dict", "kwargs")
 """Arguments of a scheduler's step that every loop gives."""
@@ -77,7 +78,13 @@ OnStep = Callable[[Recording, Step], None]
 
 @contextmanager
 def recording(
-    denoiser: torch.nn.Module, scheduler: Any, networks: Mapping[str, Any], on_step: OnStep, *, answer: bool = True
+    denoiser: torch.nn.Module,
+    scheduler: Any,
+    networks: Mapping[str, Any],
+    on_step: OnStep,
+    *,
+    answer: bool = True,
+    tokens: int = 0,
 ) -> Iterator[Recording]:
     """Watch every step that a pipeline makes within.
 
@@ -88,11 +95,12 @@ def recording(
         networks: its components by name; those that are no modules are left aside.
         on_step: called when the scheduler has made a step.
         answer: whether the denoiser is answered for; False lets it run.
+        tokens: number of tokens that a prompt may have, where the denoiser takes each prompt at its own length.
 
     Raises:
         UsageError: within the pipeline, where it sets another grid on its way.
     """
-    recorder = _Recorder(denoiser, scheduler, networks, on_step, answer)
+    recorder = _Recorder(denoiser, networks, on_step, answer, tokens)
     hook = register_module_forward_pre_hook(recorder.ran)
     patches: dict[str, tuple[Any, Any]] = {
         "forward": (denoiser, recorder.forward),
@@ -130,8 +138,9 @@ class _Recorder:
     """What stands in the place of a denoiser's and a scheduler's methods."""
 
     def __init__(
-        self, denoiser: torch.nn.Module, scheduler: Any, networks: Mapping[str, Any], on_step: OnStep, answer: bool
+        self, denoiser: torch.nn.Module, networks: Mapping[str, Any], on_step: OnStep, answer: bool, tokens: int
     ):
+        self._denoiser, self._tokens = denoiser, tokens
         self.found, self.current = Recording(), Step()
         self._on_step, self._answer = on_step, answer
         self._names = {
@@ -159,8 +168,7 @@ class _Recorder:
         arguments = _cloned(dict(inspect.signature(original).bind(*args, **kwargs).arguments))
         arguments |= arguments.pop("kwargs", {}) if isinstance(arguments.get("kwargs"), dict) else {}
         answer = self._noise(original, args, kwargs) if self._answer else original(*args, **kwargs)
-        first = next(leaf for leaf in pytree.tree_leaves(answer) if isinstance(leaf, torch.Tensor))
-        self.current.calls.append(Call(arguments, first.clone()))
+        self.current.calls.append(Call(dense_arguments(self._denoiser, arguments, self._tokens), _first(answer)))
         return answer
 
     def _noise(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -200,6 +208,15 @@ class _Recorder:
         """The scheduler's."""
         self.found.begin_index = begin_index
         return original(begin_index)
+
+
+def _first(answer: Any) -> torch.Tensor:
+    """The first tensor of what a denoiser answers; of a list with one for each sample [B, ...], all of them."""
+    first = answer[0] if isinstance(answer, tuple) else answer
+    samples = first if isinstance(first, list) else next(iter(first.values())) if isinstance(first, dict) else None
+    if isinstance(samples, list):
+        return torch.stack(samples)
+    return next(leaf for leaf in pytree.tree_leaves(answer) if isinstance(leaf, torch.Tensor)).clone()
 
 
 @dataclass(frozen=True)

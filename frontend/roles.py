@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ..loop.errors import UsageError
 from ..loop.spec import GuidanceSpec, InputSpec, LatentSpec, LoopSpec, Role, SamplerSpec
+from .arrangement import is_multiple
 from .branches import BY_HAND, TOLERANCE, Branch, Guided
 from .calling import dotted, flatten
 from .recorder import Recording, Step
@@ -96,17 +97,12 @@ def _unconditional(loop: LoopSpec, branch: Branch | None) -> dict[str, torch.Ten
 def _state(branch: Branch, latent: torch.Tensor) -> str:
     tensors, _ = flatten(branch.arguments)
     for name, value in tensors.items():
-        if value.shape == latent.shape and _is_multiple(value, latent):
+        if value.shape == latent.shape and is_multiple(value, latent):
             return name
     raise UsageError(
         f"no denoiser input follows the latent {list(latent.shape)}: the pipeline adds to it or concatenates something "
         f"(inputs: {', '.join(f'{n} {list(v.shape)}' for n, v in tensors.items())}), which does not fold."
     )
-
-
-def _is_multiple(value: torch.Tensor, of: torch.Tensor) -> bool:
-    factor = float((value * of).sum() / (of * of).sum())
-    return factor > 0 and bool(torch.linalg.norm(value - factor * of) <= TOLERANCE * torch.linalg.norm(value))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 
 from ..loop.errors import UsageError
 from ..loop.spec import LoopSpec
+from .arrangement import arranged
 from .branches import BY_HAND, TOLERANCE, Branch, Guided, clipped, fit, guided, one_of_two
 from .calling import flatten
 from .recorder import Recording, Step
@@ -50,6 +51,7 @@ class Watch:
         number = recorded.taken
         where = f"step {number + 1} of {len(self._scheduler.timesteps)}"
         _refuse_networks(step, where)
+        step = arranged(step, self._batch)
         seen = Seen(step, guided(step, self._batch, where), one_of_two(step.sample, self._batch))
         if self._first is None:
             refuse_partial_grid(recorded.begin_index, self._steps)

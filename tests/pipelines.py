@@ -149,6 +149,54 @@ def pixart(folder: Path, name: str = "PixArtAlphaPipeline", **changes: Any) -> P
     return folder
 
 
+def text_to_video(folder: Path) -> Path:
+    """A UNet over frames, which its scheduler gets as rows."""
+    torch.manual_seed(0)
+    network = diffusers.UNet3DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=24,
+        attention_head_dim=4,
+    )
+    diffusers.TextToVideoSDPipeline(
+        unet=network,
+        vae=vae(latent_channels=4, shift_factor=None),
+        scheduler=diffusers.DDIMScheduler(clip_sample=False),
+        text_encoder=clip(24),
+        tokenizer=clip_tokenizer(),
+    ).save_pretrained(folder)
+    return folder
+
+
+def chroma(folder: Path) -> Path:
+    """Chroma: a FLUX without distilled guidance, whose model counts its batch in Python."""
+    torch.manual_seed(0)
+    network = diffusers.ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        axes_dims_rope=(4, 6, 6),
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    )
+    diffusers.ChromaPipeline(
+        transformer=network,
+        vae=vae(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        text_encoder=t5(24),
+        tokenizer=t5_tokenizer(),
+    ).save_pretrained(folder)
+    return folder
+
+
 def unconditional(folder: Path, **config: Any) -> Path:
     """An unconditional UNet with DDIM, which clips unless `config` says otherwise."""
     torch.manual_seed(0)

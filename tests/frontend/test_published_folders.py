@@ -17,6 +17,7 @@ from transformers import ClapTextConfig, ClapTextModelWithProjection, SpeechT5Hi
 
 from stepfold.frontend.components import read_index
 from stepfold.frontend.load import load_checkpoint
+from stepfold.frontend.proof import PipelineRun, prove
 from stepfold.frontend.sampler import probe
 from stepfold.loop.errors import UsageError
 from stepfold.loop.pipeline_call import pipeline_call
@@ -293,3 +294,28 @@ def test_an_inpainting_pipeline_is_refused_by_its_strength(folder: Path) -> None
     edit_json(folder / "model_index.json", _class_name="StableDiffusionInpaintPipeline", image_encoder=[None] * 2)
     with pytest.raises(UsageError, match="starts in the middle of its grid, where its `strength` says"):
         load_checkpoint(folder)
+
+
+def test_frames_that_a_scheduler_gets_as_rows(tmp_path: Path) -> None:
+    """The fold holds the latent [C, F, H, W] of the denoiser."""
+    call = pipeline_call(steps=3, height=16, width=16, frames=3)
+    loop = load_checkpoint(pipelines.text_to_video(tmp_path / "video"), call=call).loop
+    assert loop is not None and loop.latent.shape == (4, 3, 8, 8)
+    assert loop.guidance is not None and loop.guidance.scale == 9.0
+
+
+def test_a_call_keeps_its_prompts() -> None:
+    """ZImagePipeline writes its template into the list of prompts that it is given."""
+    run = PipelineRun(None, torch.nn.Identity(), {"prompt": ["a cat"], "num_inference_steps": 3}, 1)
+    run.given()["prompt"][0] = "<user> a cat"
+    assert run.given() == {"prompt": ["a cat"], "num_inference_steps": 3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["text_to_video", "chroma"])
+def test_the_program_is_that_of_the_pipeline(name: str, tmp_path: Path) -> None:
+    video = {"frames": 3} if name == "text_to_video" else {"arguments": {"max_sequence_length": 12}}
+    call = pipeline_call(steps=3, height=16, width=16, **video)
+    checkpoint = load_checkpoint(getattr(pipelines, name)(tmp_path / name), call=call)
+    assert checkpoint.run is not None
+    assert prove(checkpoint.run, checkpoint.capture(), None, lambda *_: None).latent_db > 100
