@@ -83,6 +83,7 @@ def pinning_lines(calling: Calling, example: Mapping[str, torch.Tensor]) -> dict
 
     environment = ShapeEnv()
     mode = FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True)
+    mode.cache_enabled = False  # of results by shape: to compare symbolic shapes takes longer than to compute again
     with FakeCopyMode(mode):
         fake = copy.deepcopy(calling)
     fake.latent = None  # the comparison with the latent's shape is ours, not the model's

@@ -95,7 +95,7 @@ def save_model(library: str, class_name: str, config: Mapping[str, Any], folder:
     (folder / "generation_config.json").unlink(missing_ok=True)
 
 
-def random_model(cls: Any, config: Mapping[str, Any], seed: int) -> torch.nn.Module:
+def random_model(cls: Any, config: Mapping[str, Any], seed: int) -> Any:
     """A model in which every parameter counts; of diffusers or of transformers."""
     torch.manual_seed(seed)
     known = {key: value for key, value in config.items() if key not in ONLY_OF_SAVING}

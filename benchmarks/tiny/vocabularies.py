@@ -50,7 +50,8 @@ def t5(options: Options) -> Any:
     """Letters by likelihood."""
     pieces = _numbered(["<pad>", "</s>", "<unk>", "▁", *LETTERS, *MARKS])
     scored = [(piece, -float(number)) for piece, number in pieces.items()]
-    return transformers.T5Tokenizer(vocab=scored, extra_ids=0, **{"model_max_length": 512} | dict(options))
+    named: dict[str, Any] = {"model_max_length": 512} | dict(options)
+    return transformers.T5Tokenizer(vocab=scored, extra_ids=0, **named)
 
 
 def qwen(options: Options) -> Any:
@@ -66,8 +67,8 @@ def plain(options: Options) -> Any:
     inner = Tokenizer(models.BPE(vocab=_numbered(_bytes() + CHAT_TOKENS), merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
     inner.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    ends = dict.fromkeys(("eos_token", "pad_token", "unk_token"), CHAT_TOKENS[0])
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **ends, **options)
+    named: dict[str, Any] = dict.fromkeys(("eos_token", "pad_token", "unk_token"), CHAT_TOKENS[0]) | dict(options)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **named)
     tokenizer.chat_template = CHAT
     return tokenizer
 
@@ -82,13 +83,14 @@ def bert(options: Options) -> Any:
     """Letters at the beginning and inside of a word."""
     letters = [start + letter for letter in string.ascii_lowercase + string.digits for start in ("", "##")]
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
-    return transformers.BertTokenizer(vocab=_numbered(words), **{"model_max_length": 77} | dict(options))
+    named: dict[str, Any] = {"model_max_length": 77} | dict(options)
+    return transformers.BertTokenizer(vocab=_numbered(words), **named)
 
 
 def roberta(options: Options) -> Any:
     """Bytes."""
     words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *_bytes()]
-    named = {"model_max_length": 77} | dict(options)
+    named: dict[str, Any] = {"model_max_length": 77} | dict(options)
     return transformers.RobertaTokenizer(vocab=_numbered(words), merges=[], **named)
 
 
