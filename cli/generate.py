@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
 
-from ..loop.array_files import read_npy
+from ..loop.array_files import read_arrays, read_npy
 from ..loop.classes import class_conditions
 from ..loop.errors import UsageError
 from ..loop.noise import noise as seeded_noise
 from ..loop.reading import Expected
 from ..loop.spec import LoopSpec
 from ..loop.writing import replacing, require_writable
-from ..runtime.prompts import draw
+from ..runtime.prompts import OTHER, draw, draw_given
 from .console import console, working
 from .options import BUNDLE_OR_CHECKPOINT, MOST_SAMPLES, AllowNative, Guidance, Seed, is_bundle
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..runtime.unoptimized import Unoptimized
 
 Array = np.ndarray
+CONDITIONS = "safetensors of arrays, for --conditions"
 
 
 def generate(
@@ -34,7 +35,10 @@ def generate(
         typer.Argument(metavar=BUNDLE_OR_CHECKPOINT, help="A bundle; or a checkpoint, which PyTorch runs as it is."),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE.png", help="Picture of the samples; replaces the file.")
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE.png", help="Picture of the samples, one for each frame of videos; replaces files."
+        ),
     ] = None,
     npy: Annotated[
         Path | None, typer.Option("--npy", metavar="FILE.npy", help="The samples, float32; replaces the file.")
@@ -56,6 +60,12 @@ def generate(
     noise: Annotated[
         Path | None, typer.Option("--noise", metavar="FILE.npy", help="Noise to start from: float32 [B, C, H, W].")
     ] = None,
+    conditions: Annotated[
+        Path | None,
+        typer.Option(
+            "--conditions", metavar="FILE.safetensors", help="Conditions by name, such as embeddings that were saved."
+        ),
+    ] = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option("--prompt", metavar="TEXT", help="What to draw; several are taken in turn."),
@@ -69,18 +79,18 @@ def generate(
     """Sample from a bundle with its engine, or from a checkpoint with PyTorch and every call of the loop.
 
     Without --classes, sample i has class i modulo the number of classes. The same seed gives both the same noise.
-    A bundle of a text-to-image pipeline takes --prompt.
+    A bundle of a text-to-image pipeline takes --prompt. One that was built from embeddings takes --conditions.
 
     $ stepfold generate out/mnist --out digits.png --count 20 --seed 7
     """
     _check_targets(out, npy)
     chosen = None if classes is None else parse_classes(classes)
     given = None if noise is None else read_noise(noise)
-    if prompt and chosen is not None:
-        raise UsageError("--classes: expected --classes or --prompt; received both. Leave one of them out.")
+    _one_of({"--classes": chosen, "--prompt": prompt, "--conditions": conditions})
     if negative_prompt is not None and not prompt:
         raise UsageError("--negative-prompt: expected a --prompt beside it; received none.")
-    wanted = _count(count, chosen or prompt, given)
+    embedded = None if conditions is None else read_conditions(conditions)
+    wanted = _count(count, chosen or prompt or _rows(embedded), given)
     with working() as progress:
         progress("loading", 0, 1)
         sampler = _open(model, allow_native)
@@ -89,9 +99,11 @@ def generate(
         told = progress.task("sampling")
         if prompt:
             samples = draw(sampler, loop, sampler.ends, start, prompt, negative_prompt, guidance, told)
+        elif embedded is not None:
+            samples = draw_given(sampler, sampler.ends, start, embedded, guidance, told)
         else:
-            conditions = class_conditions(sampler.program.inputs, loop, wanted, chosen)
-            samples = sampler.ends.images(sampler.sample(start, guidance, told, conditions=conditions))
+            labels = class_conditions(sampler.program.inputs, loop, wanted, chosen)
+            samples = sampler.ends.images(sampler.sample(start, guidance, told, conditions=labels))
     _write(samples, out, npy)
 
 
@@ -114,6 +126,32 @@ def read_noise(file: Path) -> Array:
         UsageError: there is no such file, or it holds no array of numbers.
     """
     return read_npy(file, Expected("an array saved with numpy.save, for --noise"))
+
+
+def read_conditions(file: Path) -> dict[str, Array]:
+    """The arrays of a safetensors file by name.
+
+    Raises:
+        UsageError: there is no such file, it holds no arrays, or one of a type that NumPy lacks.
+    """
+    expected = Expected(CONDITIONS, hint="Save the conditions as float32, by the names that `inspect` shows.")
+    arrays = read_arrays(file, expected)
+    if not arrays:
+        raise UsageError(f"{file}: expected {CONDITIONS}; received a file without arrays.")
+    return arrays
+
+
+def _rows(arrays: Mapping[str, Array] | None) -> Sequence[object] | None:
+    """The rows of the first conditions that have any, as many as there are samples."""
+    told = [array for name, array in (arrays or {}).items() if not name.startswith(OTHER) and array.ndim]
+    return range(len(told[0])) if told else None
+
+
+def _one_of(given: Mapping[str, object]) -> None:
+    """Raise UsageError where more than one of these options was given."""
+    names = [name for name, value in given.items() if value]
+    if len(names) > 1:
+        raise UsageError(f"{names[0]}: expected {' or '.join(names)}; received both. Leave one of them out.")
 
 
 def _check_targets(out: Path | None, npy: Path | None) -> None:
@@ -167,9 +205,13 @@ def write_array(path: Path, samples: Array) -> None:
 
 
 def _write(samples: Array, out: Path | None, npy: Path | None) -> None:
-    from ..report.images import write_grid
+    from ..report.images import write_pictures
 
-    for path, write in ((npy, write_array), (out, write_grid)):
-        if path is not None:
-            write(path, samples)
-            console().print(f"{path}: {len(samples)} samples", markup=False, soft_wrap=True)
+    screen = console()
+    if npy is not None:
+        write_array(npy, samples)
+        screen.print(f"{npy}: {len(samples)} samples", markup=False, soft_wrap=True)
+    if out is not None:
+        first, *others = write_pictures(out, samples)
+        to = f" to {others[-1]}: {len(others) + 1} frames of" if others else ":"
+        screen.print(f"{first}{to} {len(samples)} samples", markup=False, soft_wrap=True)

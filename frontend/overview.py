@@ -57,7 +57,7 @@ def _left_out(checkpoint: Checkpoint, name: str, part: torch.nn.Module) -> str:
         return "only the denoiser of this pipeline is compiled"
     if name.startswith("text_encoder"):
         return "" if _has_text(checkpoint.around) else "the pipeline was given embeddings"
-    return "" if name == "vae" else "neither the loop nor its ends read it"
+    return checkpoint.around.surroundings.undecoded if name == "vae" else "neither the loop nor its ends read it"
 
 
 def _has_text(around: Around) -> bool:

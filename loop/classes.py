@@ -106,7 +106,8 @@ def _without_classes(inputs: Sequence[InputPort], classes: Sequence[int] | None)
     if conditions:
         raise UsageError(
             "classes: expected a model whose only condition is a class index; this one needs "
-            f"{', '.join(conditions)}. Give these arrays beside the noise: Engine.sample(noise, name=array)."
+            f"{', '.join(conditions)}. Give these arrays by name: --conditions FILE.safetensors, or "
+            "Engine.sample(noise, name=array)."
         )
     if classes is not None:
         raise UsageError(f"classes: expected none, because this model has no conditions; received {list(classes)}.")

@@ -16,6 +16,7 @@ Array = np.ndarray
 SMALLEST_SIDE = 96  # pixels; smaller samples are enlarged without smoothing
 GAP = 2  # pixels between the samples of a grid, before enlarging
 CHANNELS = (1, 3)
+VIDEO_DIMENSIONS = 5  # samples, channels, frames, height, width
 
 
 def to_pixels(samples: Array) -> Array:
@@ -75,6 +76,28 @@ def write_grid(path: Path, samples: Array, columns: int | None = None) -> None:
     data = grid_png(samples, columns)
     with replacing(path) as stream:
         stream.write(data)
+
+
+def write_pictures(path: Path, samples: Array) -> list[Path]:
+    """Write images as one file, and videos as one file for each frame: `name-0001.png` and on, beside `path`.
+
+    Args:
+        path: file of the images; a number is put behind its name for each frame.
+        samples: [B, C, H, W], or [B, C, F, H, W] of videos, in [-1, 1].
+
+    Returns:
+        The files, in order.
+
+    Raises:
+        StepfoldError: they are neither.
+    """
+    if samples.ndim != VIDEO_DIMENSIONS:
+        write_grid(path, samples)
+        return [path]
+    files = [path.with_stem(f"{path.stem}-{number:04d}") for number in range(1, samples.shape[2] + 1)]
+    for file, frame in zip(files, np.moveaxis(samples, 2, 0), strict=True):
+        write_grid(file, frame)
+    return files
 
 
 def data_uri(samples: Array, columns: int | None = None) -> str:

@@ -84,7 +84,9 @@ class Ends:
         return {name: np.stack([np.asarray(value, dtypes[name])] * count) for name, value in self.given.items()}
 
     def images(self, latents: Array) -> Array:
-        """Images [B, C, H, W] in [-1, 1] of latents [B, ...], one after the other: a decoder needs much memory.
+        """Images [B, C, H, W], or videos [B, C, F, H, W], in [-1, 1] of latents [B, ...].
+
+        They are decoded one after the other: a decoder needs much memory.
 
         Raises:
             StepfoldError: an image has numbers that are not finite.

@@ -278,7 +278,7 @@ class Engine:
             on_step: see `sample`.
 
         Returns:
-            float32 [count, C, H, W] in [-1, 1].
+            float32 [count, C, H, W], of a video [count, C, F, H, W], in [-1, 1].
 
         Raises:
             UsageError: the model takes no prompts, or the request does not fit it.

@@ -109,7 +109,8 @@ def _unconditional(
     elif not given:
         raise UsageError(
             f"unconditional: expected a mapping with values for {', '.join(ports)} (a negative prompt), because the "
-            "loop takes them as an input; received none. Pass unconditional={name: array}, or guidance=1.0."
+            "loop takes them as an input; received none. Pass unconditional={name: array} (in a file of --conditions "
+            "the name is unconditional/NAME), or guidance=1.0."
         )
     else:
         _check_names(given, ports, loop)

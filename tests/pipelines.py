@@ -17,6 +17,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -49,9 +51,16 @@ def clip(width: int, projection: int | None = None) -> Any:
     return CLIPTextModel(config) if projection is None else CLIPTextModelWithProjection(config)
 
 
-def t5(width: int) -> T5EncoderModel:
+def t5(width: int, multilingual: bool = False) -> Any:
     sizes = {"d_model": width, "d_kv": 8, "d_ff": 2 * width, "num_layers": 2, "num_heads": 2}
-    return T5EncoderModel(T5Config(vocab_size=len(PIECES), feed_forward_proj="gated-gelu", **sizes))
+    rest = {"vocab_size": len(PIECES), "feed_forward_proj": "gated-gelu"}
+    return UMT5EncoderModel(UMT5Config(**sizes, **rest)) if multilingual else T5EncoderModel(T5Config(**sizes, **rest))
+
+
+def _called(folder: Path, **numbers: float) -> Path:
+    """Arguments of the pipeline's call that are other than its defaults."""
+    save_file({name: torch.tensor(value) for name, value in numbers.items()}, folder / "inputs.safetensors")
+    return folder
 
 
 def vae(**changes: Any) -> diffusers.AutoencoderKL:
@@ -145,8 +154,102 @@ def pixart(folder: Path, name: str = "PixArtAlphaPipeline", **changes: Any) -> P
         tokenizer=t5_tokenizer(),
     )
     pipeline.save_pretrained(folder)
-    save_file({"use_resolution_binning": torch.tensor(bool(changes))}, folder / "inputs.safetensors")
-    return folder
+    return _called(folder, use_resolution_binning=bool(changes))
+
+
+WAN_CALL = {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 32}
+LTX_CALL = {"height": 32, "width": 64, "num_frames": 3, "max_sequence_length": 32}
+COGVIDEOX_CALL = {"num_frames": 9, "max_sequence_length": 32}
+
+
+def wan(folder: Path) -> Path:
+    """Wan 2.1: three latent frames, decoded one after the other."""
+    torch.manual_seed(0)
+    autoencoder = diffusers.AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=[0.1, -0.2, 0.3, -0.4],
+        latents_std=[1.5, 0.5, 2.0, 1.0],
+        scale_factor_temporal=2,
+        scale_factor_spatial=2,
+    )
+    pipeline = diffusers.WanPipeline(
+        transformer=zoo.WAN.build(),
+        vae=autoencoder,
+        scheduler=diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+        text_encoder=t5(24, multilingual=True),
+        tokenizer=t5_tokenizer(),
+    )
+    pipeline.save_pretrained(folder)
+    return _called(folder, **WAN_CALL)
+
+
+def cogvideox(folder: Path) -> Path:
+    """CogVideoX: five latent frames, decoded as three and two."""
+    torch.manual_seed(0)
+    autoencoder = diffusers.AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 2,
+        up_block_types=("CogVideoXUpBlock3D",) * 2,
+        block_out_channels=(8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        temporal_compression_ratio=2,
+        scaling_factor=0.7,
+    )
+    changes = {"max_text_seq_length": COGVIDEOX_CALL["max_sequence_length"], "temporal_compression_ratio": 2}
+    pipeline = diffusers.CogVideoXPipeline(
+        transformer=diffusers.CogVideoXTransformer3DModel(**(zoo.COGVIDEOX.config | changes)),
+        vae=autoencoder,
+        scheduler=diffusers.CogVideoXDDIMScheduler(),
+        text_encoder=t5(24),
+        tokenizer=t5_tokenizer(),
+    )
+    pipeline.save_pretrained(folder)
+    return _called(folder, **COGVIDEOX_CALL)
+
+
+def ltx(folder: Path, **changes: Any) -> Path:
+    """LTX-Video: two latent frames as patches; `changes` are those of the autoencoder's configuration."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "latent_channels": 8,
+        "block_out_channels": (8,),
+        "down_block_types": ("LTXVideoDownBlock3D",),
+        "decoder_block_out_channels": (8,),
+        "layers_per_block": (1, 1),
+        "decoder_layers_per_block": (1, 1),
+        "spatio_temporal_scaling": (True,),
+        "decoder_spatio_temporal_scaling": (True,),
+        "decoder_inject_noise": (False, False),
+        "downsample_type": ("conv",),
+        "upsample_residual": (False,),
+        "upsample_factor": (1,),
+    }
+    autoencoder = diffusers.AutoencoderKLLTXVideo(**(sizes | changes))
+    autoencoder.latents_mean.normal_()
+    autoencoder.latents_std.uniform_(0.5, 2)
+    transformer = diffusers.LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        cross_attention_dim=24,
+        num_layers=2,
+        caption_channels=24,
+    )
+    pipeline = diffusers.LTXPipeline(
+        transformer=transformer,
+        vae=autoencoder,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        text_encoder=t5(24),
+        tokenizer=t5_tokenizer(),
+    )
+    pipeline.save_pretrained(folder)
+    return _called(folder, **LTX_CALL)
 
 
 def text_to_video(folder: Path) -> Path:

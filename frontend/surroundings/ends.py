@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from ...loop.metrics import drift
 from ..capture import capture
 from ..images import LEAST_DB, unit_images, worst
 from .surroundings import Prompt, Surroundings, Text
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4  # relative L2, of conditions
 LONG = " ".join(["a very long prompt that is cut"] * 100)
@@ -82,7 +85,7 @@ def capture_ends(surroundings: Surroundings, seen: Seen, latent: tuple[int, ...]
         program = _encoders(text, readers, seen, seen.prompts)
         others = {name: value for name, value in seen.conditions.items() if name not in program.outputs}
         given = {name: _given(name, value, seen.unconditional.get(name)) for name, value in others.items()}
-    decoder = _decoder(surroundings, latent, seen) if surroundings.has("vae") else None
+    decoder = _decoder(surroundings, latent, seen) if surroundings.has("vae") and not _undecoded(surroundings) else None
     name = type(surroundings.pipeline).__name__
     return CapturedEnds(name, readers, program, decoder, given, surroundings.unprompted)
 
@@ -108,6 +111,13 @@ def _encoders(text: Text, readers: Sequence[PromptReader], seen: Seen, prompts: 
 
 def _numbers(readers: Sequence[PromptReader], prompts: Sequence[str]) -> dict[str, np.ndarray]:
     return {name: value for reader in readers for name, value in reader.read(prompts).items()}
+
+
+def _undecoded(surroundings: Surroundings) -> bool:
+    """Whether the bundle is left without a decoder, which is told."""
+    if surroundings.undecoded:
+        logger.warning("vae: the bundle draws latents, because %s", surroundings.undecoded)
+    return bool(surroundings.undecoded)
 
 
 def _decoder(surroundings: Surroundings, latent: tuple[int, ...], seen: Seen) -> Program:

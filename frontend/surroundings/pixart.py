@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .surroundings import Decoder, Prompt, Surroundings, Text
+from .t5 import T5Conditions
 
 
 class PixArtSurroundings(Surroundings):
@@ -23,7 +24,7 @@ class PixArtSurroundings(Surroundings):
             return None
         length = self.argument("max_sequence_length")
         prompt = Prompt("tokenizer", length, mask="attention_mask", cleaning=("lower", "strip"))
-        return Text({"input_ids": prompt}, _Encoder(self.pipeline))
+        return Text({"input_ids": prompt}, T5Conditions(self.pipeline.text_encoder, mask=torch.int64))
 
     def decoder(self, latent: tuple[int, ...]) -> Decoder:
         """From latents [B, C, H, W] of one of the sizes that the model was trained for."""
@@ -32,18 +33,6 @@ class PixArtSurroundings(Surroundings):
         height, width = (int(self.argument(name) or own) for name in ("height", "width"))
         resized = (height, width) if self.argument("use_resolution_binning") else None
         return _Decoder(pipeline, resized)
-
-
-class _Encoder(torch.nn.Module):
-    def __init__(self, pipeline: Any):
-        super().__init__()
-        self.text_encoder = pipeline.text_encoder
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {
-            "encoder_hidden_states": self.text_encoder(input_ids, attention_mask=attention_mask)[0],
-            "encoder_attention_mask": attention_mask.clone(),
-        }
 
 
 class _Decoder(Decoder):

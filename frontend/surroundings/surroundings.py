@@ -71,6 +71,11 @@ class Surroundings(ABC):
         """What the other branch is given where the call has no negative prompt: an empty one, or zeros."""
         return "empty"
 
+    @property
+    def undecoded(self) -> str:
+        """Why latents are not decoded in the bundle, where the folder has what decodes them; empty where they are."""
+        return ""
+
     @abstractmethod
     def text(self) -> Text | None:
         """How prompts become conditions; None where they are none, or the folder lacks a tokenizer or an encoder."""

@@ -13,13 +13,14 @@ import pipelines
 import pytest
 import torch
 from commands import NOT_OF_THE_CORE, command
+from safetensors.numpy import save_file
 
 from stepfold.bundle import read
 from stepfold.bundle.verify import verify
 from stepfold.loop.metrics import drift
 from stepfold.loop.pipeline_call import PipelineCall
 from stepfold.runtime.compiler import Job, optimize
-from stepfold.runtime.engine import open_stage
+from stepfold.runtime.engine import load, open_stage
 
 pytestmark = pytest.mark.slow
 PROMPT, NEGATIVE = "A cat in the  sun ", "rain"
@@ -61,6 +62,9 @@ class Family:
 FAMILIES = [
     Family("StableDiffusionXLPipeline", pipelines.sdxl),
     Family("PixArtAlphaPipeline", pipelines.pixart, {"use_resolution_binning": False}),
+    Family("WanPipeline", pipelines.wan, pipelines.WAN_CALL),
+    Family("CogVideoXPipeline", pipelines.cogvideox, pipelines.COGVIDEOX_CALL),
+    Family("LTXPipeline", pipelines.ltx, pipelines.LTX_CALL),
 ]
 
 
@@ -89,11 +93,15 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def generated(built: Built, noise: Path, *words: str) -> np.ndarray:
     """What the command draws without PyTorch."""
     target = noise.with_name("samples.npy")
+    picture = noise.with_name("picture.png")
     command(
-        *("generate", built.bundle, "--prompt", PROMPT, *words, "--noise", noise, "--npy", target),
+        *("generate", built.bundle, *words, "--noise", noise, "--npy", target, "--out", picture),
         blocked=NOT_OF_THE_CORE,
     )
-    return np.load(target)
+    samples = np.load(target)
+    frames = samples.shape[2] if samples.ndim == 5 else 0
+    assert len(list(noise.parent.glob("picture*.png"))) == (frames or 1)
+    return samples
 
 
 def test_what_is_drawn_is_what_the_pipeline_draws(built: Built, tmp_path: Path) -> None:
@@ -104,13 +112,26 @@ def test_what_is_drawn_is_what_the_pipeline_draws(built: Built, tmp_path: Path) 
     seen = []
     for negative in (NEGATIVE, "", None):
         words, more = ([], {}) if negative is None else (["--negative-prompt", negative], {"negative_prompt": negative})
-        received = generated(built, tmp_path / "noise.npy", *words)
+        received = generated(built, tmp_path / "noise.npy", "--prompt", PROMPT, *words)
         if negative is not None:
             more = {"negative_prompt": [negative] * len(noise)}
         wanted = family.draw(built.folder, noise, **more)
         assert received.shape == wanted.shape and drift(received, wanted) < LARGEST_DRIFT, negative
         seen.append(received)
     assert drift(seen[0], seen[1]) > LARGEST_DRIFT, "the negative prompt has a say"
+
+
+def test_saved_embeddings_draw_what_the_prompt_draws(built: Built, tmp_path: Path) -> None:
+    """One row for all samples, both branches, without what the pipeline sets itself."""
+    with load(built.bundle) as engine:
+        told = engine.ends.conditions([PROMPT])
+        other = engine.ends.unconditional(NEGATIVE, told)
+        noise = np.random.default_rng(4).standard_normal((2, *engine.manifest.loop.latent.shape)).astype(np.float32)
+    save_file(told | {f"unconditional/{name}": value for name, value in other.items()}, tmp_path / "saved.safetensors")
+    np.save(tmp_path / "noise.npy", noise)
+    wanted = generated(built, tmp_path / "noise.npy", "--prompt", PROMPT, "--negative-prompt", NEGATIVE)
+    received = generated(built, tmp_path / "noise.npy", "--conditions", str(tmp_path / "saved.safetensors"))
+    np.testing.assert_allclose(received, wanted, atol=1e-5)
 
 
 def test_the_bundle_is_verified(built: Built) -> None:

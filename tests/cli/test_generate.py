@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from checkpoints import CLASSES
 from PIL import Image
+from safetensors.numpy import save_file
 
 from stepfold.bundle import read
 from stepfold.loop.spec import LatentSpec, LoopSpec
@@ -64,7 +65,40 @@ def test_both_files_are_written_and_replaced(stepfold, read_only_bundle: Path, t
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.npy", "a.png", "new"]
 
 
+def test_conditions_are_taken_from_a_file(stepfold, tiny, read_only_bundle: Path, tmp_path: Path) -> None:
+    """A row for each sample; fewer are taken in turn."""
+    file = tmp_path / "conditions.safetensors"
+    save_file({"class_labels": np.array([3, 1])}, file)
+    for words, labels in (((), [3, 1]), (("--count", 3), [3, 1, 3])):
+        done = stepfold("generate", read_only_bundle, "--npy", tmp_path / "a.npy", "--conditions", file, *words)
+        assert (done.code, done.err) == (0, "")
+        expected = tiny.sample(noise_of(0, len(labels)), np.array(labels), 2.0, (0, 2))
+        np.testing.assert_allclose(np.load(tmp_path / "a.npy"), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({}, "expected safetensors of arrays, for --conditions; received a file without arrays"),
+        ({"class": np.array([1])}, "class: expected a condition of this model; received an unknown name"),
+        ({"class_labels": np.array(1)}, "class_labels: expected rows, one for each sample; received shape []"),
+        ({"class_labels": np.array([7])}, "class_labels: expected indices from 0 to 4; received 7"),
+        ({"class_labels": np.array([1]), "unconditional/class_labels": np.array([1])}, "unconditional: expected none"),
+    ],
+)
+def test_conditions_that_do_not_fit(
+    stepfold, read_only_bundle: Path, tmp_path: Path, arrays: dict[str, np.ndarray], message: str
+) -> None:
+    save_file(arrays, tmp_path / "a.safetensors")
+    done = stepfold(
+        "generate", read_only_bundle, "--npy", tmp_path / "a.npy", "--conditions", tmp_path / "a.safetensors"
+    )
+    assert done.code == 2 and message in done.err and not (tmp_path / "a.npy").exists()
+
+
 BAD = {
+    "two": (("--npy", "a.npy", "--classes", "1", "--conditions", "b"), "--classes: expected --classes or --conditions"),
+    "no conditions": (("--npy", "a.npy", "--conditions", "none"), "none: expected safetensors of arrays, for --cond"),
     "neither": ((), "expected --out FILE.png, --npy FILE.npy or both"),
     "suffix": (("--out", "a.jpg"), "--out: expected a file that ends in .png; received a.jpg."),
     "npy suffix": (("--npy", "a.png"), "--npy: expected a file that ends in .npy"),

@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import changed
+import pipelines
 import pytest
+import torch
 from checkpoints import HOIST
 
+from stepfold.backends.onnxruntime import lower as onnxruntime_lower
 from stepfold.frontend import pipeline
 from stepfold.frontend.surroundings import SURROUNDINGS
 from stepfold.frontend.surroundings.dit import DitSurroundings
+from stepfold.frontend.surroundings.ltx import LTXSurroundings
+from stepfold.frontend.surroundings.surroundings import Decoder
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +65,49 @@ def test_a_wrong_capture_leaves_nothing(
     result = stepfold("optimize", folder, "--out", tmp_path / "out", "--recipe", HOIST)
     assert result.code == 1 and result.error.startswith("proof: expected latents within 60 dB of those of")
     assert "part at step" in result.error and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_decoder_that_the_engine_gets_wrong_leaves_nothing(
+    stepfold: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operator that the denoiser does not have, so that all but the decoder is right."""
+    monkeypatch.setenv("STEPFOLD_CACHE", str(tmp_path / "cache"))
+    target = torch.ops.aten.group_norm.default
+    right = onnxruntime_lower.LOWERINGS[target]
+    monkeypatch.setitem(onnxruntime_lower.LOWERINGS, target, lambda *words, **named: right(*words, **named) * 0.99)
+    (tmp_path / "out").mkdir()
+    result = stepfold("optimize", folder, "--out", tmp_path / "out" / "bundle", "--recipe", HOIST)
+    assert result.code == 1 and "expected onnxruntime to compute what the graph says" in result.error
+    assert "aten.group_norm.default" in result.error and list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_decoder_that_is_captured_wrong_leaves_nothing(
+    stepfold: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a video, as though its channels had neither mean nor deviation and its latents were no patches."""
+    video = pipelines.ltx(tmp_path / "ltx")
+    monkeypatch.setattr(
+        LTXSurroundings, "decoder", lambda self, latent: _InRows(self.pipeline.vae, self.argument("width") // 8)
+    )
+    (tmp_path / "out").mkdir()
+    result = stepfold("optimize", video, "--out", tmp_path / "out" / "bundle", "--recipe", HOIST, "--steps", "2")
+    assert result.code == 1 and result.error.startswith(
+        "decoder: expected the images of LTXPipeline of the same latents"
+    )
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+class _InRows(Decoder):
+    """Every patch a pixel of one frame's latents, the frames below each other in place of one after the other."""
+
+    def __init__(self, vae: Any, width: int):
+        super().__init__(vae)
+        self.width = width
+
+    def unpacked(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents.transpose(1, 2).reshape(-1, latents.shape[-1], 1, latents.shape[1] // self.width, self.width)
 
 
 def test_a_checkpoint_that_is_no_pipeline_has_no_proof(read_only_bundle: Path) -> None:

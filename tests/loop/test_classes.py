@@ -62,7 +62,7 @@ def test_classes_of_samples(chosen: list[int] | None, expected: list[int]) -> No
         ([labels()], [0, 4], "classes: expected indices from 0 to 3; received 4."),
         ([labels()], [-1], "classes: expected indices from 0 to 3; received -1."),
         ([labels()], [], "classes: expected at least one; received an empty list."),
-        ([TEXT], None, "this one needs text [B, 7, 8] float32. Give these arrays beside the noise"),
+        ([TEXT], None, "this one needs text [B, 7, 8] float32. Give these arrays by name"),
         ([labels(), TEXT], [1], "this one needs labels [B] int64, text [B, 7, 8] float32."),
         ([labels(None)], None, "this one needs labels [B] int64."),
         ([], [1], "classes: expected none, because this model has no conditions; received [1]."),

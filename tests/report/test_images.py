@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from stepfold.loop.errors import StepfoldError
-from stepfold.report.images import GAP, data_uri, grid_png, is_image, to_pixels, write_grid
+from stepfold.report.images import GAP, data_uri, grid_png, is_image, to_pixels, write_grid, write_pictures
 
 
 def opened(data: bytes) -> np.ndarray:
@@ -78,3 +78,17 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(StepfoldError):
         write_grid(tmp_path / "a.png", np.zeros((1, 2, 8, 8)))
     assert (tmp_path / "a.png").read_bytes() == b"old"
+
+
+def test_a_video_is_a_picture_for_each_frame(tmp_path: Path) -> None:
+    """In order, samples beside each other, and with the name of the file that was asked for."""
+    levels = np.linspace(-1, 1, 11, dtype=np.float32)
+    videos = np.broadcast_to(levels[None, None, :, None, None], (2, 3, 11, 100, 100))
+    files = write_pictures(tmp_path / "cat.png", videos)
+    assert [file.name for file in files] == [f"cat-{number:04d}.png" for number in range(1, 12)]
+    assert sorted(tmp_path.iterdir()) == files
+    for file, level in zip(files, levels, strict=True):
+        picture = opened(file.read_bytes())
+        assert picture.shape == (100, 200 + GAP, 3)
+        assert picture[50, 50].tolist() == picture[50, -50].tolist() == [round((level + 1) * 127.5)] * 3
+    assert write_pictures(tmp_path / "still.png", videos[:, :, 0]) == [tmp_path / "still.png"]

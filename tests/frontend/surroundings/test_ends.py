@@ -16,16 +16,21 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from safetensors.torch import save_file
 
 from stepfold.frontend.load import Checkpoint, load_checkpoint
+from stepfold.frontend.overview import overview
 from stepfold.frontend.surroundings import SURROUNDINGS
 from stepfold.frontend.surroundings.ends import CapturedEnds, Seen, capture_ends
 from stepfold.frontend.surroundings.surroundings import Decoder, Prompt
 from stepfold.loop.errors import StepfoldError, UsageError
+from stepfold.loop.pipeline_call import PipelineCall
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "StableDiffusion3Pipeline": pipelines.sd3,
     "FluxPipeline": pipelines.flux,
     "StableDiffusionPipeline": pipelines.stable_diffusion,
     "StableDiffusionXLPipeline": pipelines.sdxl,
+    "WanPipeline": pipelines.wan,
+    "CogVideoXPipeline": pipelines.cogvideox,
+    "LTXPipeline": pipelines.ltx,
     "PixArtAlphaPipeline": pipelines.pixart,
     "PixArtSigmaPipeline": lambda folder: pipelines.pixart(folder, "PixArtSigmaPipeline"),
     "DiTPipeline": pipelines.dit,
@@ -42,6 +47,9 @@ CALLS: dict[str, dict[str, Any]] = {
     "StableDiffusionXLPipeline": {"do_classifier_free_guidance": False},
     "PixArtAlphaPipeline": {"do_classifier_free_guidance": False, "max_sequence_length": 120},
     "PixArtSigmaPipeline": {"do_classifier_free_guidance": False, "max_sequence_length": 300},
+    "WanPipeline": {"do_classifier_free_guidance": False, "max_sequence_length": 32},
+    "CogVideoXPipeline": {"do_classifier_free_guidance": False, "max_sequence_length": 32},
+    "LTXPipeline": {"do_classifier_free_guidance": False, "max_sequence_length": 32},
 }
 """Arguments of `encode_prompt`."""
 CONDITIONS = {
@@ -51,6 +59,9 @@ CONDITIONS = {
     "StableDiffusionXLPipeline": {"encoder_hidden_states": 0, "added_cond_kwargs.text_embeds": 2},
     "PixArtAlphaPipeline": {"encoder_hidden_states": 0, "encoder_attention_mask": 1},
     "PixArtSigmaPipeline": {"encoder_hidden_states": 0, "encoder_attention_mask": 1},
+    "WanPipeline": {"encoder_hidden_states": 0},
+    "CogVideoXPipeline": {"encoder_hidden_states": 0},
+    "LTXPipeline": {"encoder_hidden_states": 0, "encoder_attention_mask": 1},
 }
 """Place of each condition in what `encode_prompt` returns."""
 
@@ -112,7 +123,7 @@ def test_latents_become_the_images_of_the_pipeline(name: str, loaded: Any) -> No
         answer = checkpoint.run.watched(lambda *_: None, answer=True, images=True)
     finally:
         object.__delattr__(pipeline.scheduler, "step")
-    wanted = 2 * np.moveaxis(np.asarray(answer[0] if isinstance(answer, tuple) else answer.images), -1, 1) - 1
+    wanted = 2 * np.moveaxis(np.asarray(answer[0]), -1, 1) - 1
     for rows in (slice(0, 1), slice(0, 2)):
         (received,) = ends.decoder.bind().evaluate({"latents": latents[rows].numpy()})
         np.testing.assert_allclose(received, wanted[rows], atol=1e-4)
@@ -181,6 +192,56 @@ def test_a_decoder_that_is_not_the_pipelines_fails(loaded: Any) -> None:
         seen = Seen(None, {}, None, {}, drawn)
         with pytest.raises(StepfoldError, match="decoder: expected the images of StableDiffusionPipeline of the same"):
             capture_ends(around.surroundings, seen, loop.latent.shape)
+
+
+@pytest.mark.slow
+def test_images_are_resized_as_the_pipeline_does(tmp_path: Path) -> None:
+    """PixArt draws at the nearest size that it was trained for, and makes the size that was asked for of that."""
+    folder = pipelines.pixart(tmp_path / "pixart", sample_size=32)
+    call = PipelineCall(height=160, width=260, steps=2)
+    checkpoint = load_checkpoint(folder, call=call)
+    assert checkpoint.loop is not None and checkpoint.loop.latent.shape == (4, 96, 160)  # 192 x 320 at a half
+    ends = replace(checkpoint, around=replace(checkpoint.around, prompts=None)).capture_ends()
+    assert ends is not None and ends.decoder is not None
+    assert ends.decoder.stages[0].outputs[0].shape == (None, 3, 160, 260)
+
+
+@pytest.mark.slow
+def test_without_a_negative_prompt_there_are_zeros(loaded: Any) -> None:
+    """Of Stable Diffusion XL; what a pipeline gives the other branch instead is noticed."""
+    checkpoint, ends = loaded("StableDiffusionXLPipeline")
+    around, loop, other = checkpoint.around, checkpoint.loop, checkpoint.unconditional
+    assert ends.unprompted == "zeros" and around.negative is None
+    assert not any(other[name].any() for name in ends.text.outputs)
+    tensors = {
+        "encoder_hidden_states": checkpoint.kwargs["encoder_hidden_states"],
+        **{f"added_cond_kwargs.{name}": value for name, value in checkpoint.kwargs["added_cond_kwargs"].items()},
+    }
+    text, sizes = "added_cond_kwargs.text_embeds", "added_cond_kwargs.time_ids"
+    for name, changed, message in (
+        (text, other[text] + 1, f"{text}: expected zeros in the other branch"),
+        (sizes, other[sizes] + 1, f"{sizes}: the pipeline makes this condition"),
+    ):
+        seen = Seen(around.prompts, tensors, None, {**other, name: changed}, around.drawn)
+        with pytest.raises((StepfoldError, UsageError), match=message):
+            capture_ends(around.surroundings, seen, loop.latent.shape)
+
+
+@pytest.mark.slow
+def test_latents_that_noise_is_added_to_are_not_decoded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of LTX-Video; the timestep that its autoencoder is told is no reason."""
+    folder = pipelines.ltx(tmp_path / "ltx", timestep_conditioning=True)
+    told = load_checkpoint(folder, call=PipelineCall(arguments={"decode_timestep": 0.05, "decode_noise_scale": 0.0}))
+    noisy = load_checkpoint(folder, call=PipelineCall(arguments={"decode_timestep": 0.05}))
+    first, second = (replace(c, around=replace(c.around, prompts=None)) for c in (told, noisy))
+    ends, latents = first.capture_ends(), second.capture_ends()
+    assert ends is not None and ends.decoder is not None, "equal to the pipeline's frames, or it had been refused"
+    assert latents is not None and latents.decoder is None
+    assert "vae: the bundle draws latents, because the pipeline adds noise to what it decodes" in caplog.text
+    (row,) = [row for row in overview(second)["networks"] if row["name"] == "vae"]
+    assert not row["in_bundle"] and "decode_noise_scale=0.0" in row["reason"]
+    within = pipelines.ltx(tmp_path / "within", decoder_inject_noise=(True, False))
+    assert load_checkpoint(within).around.surroundings.undecoded == "its autoencoder adds noise within its decoder"
 
 
 def test_embeddings_leave_no_prompts(loaded: Any) -> None:
