@@ -14,6 +14,7 @@ import torch
 
 from ..loop.errors import StepfoldError, UsageError, nearest
 from ..loop.pipeline_call import PipelineCall
+from .branches import BY_HAND
 from .components import Index, read_index, read_parts, staged
 from .dense import dense
 from .examples import BATCH, read_tensors
@@ -89,7 +90,7 @@ def load_pipeline(
     given = read_tensors(inputs or path / INPUTS_FILE) if inputs or (path / INPUTS_FILE).is_file() else {}
     arguments = _arguments(path, pipeline, given, call or PipelineCall())
     run = PipelineRun(pipeline, denoiser, arguments, BATCH)
-    inferred = _with_nothing(denoiser, _record(path, run))
+    inferred = _with_nothing(denoiser, record(path, run))
     return Checkpoint(
         path=path,
         class_name=type(denoiser).__name__,
@@ -190,15 +191,44 @@ def _arguments(path: Path, pipeline: Any, given: Mapping[str, torch.Tensor], cal
     return arguments
 
 
-def _record(path: Path, run: PipelineRun) -> Inferred:
-    """The loop of a pipeline, which all of its steps were compared with."""
+def record(path: Path, run: PipelineRun) -> Inferred:
+    """The loop of a pipeline, which all of its steps were compared with.
+
+    Args:
+        path: its folder, for messages.
+        run: the pipeline's call.
+
+    Raises:
+        UsageError: the call fails, or the fold cannot hold what it does.
+    """
     pipeline, denoiser = run.pipeline, run.denoiser
     watch = Watch(pipeline.scheduler, BATCH, _steps(pipeline, run.arguments))
-    with _runs(path, type(pipeline).__name__, denoiser), run.recorded(watch) as recorded, torch.no_grad():
-        pipeline(**run.given())
-    inferred = watch.finish(recorded)
+    try:
+        with _runs(path, type(pipeline).__name__, denoiser), run.recorded(watch) as recorded, torch.no_grad():
+            pipeline(**run.given())
+        inferred = watch.finish(recorded)
+    except UsageError as error:
+        options = " ".join(_switches(run))
+        if options and BY_HAND in str(error):  # says to turn something off, and not by which name the pipeline has it
+            told = str(error).replace(
+                BY_HAND, f"Call it without: {options}. Or write a {LOOP_FILE} for the denoiser alone."
+            )
+            raise UsageError(told) from error
+        raise
     _mention_others(pipeline, denoiser)
     return inferred
+
+
+def _switches(run: PipelineRun) -> list[str]:
+    """Options that turn off what a pipeline's call does to its guidance besides its scale."""
+    found = []
+    for parameter in inspect.signature(run.pipeline.__call__).parameters.values():
+        name, value = parameter.name, run.arguments.get(parameter.name, parameter.default)
+        if value is True and ("cfg" in name or "guidance" in name):
+            found.append(f"--call {name}=false")
+        elif "rescale" in name and isinstance(value, float) and value > 0:
+            found.append(f"--call {name}=0")
+    return found
 
 
 def _mention_others(pipeline: Any, denoiser: torch.nn.Module) -> None:
@@ -227,6 +257,8 @@ def _runs(path: Path, name: str, denoiser: torch.nn.Module, stage: Path | None =
                 "model."
             ) from error
         reason = first_line(error) if stage is None else first_line(error).replace(str(stage), str(path))
+        if isinstance(error, ImportError):
+            raise UsageError(f"{path}: {name} cannot be run: {reason} Install the package that it asks for.") from error
         raise UsageError(
             f"{path}: {name} cannot be run: {reason} Give what is missing with --inputs "
             f"FILE.safetensors (arguments of its call, such as prompt_embeds), or a {LOOP_FILE} for the "

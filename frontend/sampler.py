@@ -21,6 +21,7 @@ import numpy as np
 from ..loop.errors import UsageError, nearest
 from ..loop.recurrence import Array, Recurrence
 from ..loop.spec import SamplerSpec
+from .remedies import DETERMINISTIC, STOCHASTIC, about_variance, cause, remedy
 from .schedulers import SCHEDULER_ERRORS, build
 
 logger = logging.getLogger(__name__)
@@ -35,23 +36,6 @@ ROUNDED_CALLS = 500  # beyond, the float32 rounding of the scheduler itself reac
 REPLAY_SCALES = (1.0, 1.0, 10.0, 1000.0)  # magnitudes; clipping may not show at 1
 Run = Callable[..., tuple[Array, Array]]
 """A scheduler that answers (start, outputs, seed) with latents and input scales, see `_run`."""
-DETERMINISTIC = (
-    "choose a deterministic scheduler, such as DDIMScheduler, DPMSolverMultistepScheduler or EulerDiscreteScheduler."
-)
-STOCHASTIC = (
-    "stochastic: it adds noise in its steps (two runs with different seeds differ), and only a deterministic loop folds; "
-    f"{DETERMINISTIC}"
-)
-
-NONLINEAR_KEYS: Mapping[str, tuple[str, str]] = {
-    "clip_sample": ("it clips the predicted sample", "set clip_sample: false"),
-    "clip_denoised": ("it clips the predicted sample", "set clip_denoised: false"),
-    "thresholding": ("it rescales the predicted sample by a quantile of itself", "set thresholding: false"),
-}
-"""Configuration keys that make the step of most schedulers non-linear, with the value that folds.
-
-They explain a step that turned out not to be linear; they are no reason to refuse one that is.
-"""
 
 
 def probe(sampler: SamplerSpec) -> Recurrence:
@@ -177,7 +161,7 @@ def _run(
                     raise UsageError(f"{name}: {STOCHASTIC}") from None
                 raise UsageError(
                     f"{name}: its step failed at call {i} of {len(outputs)}: {type(error).__name__}: {error}. "
-                    + _variance(scheduler)
+                    + about_variance(scheduler)
                     + f"It cannot be folded; {DETERMINISTIC}"
                 ) from None
             if latent.shape != output.shape or len(scheduler.timesteps) != len(outputs):
@@ -273,9 +257,9 @@ def _check_replay(name: str, scheduler: Any, run: Run, recurrence: Recurrence) -
             error = np.linalg.norm(latent - wanted[i + 1]) / max(np.linalg.norm(wanted[i + 1]), TINY)
             if not error <= tolerance:
                 raise UsageError(
-                    f"{name}: not a linear recurrence: {_cause(scheduler)}a random run at magnitude {scale:g} differs from "
+                    f"{name}: not a linear recurrence: {cause(scheduler)}a random run at magnitude {scale:g} differs from "
                     f"the probed coefficients by {error:.1e} (relative) at call {i} "
-                    f"of {recurrence.calls}; expected at most {tolerance:g}. {_remedy(scheduler)}"
+                    f"of {recurrence.calls}; expected at most {tolerance:g}. {remedy(scheduler)}"
                 )
         if not np.allclose(scales, recurrence.input_scale, rtol=REPLAY_TOLERANCE, atol=0.0):
             raise UsageError(f"{name}: its input scale depends on the latent; {DETERMINISTIC}")
@@ -295,17 +279,6 @@ def _refuse_signature(name: str, scheduler: Any) -> None:
         )
 
 
-def _variance(scheduler: Any) -> str:
-    """What a failed step may be due to, a sentence with a space behind it; empty where nothing is known."""
-    variance = scheduler.config.get("variance_type")
-    if not (isinstance(variance, str) and variance.startswith("learned")):
-        return ""
-    return (
-        f"variance_type {variance!r} takes half of the denoiser output as a variance; the fold expects the prediction "
-        "alone: remove the key from its configuration, with a denoiser that returns only that. "
-    )
-
-
 def _refuse_noise(name: str, run: Run, calls: int) -> None:
     """Two runs that differ only in the seed must agree."""
     generator = np.random.default_rng(0)
@@ -314,15 +287,3 @@ def _refuse_noise(name: str, run: Run, calls: int) -> None:
     runs = [run(start, outputs, seed)[0] for seed in (1, 2)]
     if not np.array_equal(*runs, equal_nan=True):
         raise UsageError(f"{name}: {STOCHASTIC}")
-
-
-def _cause(scheduler: Any) -> str:
-    """Why a step is not linear, with `: ` behind it, as far as its configuration tells; else empty."""
-    key = next((key for key in NONLINEAR_KEYS if scheduler.config.get(key)), None)
-    return f"{key} is {scheduler.config[key]!r}, so {NONLINEAR_KEYS[key][0]}: " if key else ""
-
-
-def _remedy(scheduler: Any) -> str:
-    """What to do about a step that is not linear."""
-    remedy = next((remedy for key, (_, remedy) in NONLINEAR_KEYS.items() if scheduler.config.get(key)), None)
-    return f"C{DETERMINISTIC[1:]}" if remedy is None else f"To fold it, {remedy} in the scheduler's configuration."

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers import ClapTextConfig, ClapTextModelWithProjection, SpeechT5Hi
 
 from stepfold.frontend.components import read_index
 from stepfold.frontend.load import load_checkpoint
+from stepfold.frontend.pipeline import record
 from stepfold.frontend.proof import PipelineRun, prove
 from stepfold.frontend.sampler import probe
 from stepfold.loop.errors import UsageError
@@ -302,6 +305,41 @@ def test_frames_that_a_scheduler_gets_as_rows(tmp_path: Path) -> None:
     loop = load_checkpoint(pipelines.text_to_video(tmp_path / "video"), call=call).loop
     assert loop is not None and loop.latent.shape == (4, 3, 8, 8)
     assert loop.guidance is not None and loop.guidance.scale == 9.0
+
+
+class WithItsOwnGuidance:
+    """A pipeline whose guidance is clipped for each sample unless it is told otherwise."""
+
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    components: Mapping[str, Any] = {}
+
+    def __init__(self) -> None:
+        self.denoiser = pipelines.unet()
+
+    def __call__(
+        self,
+        prompt: list[str],
+        num_inference_steps: int = 2,
+        cfg_normalization: bool = True,
+        guidance_rescale: float = 0.7,
+    ) -> None:
+        self.scheduler.set_timesteps(num_inference_steps)
+        latent, text = torch.randn(len(prompt), 4, 8, 8), torch.randn(len(prompt), 4, 24)
+        for t in self.scheduler.timesteps:
+            output = self.denoiser(latent, t, text, return_dict=False)[0]
+            latent = self.scheduler.step(output.clamp(-0.1, 0.1), t, latent, return_dict=False)[0]
+
+
+def test_what_a_pipeline_does_to_its_guidance_is_named_with_its_options(tmp_path: Path) -> None:
+    pipeline = WithItsOwnGuidance()
+    run = PipelineRun(pipeline, pipeline.denoiser, {"prompt": ["a", "b"]}, 2)
+    with pytest.raises(
+        UsageError, match=r"clips .* Call it without: --call cfg_normalization=false --call guidance_resc"
+    ):
+        record(tmp_path, run)
+    plain = replace(run, arguments={**run.arguments, "cfg_normalization": False, "guidance_rescale": 0.0})
+    with pytest.raises(UsageError, match=r"clips .* Turn that off"):
+        record(tmp_path, plain)
 
 
 def test_a_call_keeps_its_prompts() -> None:
