@@ -15,6 +15,7 @@ from .constants import fold_constants, share_equal_weights
 from .masks import ExpandedMask
 from .no_ops import NoOp
 from .reshape import ViewToReshape
+from .shapes_only import FilledLike, GivenLike
 from .squeeze import NoOpSqueeze
 from .writes import FunctionalCopy, InterleavedWrite
 
@@ -25,6 +26,8 @@ Repair = Callable[[fx.GraphModule], int]
 REPAIRS: tuple[tuple[str, Repair], ...] = (
     ("view-to-reshape", ViewToReshape().apply),
     ("no-op", NoOp().apply),
+    ("filled-like", FilledLike().apply),
+    ("given-like", GivenLike().apply),
     ("copy", FunctionalCopy().apply),
     ("interleaved-write", InterleavedWrite().apply),
     ("no-op-squeeze", NoOpSqueeze().apply),

@@ -310,7 +310,7 @@ def test_frames_that_a_scheduler_gets_as_rows(tmp_path: Path) -> None:
 class WithItsOwnGuidance:
     """A pipeline whose guidance is clipped for each sample unless it is told otherwise."""
 
-    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    scheduler: Any = diffusers.DDIMScheduler(clip_sample=False)
     components: Mapping[str, Any] = {}
 
     def __init__(self) -> None:
