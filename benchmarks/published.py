@@ -219,7 +219,7 @@ def made_folders(only: str) -> Iterator[Path]:
     from tiny.folders import Checkpoint, make_once
 
     maker = b"".join(file.read_bytes() for file in sorted((HERE / "tiny").glob("*.py"))) + versions().encode()
-    for file in sorted(CHECKPOINTS.glob("*.json")):
+    for file in sorted(CHECKPOINTS.glob("*.json"), key=lambda file: file.stem):
         if re.search(only, file.stem):
             of_these = hashlib.sha256(maker + file.read_bytes()).hexdigest()[:12]
             yield make_once(Checkpoint.read(file), MADE / of_these / file.stem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "benchmarks" / "published.py"
+CHECKPOINTS = sorted(path.stem for path in (ROOT / "benchmarks" / "published").glob("*.json"))
 SOME = "^(ddpm-butterflies-128|flux.1-dev|stable-diffusion-v1-5)$"
 
 
@@ -90,6 +92,18 @@ def test_a_call_is_given_by_options(published: Any) -> None:
         "use_resolution_binning=false",
     ]
     assert published.small_call(diffusers.DDIMPipeline, 4, 64) == {"num_inference_steps": 4}
+
+
+def test_the_page_has_a_row_for_each_checkpoint() -> None:
+    page = (ROOT / "docs" / "published.md").read_text()
+    rows = [
+        row.strip("|").split(" | ") for row in re.findall(r"^\| [\w.-]+ \| \w+Pipeline \|.*\|$", page, re.MULTILINE)
+    ]
+    assert [row[0].strip() for row in rows] == CHECKPOINTS
+    exact = sum(row[3] == "exact" for row in rows if row[2] == "yes")
+    running = sum(row[2] == "yes" for row in rows)
+    assert f"{len(rows)} folders, {running} run in diffusers: {exact} exact, 0 wrong" in page
+    assert f"configurations of {len(rows)} published checkpoints" in page
 
 
 @pytest.mark.slow
