@@ -30,13 +30,12 @@ LARGEST_DRIFT = 1e-3  # float32 on two engines, of images
 
 @dataclass(frozen=True)
 class Family:
-    """A pipeline, what it is called with beside a prompt, how many samples are drawn, and whether in two branches."""
+    """A pipeline, what it is called with beside a prompt, and how many samples are drawn."""
 
     pipeline: str
     make: Callable[[Path], Path]
     call: dict[str, Any] = field(default_factory=dict)
     count: int = 2
-    guided: bool = True
 
     def __str__(self) -> str:
         return self.pipeline
@@ -62,7 +61,6 @@ class Family:
 
 FAMILIES = [
     Family("StableDiffusionPipeline", pipelines.stable_diffusion),
-    Family("FluxPipeline", pipelines.flux, {"height": 32, "width": 64}, guided=False),
     Family("StableDiffusionXLPipeline", pipelines.sdxl),
     Family("PixArtAlphaPipeline", pipelines.pixart, {"use_resolution_binning": False}),
     Family("WanPipeline", pipelines.wan, pipelines.WAN_CALL),
@@ -113,7 +111,7 @@ def test_what_is_drawn_is_what_the_pipeline_draws(built: Built, tmp_path: Path) 
     noise = np.random.default_rng(3).standard_normal((family.count, *state.shape[1:])).astype(np.float32)
     np.save(tmp_path / "noise.npy", noise)
     seen = []
-    for negative in (NEGATIVE, "", None) if family.guided else (None,):
+    for negative in (NEGATIVE, "", None):
         words, more = ([], {}) if negative is None else (["--negative-prompt", negative], {"negative_prompt": negative})
         received = generated(built, tmp_path / "noise.npy", "--prompt", PROMPT, *words)
         if negative is not None:
@@ -121,19 +119,18 @@ def test_what_is_drawn_is_what_the_pipeline_draws(built: Built, tmp_path: Path) 
         wanted = family.draw(built.folder, noise, **more)
         assert received.shape == wanted.shape and drift(received, wanted) < LARGEST_DRIFT, negative
         seen.append(received)
-    assert not family.guided or drift(seen[0], seen[1]) > LARGEST_DRIFT, "the negative prompt has a say"
+    assert drift(seen[0], seen[1]) > LARGEST_DRIFT, "the negative prompt has a say"
 
 
 def test_saved_embeddings_draw_what_the_prompt_draws(built: Built, tmp_path: Path) -> None:
     """One row for all samples, both branches, without what the pipeline sets itself."""
     with load(built.bundle) as engine:
         told = engine.ends.conditions([PROMPT])
-        other = engine.ends.unconditional(NEGATIVE, told) if built.family.guided else {}
+        other = engine.ends.unconditional(NEGATIVE, told)
         noise = np.random.default_rng(4).standard_normal((2, *engine.manifest.loop.latent.shape)).astype(np.float32)
     save_file(told | {f"unconditional/{name}": value for name, value in other.items()}, tmp_path / "saved.safetensors")
     np.save(tmp_path / "noise.npy", noise)
-    negative = ["--negative-prompt", NEGATIVE] if built.family.guided else []
-    wanted = generated(built, tmp_path / "noise.npy", "--prompt", PROMPT, *negative)
+    wanted = generated(built, tmp_path / "noise.npy", "--prompt", PROMPT, "--negative-prompt", NEGATIVE)
     received = generated(built, tmp_path / "noise.npy", "--conditions", str(tmp_path / "saved.safetensors"))
     np.testing.assert_allclose(received, wanted, atol=1e-5)
 
