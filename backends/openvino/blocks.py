@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .precision import BELOW_A_LEVEL, OUTPUTS, ROWS, rounds_anywhere, stored_type, text
+from .precision import BELOW_A_LEVEL, OUTPUTS, ROWS, rounds_anywhere, stored_type, text, unpacked_for_amx
 
 BITS = {"u2": 2, "u4": 4, "u8": 8}
 ZERO_POINT = 4  # argument of a compiled product
@@ -31,6 +31,7 @@ class BlockedSite:
         element: type of the codes.
         width: width of the layer, M features.
         block: number of features that share a scale.
+        outputs: number of features that it computes, N.
     """
 
     weight: str
@@ -38,6 +39,7 @@ class BlockedSite:
     element: str
     width: int
     block: int
+    outputs: int = OUTPUTS
 
 
 def blocked_sites(model: Any) -> list[BlockedSite]:
@@ -49,9 +51,9 @@ def blocked_sites(model: Any) -> list[BlockedSite]:
             continue
         readers = [target.get_node() for target in operation.output(0).get_target_inputs()]
         products = tuple(node.get_friendly_name() for node in (operation, *readers))
-        _, blocks, block = codes.shape
+        outputs, blocks, block = codes.shape
         element = stored_type(codes.get_output_element_type(0))
-        found.append(BlockedSite(codes.get_friendly_name(), products, element, blocks * block, block))
+        found.append(BlockedSite(codes.get_friendly_name(), products, element, blocks * block, block, outputs))
     return found
 
 
@@ -60,7 +62,8 @@ def misfits(
 ) -> dict[str, str]:
     """The sites that a compiled model computes otherwise than asked: weight -> what was found.
 
-    A processor that rounds no activations at run time keeps them in float in every site, which is not held against any.
+    A processor that rounds no activations at run time keeps them in float in every site, which is not held against any;
+    neither is it that AMX has no form for a narrow one.
 
     Args:
         compiled: an `openvino.CompiledModel`.
@@ -78,6 +81,8 @@ def misfits(
     asked: dict[tuple[str, int, int], bool] = {}
     found = {}
     for site in sites:
+        if unpacked_for_amx(site.width, site.outputs, settings):
+            continue
         layer = next((layers[name] for name in site.products if name in layers), None)
         reason = _unpacked(layer, site)
         if not reason:

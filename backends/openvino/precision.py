@@ -14,11 +14,15 @@ from typing import Any
 
 import numpy as np
 
+from ..instructions import instructions
+
 INTEGERS = ("i8", "u8")
 MOVES = ("Transpose", "Reorder", "Reshape", "Convert")
 ROWS, OUTPUTS = 16, 16
 PLAIN_WIDTH = 64
 """In features of a layer whose activations are rounded wherever any are."""
+AMX, AMX_ROW, AMX_NARROW = "amx_bf16", 32, 512
+"""The instructions, the features in a row of a tile, and the width from which a layer need not be whole rows."""
 BELOW_A_LEVEL = np.float32(0.3 / 127)
 
 
@@ -30,11 +34,13 @@ class IntegerSite:
         weight: name of the weight, which the compiled model keeps where it renames the product.
         width: width of the layer, M features.
         dynamic: whether its activations are float in the graph.
+        outputs: number of features that it computes, N.
     """
 
     weight: str
     width: int
     dynamic: bool
+    outputs: int = OUTPUTS
 
 
 def integer_sites(model: Any) -> list[IntegerSite]:
@@ -47,7 +53,7 @@ def integer_sites(model: Any) -> list[IntegerSite]:
         if weight is None:
             continue
         dynamic = not _dequantized(operation.input_value(0).get_node())
-        found.append(IntegerSite(weight.get_friendly_name(), weight.shape[0], dynamic))
+        found.append(IntegerSite(weight.get_friendly_name(), weight.shape[0], dynamic, weight.shape[1]))
     return found
 
 
@@ -55,7 +61,7 @@ def float_sites(compiled: Any, sites: list[IntegerSite], settings: Mapping[str, 
     """The sites that a compiled model computes in float: weight -> what was found.
 
     A processor that rounds no activations at run time computes every dynamic site in float, which is not held against
-    any of them.
+    any of them; neither is it that AMX has no form for a narrow one.
 
     Args:
         compiled: an `openvino.CompiledModel`.
@@ -69,6 +75,8 @@ def float_sites(compiled: Any, sites: list[IntegerSite], settings: Mapping[str, 
     rounded = {width: not able or rounds_activations(width, group, settings) for width in dynamic}
     found: dict[str, str] = {}
     for site in sites:
+        if site.dynamic and unpacked_for_amx(site.width, site.outputs, settings):
+            continue
         layer = layers.get(site.weight)
         types = _argument_types(layer) if layer is not None else ()
         expected = 1 if site.dynamic else 2  # arguments of the layer that are 8-bit
@@ -79,6 +87,18 @@ def float_sites(compiled: Any, sites: list[IntegerSite], settings: Mapping[str, 
         elif site.dynamic and not rounded[site.width]:
             found[site.weight] = f"its width {site.width} against groups of {group} keeps activations in float"
     return found
+
+
+def unpacked_for_amx(width: int, outputs: int, settings: Mapping[str, Any]) -> bool:
+    """Whether the plugin unpacks the weights of a layer here, so that its product is one of floats: right, and slower.
+
+    In bfloat16 the kernels of oneDNN for AMX take weights of few bits only where a layer fills their tiles (OpenVINO,
+    `FullyConnected::isSupportedCompressedOperation`).
+    """
+    if settings.get("INFERENCE_PRECISION_HINT") != "bf16" or AMX not in instructions():
+        return False
+    widest = max(width, outputs)
+    return widest <= AMX_ROW or (widest <= AMX_NARROW and width % AMX_ROW != 0)
 
 
 def rounds_anywhere(settings: Mapping[str, Any]) -> bool:

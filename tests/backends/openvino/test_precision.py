@@ -11,9 +11,18 @@ from typing import Any
 import pytest
 from blocks import block, needs_vnni, quantized
 
+from stepfold.backends.instructions import instructions
+from stepfold.backends.openvino import precision as precision_of
 from stepfold.backends.openvino.lower import GROUP_PROPERTY, lower
 from stepfold.backends.openvino.options import OpenvinoOptions
-from stepfold.backends.openvino.precision import IntegerSite, float_sites, integer_sites, rounds_activations
+from stepfold.backends.openvino.precision import (
+    AMX,
+    IntegerSite,
+    float_sites,
+    integer_sites,
+    rounds_activations,
+    unpacked_for_amx,
+)
 from stepfold.backends.openvino.session import settings_of
 
 openvino = pytest.importorskip("openvino", reason="openvino is not installed: pip install 'stepfold[openvino]'")
@@ -113,14 +122,44 @@ def test_attention_is_one_layer(written: Written) -> None:
 @needs_vnni
 @pytest.mark.parametrize(
     ("width", "group", "integers"),
-    [(32, 32, True), (33, 32, True), (16, 16, True), (31, 32, False), (12, 16, False), (32, 0, False), (1, 16, False)],
+    [
+        (64, 32, True),
+        (32, 32, True),
+        (33, 32, True),
+        (16, 16, True),
+        (31, 32, False),
+        (12, 16, False),
+        (32, 0, False),
+        (1, 16, False),
+    ],
 )
 @pytest.mark.parametrize("precision", ["f32", "bf16"])
 def test_activations_are_rounded_where_the_group_fits(width: int, group: int, integers: bool, precision: str) -> None:
-    """The rule that `lower` goes by; a new version of OpenVINO that changes it is found here."""
+    """The rule that `lower` goes by; a new version of OpenVINO that changes it is found here.
+
+    In bfloat16 AMX multiplies floats by weights that are unpacked on the way, so nothing is rounded there.
+    """
     if precision == "bf16" and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this processor has no bfloat16")
-    assert rounds_activations(width, group, {**SETTINGS, "INFERENCE_PRECISION_HINT": precision}) is integers
+    settings = {**SETTINGS, "INFERENCE_PRECISION_HINT": precision}
+    in_floats = precision == "bf16" and AMX in instructions()
+    assert rounds_activations(width, group, settings) is (integers and not in_floats)
+
+
+@pytest.mark.parametrize(
+    ("width", "outputs", "unpacked"),
+    [(32, 32, True), (64, 32, False), (32, 64, False), (48, 64, True), (48, 512, True), (48, 513, False)],
+)
+def test_narrow_layers_are_unpacked_for_amx(
+    width: int, outputs: int, unpacked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere the layers of `test_lower` and `test_blocks` in bfloat16 tell whether the rule is that of OpenVINO."""
+    settings = {"INFERENCE_PRECISION_HINT": "bf16"}
+    monkeypatch.setattr(precision_of, "instructions", lambda: (AMX,))
+    assert unpacked_for_amx(width, outputs, settings) is unpacked
+    assert not unpacked_for_amx(width, outputs, {"INFERENCE_PRECISION_HINT": "f32"})
+    monkeypatch.setattr(precision_of, "instructions", lambda: ("avx512_bf16",))
+    assert not unpacked_for_amx(width, outputs, settings)
 
 
 def test_settings() -> None:
