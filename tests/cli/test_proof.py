@@ -53,7 +53,7 @@ def test_a_wrong_capture_leaves_nothing(
     stepfold: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A loop that the recorder takes for another one."""
-    infer: Any = pipeline._record
+    infer: Any = pipeline.record
 
     def other_scale(*words: Any) -> Any:
         inferred = infer(*words)
@@ -61,7 +61,7 @@ def test_a_wrong_capture_leaves_nothing(
         guidance = inferred.loop.guidance.model_copy(update={"scale": 3.5})
         return replace(inferred, loop=inferred.loop.model_copy(update={"guidance": guidance}))
 
-    monkeypatch.setattr(pipeline, "_record", other_scale)
+    monkeypatch.setattr(pipeline, "record", other_scale)
     result = stepfold("optimize", folder, "--out", tmp_path / "out", "--recipe", HOIST)
     assert result.code == 1 and result.error.startswith("proof: expected latents within 60 dB of those of")
     assert "part at step" in result.error and list(tmp_path.iterdir()) == []
