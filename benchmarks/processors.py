@@ -24,7 +24,7 @@ from stepfold.frontend.load import load_checkpoint
 from stepfold.loop.classes import class_conditions
 from stepfold.loop.metrics import psnr
 from stepfold.loop.noise import noise
-from stepfold.loop.table import fold
+from stepfold.loop.plan import fold
 from stepfold.report.baselines.build import build, chain, describe
 from stepfold.report.emulation import without_vnni
 from stepfold.report.work import Work, write

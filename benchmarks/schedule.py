@@ -22,7 +22,7 @@ from stepfold.ir.program import Program
 from stepfold.loop.driver import run_loop
 from stepfold.loop.metrics import psnr
 from stepfold.loop.noise import SampleSet
-from stepfold.loop.table import FoldedTable, fold
+from stepfold.loop.plan import Plan, fold
 from stepfold.runtime.compiler import Job, cache_folder, optimize
 from stepfold.runtime.quality import HELD_OUT
 
@@ -30,7 +30,7 @@ REFERENCE = Path(__file__).resolve().parents[1] / "examples" / "mnist_dit"
 SOLVERS = {"Euler": None, "AB2": "ab2", "DPM++ 2M": "DPMSolverMultistepScheduler", "UniPC": "UniPCMultistepScheduler"}
 
 
-def quality(program: Program, table: FoldedTable, held_out, scale: float) -> np.ndarray:
+def quality(program: Program, table: Plan, held_out, scale: float) -> np.ndarray:
     """PSNR [B] of the samples a table makes with the unoptimized network."""
     assert program.loop is not None
     bound = program.bind()

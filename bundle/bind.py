@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..loop.errors import BundleError
-from ..loop.ports import BoundProgram, BoundStage, Port, Rate, StageCallable
+from ..loop.ports import BoundProgram, BoundSlot, BoundStage, Port, Rate, StageCallable
 from ..loop.spec import Role
 from .files import AGAIN
 from .manifest import Manifest, StageEntry
@@ -31,18 +31,16 @@ def bind(bundle: Bundle, tables: Tables, load_session: LoadSession) -> BoundProg
     """
     manifest = bundle.manifest
     check_values(manifest, tables)
-    stages = tuple(
-        BoundStage(
-            stage.name,
-            stage.rate,
-            stage.input_ports(),
-            stage.output_ports(),
-            load_session(bundle, stage),
-            stage.span,
+    opened = {
+        stage.name: BoundStage(
+            stage.name, stage.rate, stage.input_ports(), stage.output_ports(), load_session(bundle, stage)
         )
         for stage in manifest.stages
+    }
+    slots = tuple(
+        BoundSlot(slot.name, tuple(opened[name] for name in slot.variants), slot.by_call) for slot in manifest.slots
     )
-    return BoundProgram(manifest.input_ports(), manifest.outputs, stages, dict(tables.values))
+    return BoundProgram(manifest.input_ports(), manifest.outputs, slots, dict(tables.values))
 
 
 def check_values(manifest: Manifest, tables: Tables) -> None:
@@ -79,13 +77,19 @@ def check_values(manifest: Manifest, tables: Tables) -> None:
 
 
 def _check_calls(manifest: Manifest, tables: Tables) -> None:
-    """Raise BundleError unless the stages that share the loop run at every call of it."""
-    spans = [stage.span for stage in manifest.stages if stage.span is not None]
+    """Raise BundleError unless every call of the loop, and every cell of a plan, names a variant of its slot."""
     calls = tables.recurrence.calls if tables.recurrence is not None else 0
-    if spans and max(span.stop for span in spans) < calls:
-        raise BundleError(
-            f"expected stages for {calls} calls; received those for {max(s.stop for s in spans)}. {AGAIN}"
-        )
+    slots = {slot.name: slot for slot in manifest.slots}
+    for slot in manifest.slots:
+        if slot.by_call is not None and len(slot.by_call) != calls:
+            raise BundleError(
+                f"slot {slot.name}: expected a variant for each of {calls} calls; received {len(slot.by_call)}. {AGAIN}"
+            )
+    computing = {stage.name for stage in manifest.stages if stage.rate is Rate.STEP}
+    for name, cell in ((name, cell) for plan in tables.fitted.values() for name, cell in plan.cells.items()):
+        slot = slots.get(name)
+        if slot is None or slot.variants[0] not in computing or (cell.variant >= len(slot.variants)).any():
+            raise BundleError(f"slot {name}: a plan fills it with a variant that the bundle lacks. {AGAIN}")
 
 
 def other_branch(bundle: Bundle) -> dict[str, Array]:

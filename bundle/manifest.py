@@ -16,10 +16,10 @@ from ..loop.spec import LoopSpec, Role, Strict
 from ..loop.values import DTYPES, MOST_DIMENSIONS, ArrayLike, Size
 from .prompts import Cleaning
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Seed = Annotated[int, Field(ge=0, strict=True)]
-Calls = Annotated[int, Field(ge=0, le=1 << 20)]
+MOST_CALLS = 1 << 20  # of a loop
 MOST_INDICES = 1 << 24  # of an embedding; a list of them fits memory
 Unprompted = Literal["empty", "zeros"]
 
@@ -67,10 +67,9 @@ class InputEntry(PortEntry):
 
 
 class StageEntry(Strict):
-    """One engine file, run at one rate.
+    """One engine file, run at one rate: a variant of a slot.
 
     Attributes:
-        calls: first grid call it runs at and the one after its last; None for all.
         exact_forms: layers whose 8-bit codes saturate on processors without VNNI, and the form that each has instead.
         float_without_vnni: whether such processors compute it in float, and others in integers.
     """
@@ -80,14 +79,8 @@ class StageEntry(Strict):
     file: str
     inputs: tuple[PortEntry, ...]
     outputs: tuple[PortEntry, ...] = Field(min_length=1)
-    calls: tuple[Calls, Calls] | None = None
     exact_forms: dict[str, str] = Field(default_factory=dict)
     float_without_vnni: bool = False
-
-    @property
-    def span(self) -> range | None:
-        """The grid calls it runs at, or None for all."""
-        return None if self.calls is None else range(*self.calls)
 
     def input_ports(self) -> tuple[Port, ...]:
         """What the stage reads."""
@@ -96,6 +89,19 @@ class StageEntry(Strict):
     def output_ports(self) -> tuple[Port, ...]:
         """What the stage computes, in order."""
         return tuple(entry.port() for entry in self.outputs)
+
+
+class SlotEntry(Strict):
+    """A place of the program, and the stages that may fill it.
+
+    Attributes:
+        variants: names of stages of one rate and with the same outputs, the original first.
+        by_call: number of the variant at each grid call; None fills the slot with the original at every call.
+    """
+
+    name: str
+    variants: tuple[str, ...] = Field(min_length=1)
+    by_call: Annotated[tuple[Count, ...], Field(max_length=MOST_CALLS)] | None = None
 
 
 class ModelEntry(Strict):
@@ -266,10 +272,12 @@ class Manifest(Strict):
     Attributes:
         inputs: inputs of the program, by role.
         outputs: names of its outputs; for a loop the first is the prediction.
+        stages: engine files, in the order of `slots`.
+        slots: places of the program, in topological order.
         shared: weights that several stages read from one file.
         constants: keyword arguments baked in at capture.
         probe: the file with recorded inputs and outputs, replayed by `verify`.
-        further_probes: one more for each further stage that shares the loop.
+        further_probes: one more for each further variant that a grid call fixes.
         pipeline: what surrounds the loop in a diffusers pipeline.
         call: arguments of the pipeline's call that replaced its defaults; None where there were none.
         proof: how close the unoptimized program is to the pipeline, or why that is not known; None for a checkpoint that
@@ -291,6 +299,7 @@ class Manifest(Strict):
     inputs: tuple[InputEntry, ...]
     outputs: tuple[str, ...] = Field(min_length=1)
     stages: tuple[StageEntry, ...] = Field(min_length=1)
+    slots: tuple[SlotEntry, ...] = Field(min_length=1)
     shared: SharedEntry | None = None
     constants: dict[str, JsonValue] = Field(default_factory=dict)
     frozen_dimensions: tuple[FrozenDimensionEntry, ...] = ()
@@ -303,10 +312,12 @@ class Manifest(Strict):
 
     @model_validator(mode="after")
     def _named_once(self) -> Manifest:
-        shared = [stage for stage in self.stages if stage.calls is not None]
-        _partition(shared)
-        produced = [entry.name for stage in self.stages if stage not in shared[1:] for entry in stage.outputs]
         _unique("stages", [stage.name for stage in self.stages])
+        _unique("slots", [slot.name for slot in self.slots])
+        produced = [entry.name for slot in self.slots for entry in self._filled(slot)[0].outputs]
+        listed = [name for slot in self.slots for name in slot.variants]
+        if listed != [stage.name for stage in self.stages]:
+            raise ValueError(f"expected each stage in one slot, in the order of the slots; received {listed}")
         _unique("values", [*(entry.name for entry in self.inputs), *produced])
         if self.loop is not None:
             _require_roles(self.loop, [entry.input_port() for entry in self.inputs])
@@ -319,6 +330,22 @@ class Manifest(Strict):
         if missing:
             raise ValueError(f"outputs {missing} are computed by no stage")
         return self
+
+    def _filled(self, slot: SlotEntry) -> list[StageEntry]:
+        """The stages of a slot: they compute the same, and one of them runs at each call."""
+        by_name = {stage.name: stage for stage in self.stages}
+        missing = [name for name in slot.variants if name not in by_name]
+        if missing:
+            raise ValueError(f"slot {slot.name!r}: there is no stage {missing[0]!r}")
+        variants = [by_name[name] for name in slot.variants]
+        for stage in variants:
+            if (stage.outputs, stage.rate) != (variants[0].outputs, variants[0].rate):
+                raise ValueError(
+                    f"stage {stage.name!r} shares a slot with {variants[0].name!r} and computes something else"
+                )
+        if any(number >= len(variants) for number in slot.by_call or ()):
+            raise ValueError(f"slot {slot.name!r} has {len(variants)} variants; by_call names another")
+        return variants
 
     @property
     def probes(self) -> tuple[str, ...]:
@@ -346,20 +373,6 @@ def _require_roles(loop: LoopSpec, inputs: Sequence[InputPort]) -> None:
         check_unconditional(inputs, loop)
     except UsageError as error:
         raise ValueError(str(error)) from None
-
-
-def _partition(shared: Sequence[StageEntry]) -> None:
-    """Stages that share the loop compute the same, and their calls follow each other from the first."""
-    behind = 0
-    for stage in sorted(shared, key=lambda entry: entry.calls or (0, 0)):
-        first, stop = stage.calls or (0, 0)
-        if first != behind or stop <= first:
-            raise ValueError(
-                f"stage {stage.name!r} runs at calls {first} to {stop}; expected them to begin at {behind}"
-            )
-        if stage.outputs != shared[0].outputs:
-            raise ValueError(f"stage {stage.name!r} shares the loop with {shared[0].name!r} and has other outputs")
-        behind = stop
 
 
 def stepfold_version() -> str:

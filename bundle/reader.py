@@ -163,6 +163,11 @@ def _check_version(path: Path, data: Any) -> None:
     version = data.get("format_version") if isinstance(data, dict) else None
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise BundleError(f"{path / MANIFEST}: expected a format_version; received {version!r}. {AGAIN}")
+    if version < FORMAT_VERSION:
+        raise BundleError(
+            f"{path / MANIFEST}: format version {version} is that of an older stepfold, and this one reads {FORMAT_VERSION}. "
+            "Build the bundle again: stepfold optimize CHECKPOINT --out BUNDLE --overwrite."
+        )
     if version > FORMAT_VERSION:
         writer = data.get("stepfold_version")
         raise BundleError(

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..loop.errors import BundleError
+from ..loop.plan import Plan, fold
 from ..loop.recurrence import Recurrence, one_number
-from ..loop.table import FoldedTable, fold
 
 Array = np.ndarray
 TABLES = "tables.safetensors"
@@ -37,7 +37,7 @@ class Tables:
     """
 
     recurrence: Recurrence | None = None
-    fitted: Mapping[float, FoldedTable] = field(default_factory=dict)
+    fitted: Mapping[float, Plan] = field(default_factory=dict)
     values: Mapping[str, Array] = field(default_factory=dict)
     constants: Mapping[str, Array] = field(default_factory=dict)
 
@@ -66,7 +66,7 @@ class Tables:
         try:
             recurrence = _recurrence(groups["recurrence"]) if "recurrence" in groups else None
             fitted = {
-                float(group.removeprefix(SCALE)): FoldedTable.from_arrays(members)
+                float(group.removeprefix(SCALE)): Plan.from_arrays(members)
                 for group, members in groups.items()
                 if group.startswith(SCALE)
             }
@@ -92,7 +92,7 @@ class Tables:
             raise BundleError(f"{TABLES}: the values of the calls are not all finite.")
 
 
-def _misfit(table: FoldedTable, S: int) -> str | None:
+def _misfit(table: Plan, S: int) -> str | None:
     """Why a table cannot drive a loop of S calls, or None."""
     N = table.evaluations
     positions = table.positions

@@ -127,12 +127,12 @@ def write_schedule(folder: Path, tables: Tables, fitted_on: str, details: Mappin
     scales = [
         {
             "scale": float(scale),
-            "positions": [int(position) for position in table.positions],
-            "evaluations": table.evaluations,
-            "guided_evaluations": table.guided_evaluations,
+            "positions": [int(position) for position in plan.positions],
+            "evaluations": plan.evaluations,
+            "guided_evaluations": plan.guided_evaluations,
             "fitted_on": fitted_on,
         }
-        for scale, table in sorted(tables.fitted.items())
+        for scale, plan in sorted(tables.fitted.items())
     ]
     grid_steps = tables.recurrence.calls if tables.recurrence is not None else 0
     write_json(folder / SCHEDULE, {"grid_steps": grid_steps, "scales": scales, "details": dict(details)})

@@ -14,12 +14,12 @@ from ..ir.program import Program
 from ..loop.driver import LoopRun
 from ..loop.errors import StepfoldError
 from ..loop.noise import SampleSet
+from ..loop.plan import Plan
 from ..loop.ports import BoundProgram
-from ..loop.table import FoldedTable
 from .conditions import sample_request
 from .document import bucket_of
 from .observe import watched_program
-from .plan import Plan
+from .plan import CalibrationPlan
 from .sampling import gram_tokens
 from .statistics import NotFiniteError
 from .trajectories import part
@@ -49,7 +49,7 @@ class Moment:
 class Collector:
     """Statistics of every watched value over one shard."""
 
-    def __init__(self, plan: Plan, shard: int):
+    def __init__(self, plan: CalibrationPlan, shard: int):
         self._plan = plan
         self._statistics = [plan.empty(item, shard) for item in plan.watched]
         self._seen = np.zeros((plan.buckets, len(plan.branches)), np.int64)
@@ -61,7 +61,7 @@ class Collector:
         self._seen[self._bucket] += moment.batch
 
     def program(self) -> BoundProgram:
-        """The program with its step stage watched."""
+        """The program with its computing slots watched."""
         watched = {item.node: partial(self._take, i) for i, item in enumerate(self._plan.watched)}
         return watched_program(self._plan.program, watched)
 
@@ -109,7 +109,7 @@ class Collector:
         )
 
 
-def collect_shard(plan: Plan, index: int, on_evaluation: OnEvaluation) -> dict[str, Array]:
+def collect_shard(plan: CalibrationPlan, index: int, on_evaluation: OnEvaluation) -> dict[str, Array]:
     """Statistics of one shard of samples, the same bytes wherever it runs.
 
     Args:
@@ -125,11 +125,11 @@ def collect_shard(plan: Plan, index: int, on_evaluation: OnEvaluation) -> dict[s
     """
     collector = Collector(plan, index)
     with one_thread():
-        if plan.table is None:
+        if plan.whole is None:
             _run_component(plan, collector)
             on_evaluation(1, 1)
         else:
-            _run_loop(plan, plan.table, collector, plan.shards[index], on_evaluation)
+            _run_loop(plan, plan.whole, collector, plan.shards[index], on_evaluation)
     return collector.arrays()
 
 
@@ -149,21 +149,21 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _run_component(plan: Plan, collector: Collector) -> None:
+def _run_component(plan: CalibrationPlan, collector: Collector) -> None:
     collector.start(Moment(0, None, 0, plan.samples))
     collector.program().evaluate({name: value.numpy() for name, value in plan.program.example.items()})
 
 
 def _run_loop(
-    plan: Plan, table: FoldedTable, collector: Collector, samples: Sequence[int], on_evaluation: OnEvaluation
+    plan: CalibrationPlan, whole: Plan, collector: Collector, samples: Sequence[int], on_evaluation: OnEvaluation
 ) -> None:
     program: Program = plan.program
     assert program.loop is not None
     first, stop = samples
     request = part(sample_request(program, SampleSet("calibration", plan.seed, plan.samples)), first, stop)
-    run = LoopRun(collector.program(), program.loop, request, table)
-    for k in range(table.evaluations):
-        collector.start(Moment(int(table.positions[k]), float(table.timesteps[k]), first, stop - first))
+    run = LoopRun(collector.program(), program.loop, request, whole)
+    for k in range(whole.evaluations):
+        collector.start(Moment(int(whole.positions[k]), float(whole.timesteps[k]), first, stop - first))
         run.evaluate(k)
-        run.advance(k, table)
-        on_evaluation(k + 1, table.evaluations)
+        run.advance(k, whole)
+        on_evaluation(k + 1, whole.evaluations)

@@ -12,14 +12,14 @@ import torch
 from ..ir.program import PassRecord, Program
 from ..loop.classes import class_input
 from .origin import recurrence_digest
-from .plan import SHARD_SAMPLES, Plan
+from .plan import SHARD_SAMPLES, CalibrationPlan
 from .sampling import ROWS, TOKENS
 from .statistics import ACCUMULATORS
 
 SHORT = 12  # letters of a hash that are shown
 
 
-def run_parts(plan: Plan) -> dict[str, Any]:
+def run_parts(plan: CalibrationPlan) -> dict[str, Any]:
     """Everything a run depends on, as JSON."""
     return program_parts(plan.program) | {
         "seed": plan.seed,

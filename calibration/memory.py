@@ -16,7 +16,7 @@ from ..ir.program import Program, Stage
 from ..ir.shapes import PROBE_BATCHES
 from ..loop.ports import Rate
 from .document import Memory
-from .plan import Plan
+from .plan import CalibrationPlan
 from .sampling import TOKENS
 from .statistics import CHUNK
 
@@ -28,7 +28,7 @@ REDUCTION_BYTES = 2 * FLOAT32 + FLOAT64
 KIBIBYTE = 1024
 
 
-def memory(plan: Plan) -> Memory:
+def memory(plan: CalibrationPlan) -> Memory:
     """Bytes that a run of this plan takes, by part."""
     cells = plan.buckets * len(plan.branches)
     widths = [item.entry.width for item in plan.watched]
@@ -53,11 +53,11 @@ def _weights(program: Program) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values()) + sum(v.nbytes for v in program.tables.values())
 
 
-def _activations(plan: Plan) -> int:
+def _activations(plan: CalibrationPlan) -> int:
     """The largest stage, what lower rates hand to it, and the latents of a shard."""
     batch = max(stop - start for start, stop in plan.shards)
     rows = batch * len(plan.branches)
-    if plan.table is None:
+    if plan.whole is None:
         return max(peak_bytes(stage, rows) for stage in plan.program.stages)
     assert plan.program.loop is not None
     latent = prod(plan.program.loop.latent.shape)
@@ -70,12 +70,12 @@ def _activations(plan: Plan) -> int:
     return held + max(peak_bytes(stage, _stage_rows(plan, stage, rows)) for stage in plan.program.stages)
 
 
-def _stage_rows(plan: Plan, stage: Stage, rows: int) -> int:
+def _stage_rows(plan: CalibrationPlan, stage: Stage, rows: int) -> int:
     """Stages of rate once×timestep run all evaluations in one batch."""
     return rows * plan.evaluations if stage.rate is Rate.ONCE_TIMESTEP else rows
 
 
-def _reductions(plan: Plan) -> int:
+def _reductions(plan: CalibrationPlan) -> int:
     """Temporary copies while statistics of one value are taken: of its chunks, its sampled rows and their product."""
     batch = max(stop - start for start, stop in plan.shards)
     chunks = [min(CHUNK, batch * item.entry.tokens * item.entry.width) for item in plan.watched]

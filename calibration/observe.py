@@ -1,4 +1,4 @@
-"""A program whose step stage hands values of its graph to whoever watches them."""
+"""A program whose computing slots hand values of their graphs to whoever watches them."""
 
 from __future__ import annotations
 
@@ -31,11 +31,9 @@ class SiteObserver(fx.Interpreter):
 
 
 def watched_program(program: Program, watched: Mapping[fx.Node, Callable[[torch.Tensor], None]]) -> BoundProgram:
-    """The PyTorch reference of a program with nodes of its step stage watched."""
-    step = program.step
-    observer = SiteObserver(step.graph, watched)
-    stages = tuple(s.bound(_call(s, observer.run if s is step else s.graph)) for s in program.stages)
-    return BoundProgram(program.inputs, program.outputs, stages, program.tables)
+    """The PyTorch reference of a program with nodes of its computing slots watched."""
+    runs = {stage.name: SiteObserver(stage.graph, watched).run for stage in program.steps}
+    return program.bound_by(lambda stage: _call(stage, runs.get(stage.name, stage.graph)))
 
 
 def _call(stage: Stage, run: Callable[..., Sequence[torch.Tensor]]) -> StageCallable:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..ir.program import Program
 from ..loop.errors import UsageError
-from ..loop.table import FoldedTable, fold
+from ..loop.plan import Plan, fold
 from .document import CONDITIONAL, UNCONDITIONAL
 from .sampling import Draws, draw_rows
 from .sites import Watched, watched_values
@@ -38,7 +38,7 @@ class Settings:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class CalibrationPlan:
     """A calibration run of one program.
 
     Attributes:
@@ -47,7 +47,7 @@ class Plan:
         samples: B of all shards together.
         buckets: equal parts of the calls.
         gram_width: see `Settings`.
-        table: every call of the loop, or None for a component.
+        whole: every call of the loop, or None for a component.
         watched: the values that statistics are taken of.
         shards: first and last (exclusive) sample of each.
         draws: which raw rows are kept.
@@ -58,7 +58,7 @@ class Plan:
     samples: int
     buckets: int
     gram_width: int
-    table: FoldedTable | None
+    whole: Plan | None
     watched: tuple[Watched, ...]
     shards: tuple[tuple[int, int], ...]
     draws: Draws
@@ -66,17 +66,17 @@ class Plan:
     @property
     def branches(self) -> tuple[str, ...]:
         """The guidance branches that run."""
-        return _branches(self.table)
+        return _branches(self.whole)
 
     @property
     def evaluations(self) -> int:
         """Evaluations of one shard."""
-        return self.table.evaluations if self.table is not None else 1
+        return self.whole.evaluations if self.whole is not None else 1
 
     @property
     def timesteps(self) -> tuple[float, ...]:
         """What the denoiser receives at each call; empty for a component."""
-        return tuple(float(t) for t in self.table.timesteps) if self.table is not None else ()
+        return tuple(float(t) for t in self.whole.timesteps) if self.whole is not None else ()
 
     def empty(self, watched: Watched, shard: int) -> Statistics:
         """Accumulators of a value over one shard, nothing seen yet."""
@@ -84,41 +84,41 @@ class Plan:
         return Statistics.empty(self.buckets, len(self.branches), entry.width, gram=entry.gram, capacity=room)
 
 
-def make_plan(program: Program, settings: Settings) -> Plan:
+def make_plan(program: Program, settings: Settings) -> CalibrationPlan:
     """Decide on samples, buckets, shards and values.
 
     Raises:
         UsageError: the settings do not fit the program, or it has no linear layer.
     """
-    table = _table(program)
+    whole = _whole_loop(program)
     samples = _samples(program, settings)
-    watched = watched_values(program.step, settings.gram_width)
+    watched = watched_values(program, settings.gram_width)
     if not watched:
         raise UsageError("calibrate: expected a model with linear layers; received one without any. Nothing to do.")
-    size = SHARD_SAMPLES if table is not None else samples
-    evaluations = table.evaluations if table is not None else 1
-    return Plan(
+    size = SHARD_SAMPLES if whole is not None else samples
+    evaluations = whole.evaluations if whole is not None else 1
+    return CalibrationPlan(
         program=program,
         seed=settings.seed,
         samples=samples,
         buckets=_buckets(settings, evaluations),
         gram_width=settings.gram_width,
-        table=table,
+        whole=whole,
         watched=watched,
         shards=tuple((start, min(start + size, samples)) for start in range(0, samples, size)),
-        draws=draw_rows(settings.seed, samples, evaluations, len(_branches(table))),
+        draws=draw_rows(settings.seed, samples, evaluations, len(_branches(whole))),
     )
 
 
-def _table(program: Program) -> FoldedTable | None:
+def _whole_loop(program: Program) -> Plan | None:
     """Every call of the loop at the default guidance scale."""
     if program.loop is None or program.recurrence is None:
         return None
     return fold(program.recurrence, program.loop.guidance.scales[0] if program.loop.guidance else None)
 
 
-def _branches(table: FoldedTable | None) -> tuple[str, ...]:
-    guided = table is not None and bool(table.guided.any())
+def _branches(whole: Plan | None) -> tuple[str, ...]:
+    guided = whole is not None and bool(whole.guided.any())
     return (CONDITIONAL, UNCONDITIONAL) if guided else (CONDITIONAL,)
 
 

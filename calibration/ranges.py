@@ -13,7 +13,7 @@ from torch import fx
 from ..ir.program import Program
 from ..loop.driver import LoopRun
 from ..loop.noise import SampleSet
-from ..loop.table import fold
+from ..loop.plan import fold
 from .conditions import sample_request
 from .document import bucket_of
 from .observe import watched_program
@@ -72,11 +72,11 @@ def observe(
     progress: Callable[[str, int, int], None],
     grams: Collection[fx.Node] = (),
 ) -> Observed:
-    """Run the real loop, or the example of a component, and watch values of the step stage.
+    """Run the real loop, or the example of a component, and watch values of the computing slots.
 
     Args:
         program: a captured program.
-        watched: nodes of its step stage.
+        watched: nodes of its computing slots.
         seed: seed of the samples and of the rows that enter Gram matrices.
         progress: called with (task, done, total).
         grams: watched nodes of which a Gram matrix is wanted.
@@ -87,14 +87,14 @@ def observe(
         bound.evaluate({name: value.numpy() for name, value in program.example.items()})
         return observer.observed()
     scale = program.loop.guidance.scales[0] if program.loop.guidance else None
-    table = fold(program.recurrence, scale)
-    observer.calls, observer.buckets = table.evaluations, min(BUCKETS, table.evaluations)
-    run = LoopRun(bound, program.loop, sample_request(program, SampleSet("calibration", seed, SAMPLES)), table)
-    for k in range(table.evaluations):
-        observer.bucket = bucket_of(k, table.evaluations, observer.buckets)
+    plan = fold(program.recurrence, scale)
+    observer.calls, observer.buckets = plan.evaluations, min(BUCKETS, plan.evaluations)
+    run = LoopRun(bound, program.loop, sample_request(program, SampleSet("calibration", seed, SAMPLES)), plan)
+    for k in range(plan.evaluations):
+        observer.bucket = bucket_of(k, plan.evaluations, observer.buckets)
         run.evaluate(k)
-        run.advance(k, table)
-        progress("calibrating", k + 1, table.evaluations)
+        run.advance(k, plan)
+        progress("calibrating", k + 1, plan.evaluations)
     return observer.observed()
 
 

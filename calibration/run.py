@@ -17,7 +17,7 @@ from .collect import OnEvaluation, collect_shard
 from .document import StoreDocument, is_finished, read_document
 from .key import key_of, run_parts
 from .memory import memory
-from .plan import Plan, Settings, make_plan
+from .plan import CalibrationPlan, Settings, make_plan
 from .read import Calibration, open_finished
 from .store import finish, missing_shards, write_shard, writing_store
 
@@ -38,7 +38,7 @@ class Prepared:
         document: document of its store, not finished.
     """
 
-    plan: Plan
+    plan: CalibrationPlan
     document: StoreDocument
 
 
@@ -100,7 +100,7 @@ def calibrate(
         return Outcome(finish(out, document), len(document.shards) - len(missing))
 
 
-def one_after_another(plan: Plan) -> Work:
+def one_after_another(plan: CalibrationPlan) -> Work:
     """Collect shards in this process."""
 
     def work(out: Path, document: StoreDocument, missing: Sequence[int], progress: Progress) -> None:
@@ -112,7 +112,9 @@ def one_after_another(plan: Plan) -> Work:
     return work
 
 
-def collect_and_write(plan: Plan, out: Path, document: StoreDocument, index: int, on_evaluation: OnEvaluation) -> None:
+def collect_and_write(
+    plan: CalibrationPlan, out: Path, document: StoreDocument, index: int, on_evaluation: OnEvaluation
+) -> None:
     """Collect one shard and write it; its arrays are gone before the next one begins."""
     write_shard(out, document.key, index, collect_shard(plan, index, on_evaluation))
 

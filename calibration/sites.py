@@ -1,4 +1,4 @@
-"""The values that statistics are taken of: what the linear layers of a stage read."""
+"""The values that statistics are taken of: what linear layers read at every evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import fx
 
 from ..ir import operators  # noqa: F401  (registers the stepfold:: operators)
 from ..ir.names import module_path
-from ..ir.program import Stage
+from ..ir.program import Program
 from ..ir.shapes import PROBE_BATCHES
 from .document import Layer, SiteEntry
 
@@ -44,19 +44,20 @@ class Watched:
         return value.float().movedim(axis, 0).reshape(rows, -1, self.entry.width)
 
 
-def watched_values(stage: Stage, gram_width: int) -> tuple[Watched, ...]:
-    """The values that the linear layers of a stage read, in graph order; layers that read one value share an entry.
+def watched_values(program: Program, gram_width: int) -> tuple[Watched, ...]:
+    """The values that linear layers of the computing slots read, in order; layers that read one value share an entry.
 
     Args:
-        stage: float layers and those with quantized activations count.
+        program: float layers of the originals and those with quantized activations count.
         gram_width: widest value that gets a Gram matrix.
     """
     layers: dict[fx.Node, list[fx.Node]] = {}
-    for node in stage.graph.graph.nodes:
+    nodes = [node for slot in program.computing for node in slot.original.graph.graph.nodes]
+    for node in nodes:
         value = _read_by_layer(node)
         if value is not None and value.meta["val"].is_floating_point() and _channels(value) is not None:
             layers.setdefault(value, []).append(node)
-    order = {node: i for i, node in enumerate(stage.graph.graph.nodes)}
+    order = {node: i for i, node in enumerate(nodes)}
     taken = Counter[str]()
     found = []
     for value in sorted(layers, key=order.__getitem__):

@@ -1,18 +1,17 @@
-"""What the step stage reads along the real loop, for calibrators that want whole batches."""
+"""What the computing slots read along the real loop, for calibrators that want whole batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 import numpy as np
 
-from ..ir.program import Program
+from ..ir.program import Program, Stage, reference
 from ..loop.driver import LoopRun
 from ..loop.noise import SampleSet
-from ..loop.ports import BoundProgram, BoundStage
+from ..loop.plan import fold
+from ..loop.ports import StageCallable
 from ..loop.recurrence import Array
-from ..loop.table import fold
 from .conditions import sample_request
 
 EVALUATIONS = 20
@@ -29,7 +28,7 @@ def step_inputs(
     evaluations: int = EVALUATIONS,
     progress: Callable[[str, int, int], None] = lambda task, done, total: None,
 ) -> list[Inputs]:
-    """Run the real loop with the program's PyTorch reference and keep what its step stage was given.
+    """Run the real loop with the program's PyTorch reference and keep what its computing slots were given.
 
     Args:
         program: program after the passes so far.
@@ -38,40 +37,35 @@ def step_inputs(
         progress: called with (task, done, total).
 
     Returns:
-        For each kept evaluation the inputs of the step stage by name, each [B, ...]. A component has no loop: its
-        example is the only batch.
+        For each kept evaluation the inputs of the stages by name, each [B, ...]. A component has no loop: its example is
+        the only batch.
     """
-    kept: list[Inputs] = []
+    read: Inputs = {}
+    bound = program.bound_by(lambda stage: _recording(stage, read) if stage in program.steps else reference(stage))
     if program.loop is None or program.recurrence is None:
-        _recording(program, kept.append).evaluate({name: value.numpy() for name, value in program.example.items()})
-        return kept
+        bound.evaluate({name: value.numpy() for name, value in program.example.items()})
+        return [read]
     scale = program.loop.guidance.scales[0] if program.loop.guidance else None
-    table = fold(program.recurrence, scale)
-    wanted = {round(position) for position in np.linspace(0, table.evaluations - 1, evaluations)}
-    current = 0
-
-    def keep(inputs: Inputs) -> None:
-        if current in wanted:
-            kept.append(inputs)
-
-    run = LoopRun(_recording(program, keep), program.loop, sample_request(program, samples), table)
-    for current in range(table.evaluations):
-        run.evaluate(current)
-        run.advance(current, table)
-        progress("recording inputs", current + 1, table.evaluations)
+    plan = fold(program.recurrence, scale)
+    wanted = {round(position) for position in np.linspace(0, plan.evaluations - 1, evaluations)}
+    kept: list[Inputs] = []
+    run = LoopRun(bound, program.loop, sample_request(program, samples), plan)
+    for k in range(plan.evaluations):
+        run.evaluate(k)
+        if k in wanted:
+            kept.append(dict(read))
+        read.clear()
+        run.advance(k, plan)
+        progress("recording inputs", k + 1, plan.evaluations)
     return kept
 
 
-def _recording(program: Program, keep: Callable[[Inputs], None]) -> BoundProgram:
-    """The reference of a program; `keep` gets a copy of whatever the step stage reads."""
-    bound = program.bind()
+def _recording(stage: Stage, read: Inputs) -> StageCallable:
+    """The reference of a stage; `read` gets a copy of whatever it is given."""
+    call = reference(stage)
 
-    def recorded(stage: BoundStage) -> BoundStage:
-        def call(inputs: Mapping[str, Array]) -> list[Array]:
-            keep({port.name: np.array(inputs[port.name]) for port in stage.inputs})
-            return list(stage.call(inputs))
+    def recorded(inputs: Mapping[str, Array]) -> list[Array]:
+        read.update({port.name: np.array(inputs[port.name]) for port in stage.inputs})
+        return list(call(inputs))
 
-        return replace(stage, call=call)
-
-    name = program.step.name
-    return replace(bound, stages=tuple(recorded(stage) if stage.name == name else stage for stage in bound.stages))
+    return recorded

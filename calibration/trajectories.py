@@ -14,9 +14,9 @@ from ..bundle.cache import Cache, key_of
 from ..ir.program import Program
 from ..loop.driver import LoopRun, Request
 from ..loop.noise import SampleSet
+from ..loop.plan import Plan, fold
 from ..loop.ports import BoundProgram
 from ..loop.recurrence import Array
-from ..loop.table import FoldedTable, fold
 from .conditions import sample_request
 from .origin import origin_of
 
@@ -109,19 +109,19 @@ def _run(
     program: Program,
     bound: BoundProgram,
     request: Request,
-    table: FoldedTable,
+    plan: Plan,
     progress: Callable[[int, int], None],
     whole: bool,
 ) -> Array:
     assert program.loop is not None
     parts = slices(request, BATCH)
-    total, done, collected = table.evaluations * len(parts), 0, []
+    total, done, collected = plan.evaluations * len(parts), 0, []
     for piece in parts:
-        run = LoopRun(bound, program.loop, piece, table)
+        run = LoopRun(bound, program.loop, piece, plan)
         latents = [run.latent]
-        for k in range(table.evaluations):
+        for k in range(plan.evaluations):
             run.evaluate(k)
-            run.advance(k, table)
+            run.advance(k, plan)
             latents = [*latents, run.latent] if whole else [run.latent]
             done += 1
             progress(done, total)

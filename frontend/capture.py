@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..ir.program import FrozenDimension, ModelIdentity, Program, Stage
+from ..ir.program import FrozenDimension, ModelIdentity, Program, Stage, slots_of
 from ..ir.shapes import port, propagate
 from ..loop.calls import instance, named, text
 from ..loop.classes import check_unconditional
@@ -309,7 +309,7 @@ def _program(
     constants: Mapping[str, Any],
 ) -> Program:
     return Program(
-        stages=(stage,),
+        slots=slots_of(stage),
         inputs=inputs,
         outputs=tuple(item.name for item in stage.outputs),
         example=dict(example),

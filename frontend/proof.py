@@ -20,7 +20,7 @@ from ..ir.program import Program
 from ..loop.driver import LoopRun, Request
 from ..loop.errors import StepfoldError
 from ..loop.metrics import drift
-from ..loop.table import FoldedTable, fold
+from ..loop.plan import Plan, fold
 from .arrangement import arranged
 from .branches import guided, one_of_two
 from .images import LEAST_DB, pipeline_images, unit_images, worst
@@ -152,7 +152,7 @@ class _Beside:
         self._name, self._batch, self._on_step = type(run.pipeline).__name__, run.batch, on_step
         self._program, self._loop, self._bound = program, program.loop, program.bind()
         scale = program.loop.guidance.scales[0] if program.loop.guidance else None
-        self._table: FoldedTable = fold(program.recurrence, scale)
+        self._table: Plan = fold(program.recurrence, scale)
         self._run: LoopRun | None = None
         self._wanted = np.zeros(0)
         self._parted: str | None = None

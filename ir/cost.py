@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import fx
 
-from .program import Program, Stage
+from .program import Program, Slot, Stage
 from .shapes import PROBE_BATCHES
 
 aten = torch.ops.aten
@@ -27,11 +27,20 @@ def stage_flops(stage: Stage) -> int:
 
 def program_flops(program: Program) -> int:
     """FLOPs of one evaluation for one sample, on average over the calls of the loop."""
-    steps = program.steps
-    if len(steps) == 1:
-        return stage_flops(steps[0])
-    calls = [len(stage.calls or ()) for stage in steps]
-    return sum(stage_flops(stage) * n for stage, n in zip(steps, calls, strict=True)) // sum(calls)
+    return sum(_slot_flops(slot) for slot in program.computing)
+
+
+def _slot_flops(slot: Slot) -> int:
+    counted = [stage_flops(stage) for stage in slot.variants]
+    numbers = slot.by_call or (0,)
+    return sum(counted[number] for number in numbers) // len(numbers)
+
+
+def program_depth(program: Program) -> int:
+    """Matrix products on the longest chain of one evaluation: those of the computing slots follow each other."""
+    longest = [max(map(stage_depth, slot.variants)) for slot in program.slots]
+    computing = [depth for slot, depth in zip(program.slots, longest, strict=True) if slot in program.computing]
+    return max([sum(computing), *longest])
 
 
 def stage_depth(stage: Stage) -> int:

@@ -23,7 +23,7 @@ def stage_digest(stage: Stage) -> str | None:
     """SHA-256 over name, rate, ports, nodes and weights of a stage; None where a node holds something unknown.
 
     Of a node: name, operator, arguments, the shape and type of its value, and its place in the model's source, which
-    engine files repeat. The calls that a stage runs at are the driver's affair.
+    engine files repeat. The calls at which a variant runs are the driver's affair.
     """
     digest = hashlib.sha256()
     try:

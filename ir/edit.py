@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..loop.ports import Port, Rate
-from .program import Stage
+from .program import Program, Stage
 from .shapes import PROBE_BATCHES, port, propagate
 
 SYM_SIZE = torch.ops.aten.sym_size.int
@@ -27,6 +27,36 @@ def copy_graph(stage: Stage) -> fx.GraphModule:
     output = graph.graph_copy(stage.graph.graph, mapping)
     graph.output(output)
     return fx.GraphModule(stage.graph, graph)
+
+
+class Copies:
+    """Copies of the graphs of a program's computing slots, edited together.
+
+    Attributes:
+        graphs: the copies, by the name of their stage.
+        twins: node of a stage -> what stands for it in its copy.
+    """
+
+    def __init__(self, program: Program):
+        """Copy the graphs of a program; weights are shared."""
+        self._program = program
+        self.graphs = {stage.name: copy_graph(stage) for stage in program.steps}
+        self.twins = {
+            node: twin
+            for stage in program.steps
+            for node, twin in zip(stage.graph.graph.nodes, self.graphs[stage.name].graph.nodes, strict=True)
+        }
+
+    def program(self) -> Program:
+        """The program with the edited graphs."""
+        return self._program.with_stages([finish(stage, self.graphs[stage.name]) for stage in self._program.steps])
+
+
+def module_of(node: fx.Node) -> fx.GraphModule:
+    """The module that holds the weights of a node's graph."""
+    module = node.graph.owning_module
+    assert isinstance(module, fx.GraphModule)
+    return module
 
 
 def drop_dead_code(graph: fx.Graph) -> None:

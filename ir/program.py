@@ -1,8 +1,8 @@
-"""Program and Stage: what passes read and write."""
+"""Program, Slot and Stage: what passes read and write."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import fx
 
-from ..loop.ports import BoundProgram, BoundStage, InputPort, Port, Rate, StageCallable
+from ..loop.plan import Plan
+from ..loop.ports import BoundProgram, BoundSlot, BoundStage, InputPort, Port, Rate, StageCallable
 from ..loop.recurrence import Recurrence
 from ..loop.spec import LoopSpec
-from ..loop.table import FoldedTable
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,10 @@ class PassRecord:
 
 @dataclass(frozen=True)
 class Stage:
-    """One graph of a program, run at one rate.
+    """One graph with its ports: what an engine compiles, and a variant of the slot that it may fill.
 
     `graph` takes one positional argument per input port and returns a tuple with one tensor per output port;
     weights are its attributes and every node carries its fake value in `node.meta["val"]`.
-
-    Attributes:
-        calls: grid calls it runs at, where several stages share the loop (early and late ones of other precision);
-            None for all.
     """
 
     name: str
@@ -85,11 +81,10 @@ class Stage:
     graph: fx.GraphModule
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
-    calls: range | None = None
 
     def bound(self, call: StageCallable) -> BoundStage:
         """The stage as something that can be called."""
-        return BoundStage(self.name, self.rate, self.inputs, self.outputs, call, self.calls)
+        return BoundStage(self.name, self.rate, self.inputs, self.outputs, call)
 
     def parameters(self) -> int:
         """Number of weights the graph holds, buffers of floating point or quantized weights included."""
@@ -105,14 +100,58 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """The folded loop a program ships: the full grid, and one fitted table for each declared guidance scale.
+class Slot:
+    """A named place of a program, and what may fill it.
 
-    `full` evaluates every call with the guidance scale left open (its weights are those of guided outputs); any
-    scale without a fitted table falls back to it.
+    Attributes:
+        name: unique among the slots; a slot with one variant has its name.
+        variants: stages of one rate and with the same outputs; the first is the original. Each reads what it needs.
+        by_call: [S] number of the variant at each grid call, where a recipe or a pipeline fixes it; None fills the slot
+            with the original at every call.
     """
 
-    fitted: Mapping[float, FoldedTable]
+    name: str
+    variants: tuple[Stage, ...]
+    by_call: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, stage: Stage) -> Slot:
+        """The slot that one stage fills at every call."""
+        return cls(stage.name, (stage,))
+
+    @property
+    def original(self) -> Stage:
+        """The first variant."""
+        return self.variants[0]
+
+    def number_at(self, call: int | None) -> int:
+        """The number of the variant of a grid call; None is any call of a program that has none."""
+        return 0 if self.by_call is None or call is None else self.by_call[call]
+
+    @property
+    def rate(self) -> Rate:
+        """How often the slot is filled."""
+        return self.original.rate
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        """What every variant computes, in order."""
+        return self.original.outputs
+
+
+def slots_of(*stages: Stage) -> tuple[Slot, ...]:
+    """One slot for each of these stages."""
+    return tuple(Slot.of(stage) for stage in stages)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The fitted plans that a program ships, one for each declared guidance scale.
+
+    Any other scale evaluates every call of the grid.
+    """
+
+    fitted: Mapping[float, Plan]
     fitted_on: str
     details: Mapping[str, Any] = field(default_factory=dict)
 
@@ -122,7 +161,7 @@ class Program:
     """A network, the loop around it, and everything passes decided.
 
     Attributes:
-        stages: stages in topological order; a stage input takes the program input or earlier stage output of its name.
+        slots: slots in topological order; a stage input takes the program input or earlier slot output of its name.
         inputs: program inputs by role.
         outputs: names of the program outputs; for a loop the first is the prediction.
         example: a valid value [B, ...] for each program input, B at least 2: the probe of verification, and the
@@ -131,7 +170,7 @@ class Program:
         loop: the loop, or None for a component.
         recurrence: the probed sampler, or None for a component.
         tables: values of rate `timestep` for every grid call, name -> [S, ...].
-        schedule: fitted tables, once the schedule pass has run.
+        schedule: fitted plans, once the schedule pass has run.
         records: what each pass did.
         frozen: dimensions the capture specialized.
         constants: keyword arguments baked in at capture, by name.
@@ -139,7 +178,7 @@ class Program:
             supplies them.
     """
 
-    stages: tuple[Stage, ...]
+    slots: tuple[Slot, ...]
     inputs: tuple[InputPort, ...]
     outputs: tuple[str, ...]
     example: Mapping[str, torch.Tensor]
@@ -154,18 +193,39 @@ class Program:
     unconditional: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Every variant of every slot, in order."""
+        return tuple(stage for slot in self.slots for stage in slot.variants)
+
+    @property
+    def computing(self) -> tuple[Slot, ...]:
+        """The slots that are filled at every evaluation, in order; the prediction is among the outputs of the last."""
+        rate = next(slot.rate for slot in self.slots if any(port.name == self.outputs[0] for port in slot.outputs))
+        return tuple(slot for slot in self.slots if slot.rate is rate)
+
+    @property
     def steps(self) -> tuple[Stage, ...]:
-        """The stages that compute the prediction: one, or one for each part of the loop that has its own."""
-        return tuple(stage for stage in self.stages if any(port.name == self.outputs[0] for port in stage.outputs))
+        """Every variant of the computing slots."""
+        return tuple(stage for slot in self.computing for stage in slot.variants)
 
     @property
     def step(self) -> Stage:
-        """The stage that computes the prediction, once per evaluation; the first where parts of the loop differ."""
-        return self.steps[0]
+        """The one stage that computes the prediction, of a program that no pass has cut: the original."""
+        (slot,) = self.computing
+        return slot.original
+
+    def with_stages(self, changed: Sequence[Stage]) -> Program:
+        """This program with the stages of these names replaced."""
+        by_name = {stage.name: stage for stage in changed}
+        slots = (
+            replace(slot, variants=tuple(by_name.get(stage.name, stage) for stage in slot.variants))
+            for slot in self.slots
+        )
+        return replace(self, slots=tuple(slots))
 
     def with_stage(self, stage: Stage) -> Program:
         """This program with the stage of the same name replaced."""
-        return replace(self, stages=tuple(stage if s.name == stage.name else s for s in self.stages))
+        return self.with_stages([stage])
 
     def parameters(self) -> int:
         """Number of weights over all stages."""
@@ -173,12 +233,19 @@ class Program:
 
     def bind(self) -> BoundProgram:
         """The PyTorch reference as callables from NumPy arrays to NumPy arrays."""
-        return BoundProgram(
-            self.inputs,
-            self.outputs,
-            tuple(stage.bound(reference(stage)) for stage in self.stages),
-            self.tables,
+        return self.bound_by(reference)
+
+    def bound_by(self, call: Callable[[Stage], StageCallable]) -> BoundProgram:
+        """The program with each of its stages as a callable.
+
+        Args:
+            call: function that opens a stage.
+        """
+        slots = (
+            BoundSlot(slot.name, tuple(stage.bound(call(stage)) for stage in slot.variants), slot.by_call)
+            for slot in self.slots
         )
+        return BoundProgram(self.inputs, self.outputs, tuple(slots), self.tables)
 
 
 def attribute(module: torch.nn.Module, path: str) -> torch.Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..loop.errors import StepfoldError
 from ..loop.ports import Port, Rate
 from .edit import output_nodes
-from .program import Program, Stage
+from .program import Program, Slot, Stage
 
 OPERATIONS = ("placeholder", "get_attr", "call_function", "output")
 
@@ -31,31 +31,32 @@ def verify(program: Program) -> None:
     for name, table in program.tables.items():
         known[name] = Source(Port(name, (None, *table.shape[1:]), str(table.dtype)), Rate.TIMESTEP)
     names: set[str] = set()
-    for stage in program.stages:
-        _require(stage.name not in names, stage, "another stage has its name")
-        names.add(stage.name)
-        _verify_graph(stage)
-        for port in stage.inputs:
-            _verify_input(stage, port, known.get(port.name))
-        if stage.calls is not None and stage is not program.step:
-            continue  # its outputs are those of the first stage that shares the loop
-        for port in stage.outputs:
-            _require(port.name not in known, stage, f"output {port.name!r} exists already")
-            known[port.name] = Source(port, stage.rate)
-    _verify_parts(program)
+    for slot in program.slots:
+        _verify_variants(program, slot)
+        for stage in slot.variants:
+            _require(stage.name not in names, stage, "another stage has its name")
+            names.add(stage.name)
+            _verify_graph(stage)
+            for port in stage.inputs:
+                _verify_input(stage, port, known.get(port.name))
+        for port in slot.outputs:
+            _require(port.name not in known, slot.original, f"output {port.name!r} exists already")
+            known[port.name] = Source(port, slot.rate)
     for name in program.outputs:
         if name not in known:
             raise StepfoldError(f"program: output {name!r} is not produced by any stage.")
 
 
-def _verify_parts(program: Program) -> None:
-    """Stages with calls of their own compute the same, and one of them runs at every call."""
-    parts = [stage for stage in program.stages if stage.calls is not None]
-    covered = [call for stage in parts for call in stage.calls or ()]
-    for stage in parts:
-        _require(stage.outputs == program.step.outputs, stage, "it shares the loop with stages of other outputs")
-        whole = program.recurrence is not None and sorted(covered) == list(range(program.recurrence.calls))
-        _require(whole, stage, f"each call of the loop has one stage; calls with one are {sorted(covered)}")
+def _verify_variants(program: Program, slot: Slot) -> None:
+    """The variants of a slot compute the same, and one of them runs at every call."""
+    for stage in slot.variants:
+        _require(stage.outputs == slot.outputs, stage, "it shares a slot with stages of other outputs")
+        _require(stage.rate is slot.rate, stage, "it shares a slot with stages of another rate")
+    if slot.by_call is not None:
+        calls = program.recurrence.calls if program.recurrence is not None else 0
+        numbered = len(slot.by_call) == calls and set(slot.by_call) <= set(range(len(slot.variants)))
+        rule = f"one of its {len(slot.variants)} variants at each of {calls} calls; they are {list(slot.by_call)}"
+        _require(numbered, slot.original, rule)
 
 
 def _verify_input(stage: Stage, port: Port, source: Source | None) -> None:

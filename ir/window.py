@@ -38,7 +38,7 @@ def window(stage: Stage, end: fx.Node, nodes: Collection[fx.Node]) -> tuple[Stag
     inputs: list[Port] = [port(node, node.name) for node in read]
     propagate(module, inputs)
     outputs = (port(mapping[end], f"{end.name}_value"),)
-    return replace(stage, graph=module, inputs=tuple(inputs), outputs=outputs, calls=None), read
+    return replace(stage, graph=module, inputs=tuple(inputs), outputs=outputs), read
 
 
 def is_tensor(node: fx.Node) -> bool:

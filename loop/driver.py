@@ -1,4 +1,4 @@
-"""The one driver: runs stages at their rates along a table.
+"""The one driver: fills the slots of a program at their rates, along a plan.
 
 PyTorch references and engine sessions are both callables from named arrays to arrays, so verification, calibration,
 search and deployment share this loop. All state belongs to one `LoopRun`, so nothing leaks between requests.
@@ -6,18 +6,18 @@ search and deployment share this loop. All state belongs to one `LoopRun`, so no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
 import numpy as np
 
-from .ports import BoundProgram, BoundStage, Rate, repeat_row
+from .plan import REUSED, Plan
+from .ports import BoundProgram, BoundSlot, BoundStage, Port, Rate, repeat_row
 from .recurrence import as_timesteps
 from .spec import LoopSpec
-from .table import FoldedTable
 
 Array = np.ndarray
 OnStep = Callable[[int, int], None]
@@ -59,21 +59,42 @@ class Request:
         return _distinct_rows(self.branches)
 
 
+@dataclass
+class _History:
+    """Outputs of a slot that a later evaluation reads: evaluation -> one [rows, ...] for each output."""
+
+    kept: dict[int, Sequence[Array]] = field(default_factory=dict)
+
+    def weighted(self, weights: Array, rows: int) -> list[Array]:
+        """The sums of kept outputs, by weights [N]; an evaluation without guidance takes the conditional rows."""
+        (first, *others) = [j for j in self.kept if weights[j]]
+        sums = [np.float32(weights[first]) * value[:rows] for value in self.kept[first]]
+        for j in others:
+            for total, value in zip(sums, self.kept[j], strict=True):
+                total += np.float32(weights[j]) * value[:rows]
+        return sums
+
+    def forget(self, read: Callable[[int], bool]) -> None:
+        """Drop the outputs of evaluations that nothing will read."""
+        self.kept = {j: outputs for j, outputs in self.kept.items() if not read(j)}
+
+
 class LoopRun:
     """One request on its way from noise to samples.
 
-    `evaluate` computes the outputs of one table position, `update` applies one linear update. The schedule search
+    `evaluate` computes the outputs of one evaluation, `update` applies one linear update. The schedule search
     calls them one at a time, because it solves for the update after it has seen the outputs.
     """
 
-    def __init__(self, program: BoundProgram, loop: LoopSpec, request: Request, plan: FoldedTable):
+    def __init__(self, program: BoundProgram, loop: LoopSpec, request: Request, plan: Plan):
         """Start at the scaled noise and compute everything whose rate is below `step`.
 
         Args:
             program: the callables.
             loop: names of the inputs by role.
             request: B samples.
-            plan: positions, timesteps, input scales and branches of the evaluations; its weights are not read.
+            plan: positions, timesteps, input scales, branches and cells of the evaluations; the weights of its updates
+                are not read.
 
         Raises:
             ValueError: the plan has guided evaluations and the request no unconditional conditions.
@@ -83,10 +104,11 @@ class LoopRun:
         self.latent = request.noise * np.float32(plan.initial_scale)
         self.history: dict[int, tuple[Array, Array | None]] = {}
         if plan.guided.any() and request.unconditional is None:
-            raise ValueError("the table has guided evaluations, so the request needs unconditional conditions")
+            raise ValueError("the plan has guided evaluations, so the request needs unconditional conditions")
         self._times = as_timesteps(plan.timesteps, self._timestep_dtype())  # [N]
         self._conditions = request.branches
         self._rows, self._inverse = request.distinct
+        self._slots = {slot.name: _History() for slot in program.slots if slot.name in plan.cells}
         self._fixed: dict[str, Array] = {}  # rate once: [R, ...]
         self._by_call: dict[str, Array] = {}  # rate once×timestep: [N, R, ...]
         self._tables = {name: table[plan.positions] for name, table in program.tables.items()}  # [N, ...]
@@ -97,10 +119,10 @@ class LoopRun:
         guided = bool(self._plan.guided[k])
         rows = self.batch * (2 if guided else 1)
         values = self._step_values(k, rows)
-        for stage in self._program.stages:
-            if stage.rate is Rate.STEP and stage.runs_at(int(self._plan.positions[k])):
-                outputs = stage.call({port.name: values[port.name] for port in stage.inputs})
-                values.update(zip((port.name for port in stage.outputs), outputs, strict=True))
+        for slot in self._program.slots:
+            if slot.rate is Rate.STEP:
+                outputs = self._filled(slot, k, values, rows)
+                values.update(zip((port.name for port in slot.outputs), outputs, strict=True))
         prediction = values[self._program.outputs[0]]
         result = (prediction[: self.batch], prediction[self.batch :] if guided else None)
         self.history[k] = result
@@ -120,22 +142,41 @@ class LoopRun:
         """Drop the outputs of evaluation j from the ring."""
         self.history.pop(j, None)
 
-    def advance(self, k: int, table: FoldedTable) -> None:
-        """Apply row k of a table and drop the outputs that no later row reads."""
-        self.update(float(table.state[k]), table.conditional[k], table.unconditional[k])
+    def advance(self, k: int, plan: Plan) -> None:
+        """Apply row k of a plan and drop the outputs that no later row reads."""
+        self.update(float(plan.state[k]), plan.conditional[k], plan.unconditional[k])
         for j in list(self.history):
-            if table.last_reader(j) <= k:
+            if plan.last_reader(j) <= k:
                 self.forget(j)
 
     def stand_where(self, other: LoopRun) -> None:
         """Take latent and history of a run of the same request."""
-        self.latent, self.history = other.latent, dict(other.history)
+        twin = other.fork()
+        self.latent, self.history, self._slots = twin.latent, twin.history, twin._slots
 
     def fork(self) -> LoopRun:
         """A run that stands where this one does and continues independently."""
         twin = copy(self)
         twin.history = dict(self.history)  # arrays are replaced, never written, so they may be shared
+        twin._slots = {name: _History(dict(slot.kept)) for name, slot in self._slots.items()}
         return twin
+
+    def _filled(self, slot: BoundSlot, k: int, values: Mapping[str, Array], rows: int) -> Sequence[Array]:
+        """The outputs [rows, ...] of a computing slot at evaluation k, computed or reused."""
+        cell = self._plan.cells.get(slot.name)
+        if cell is None:
+            stage = slot.at(int(self._plan.positions[k]))
+            return stage.call(_pick(stage.inputs, values))
+        history, number = self._slots[slot.name], int(cell.variant[k])
+        if number == REUSED:
+            outputs = history.weighted(cell.weights[k], rows)
+        else:
+            stage = slot.variants[number]
+            outputs = stage.call(_pick(stage.inputs, values))
+            if cell.last_reader(k) > k:
+                history.kept[k] = outputs
+        history.forget(lambda j: cell.last_reader(j) <= k)
+        return outputs
 
     def _step_values(self, k: int, rows: int) -> dict[str, Array]:
         select = self._inverse[:rows]
@@ -150,9 +191,10 @@ class LoopRun:
 
     def _prepare(self) -> None:
         """Run the stages of rate once, timestep and once×timestep."""
-        for stage in self._program.stages:
-            if stage.rate is Rate.STEP:
+        for slot in self._program.slots:
+            if slot.rate is Rate.STEP:
                 continue
+            stage = slot.variants[0]
             names = [port.name for port in stage.outputs]
             if stage.rate is Rate.ONCE:
                 known = self._rows | self._fixed
@@ -182,7 +224,7 @@ class LoopRun:
 
 
 def run_loop(
-    program: BoundProgram, loop: LoopSpec, request: Request, table: FoldedTable, on_step: OnStep | None = None
+    program: BoundProgram, loop: LoopSpec, request: Request, plan: Plan, on_step: OnStep | None = None
 ) -> Array:
     """Noise in, samples out: [B, *latent] float32.
 
@@ -190,15 +232,15 @@ def run_loop(
         program: the callables.
         loop: names of the inputs by role.
         request: noise and conditions of B samples.
-        table: the folded loop.
+        plan: evaluations and updates.
         on_step: called with (evaluations done, evaluations in all).
     """
-    run = LoopRun(program, loop, request, table)
-    for k in range(table.evaluations):
+    run = LoopRun(program, loop, request, plan)
+    for k in range(plan.evaluations):
         run.evaluate(k)
-        run.advance(k, table)
+        run.advance(k, plan)
         if on_step is not None:
-            on_step(k + 1, table.evaluations)
+            on_step(k + 1, plan.evaluations)
     return run.latent
 
 
@@ -224,5 +266,5 @@ def _batches(rows: int, stage: BoundStage) -> list[Array]:
     return np.array_split(np.arange(rows), -(-rows // most))
 
 
-def _pick(ports, known: Mapping[str, Array]) -> dict[str, Array]:
+def _pick(ports: Sequence[Port], known: Mapping[str, Array]) -> dict[str, Array]:
     return {port.name: known[port.name] for port in ports}

@@ -91,59 +91,91 @@ StageCallable = Callable[[Mapping[str, Array]], Sequence[Array]]
 
 @dataclass(frozen=True)
 class BoundStage:
-    """A stage that can be called: the PyTorch reference or a session of an engine.
-
-    Attributes:
-        calls: grid calls it runs at, where several stages of one rate share the loop; None for all.
-    """
+    """A stage that can be called: the PyTorch reference or a session of an engine."""
 
     name: str
     rate: Rate
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     call: StageCallable
-    calls: range | None = None
 
-    def runs_at(self, call: int | None) -> bool:
-        """Whether it is the stage of a grid call.
+
+@dataclass(frozen=True)
+class BoundSlot:
+    """A place of a program and the stages that may fill it, ready to run.
+
+    Attributes:
+        name: unique in the program.
+        variants: stages of one rate and with the same outputs; the first is the original.
+        by_call: [S] number of the variant at each grid call; None fills the slot with the original at every call.
+    """
+
+    name: str
+    variants: tuple[BoundStage, ...]
+    by_call: tuple[int, ...] | None = None
+
+    @property
+    def rate(self) -> Rate:
+        """How often the slot is filled."""
+        return self.variants[0].rate
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        """What every variant computes, in order."""
+        return self.variants[0].outputs
+
+    def at(self, call: int | None) -> BoundStage:
+        """The variant of a grid call.
 
         Raises:
-            ValueError: the stage has calls of its own and none is given.
+            ValueError: the variants differ by call and none is given.
         """
-        if self.calls is None:
-            return True
+        if self.by_call is None:
+            return self.variants[0]
         if call is None:
-            raise ValueError("a program whose stages share the loop is evaluated at a grid call")
-        return call in self.calls
+            raise ValueError(
+                "a program whose slots are filled differently from call to call is evaluated at a grid call"
+            )
+        return self.variants[self.by_call[call]]
+
+
+def bound_slots(*stages: BoundStage) -> tuple[BoundSlot, ...]:
+    """One slot for each of these stages."""
+    return tuple(BoundSlot(stage.name, (stage,)) for stage in stages)
 
 
 @dataclass(frozen=True)
 class BoundProgram:
-    """All stages of a program, in topological order, ready to run.
+    """All slots of a program, in topological order, ready to run.
 
     Attributes:
         inputs: the program's inputs.
         outputs: names of the program's outputs; for a loop the first is the prediction.
-        stages: the callables.
+        slots: places of the program and their callables.
         tables: values of rate `timestep`, computed at compile time for every grid call: name -> [S, ...].
     """
 
     inputs: tuple[InputPort, ...]
     outputs: tuple[str, ...]
-    stages: tuple[BoundStage, ...]
+    slots: tuple[BoundSlot, ...]
     tables: Mapping[str, Array]
 
     @property
+    def stages(self) -> tuple[BoundStage, ...]:
+        """Every variant of every slot, in order."""
+        return tuple(stage for slot in self.slots for stage in slot.variants)
+
+    @property
     def by_call(self) -> bool:
-        """Whether an evaluation has to know its grid call, for the tables or for which stages run."""
-        return bool(self.tables) or any(stage.calls is not None for stage in self.stages)
+        """Whether an evaluation has to know its grid call, for the tables or for what fills the slots."""
+        return bool(self.tables) or any(slot.by_call is not None for slot in self.slots)
 
     def evaluate(self, inputs: Mapping[str, Array], call: int | None = None) -> list[Array]:
-        """Run every stage once on the same rows.
+        """Fill every slot once, on the same rows.
 
         Args:
             inputs: name -> [B, ...] for every program input.
-            call: the grid call whose row of `tables` applies and whose stages run; needed only when there are any.
+            call: the grid call whose row of `tables` applies and whose variants run; needed only when there are any.
         """
         values = dict(inputs)
         rows = len(next(iter(inputs.values())))
@@ -151,9 +183,8 @@ class BoundProgram:
             if call is None:
                 raise ValueError("a program with timestep tables is evaluated at a grid call")
             values[name] = repeat_row(table[call], rows)
-        for stage in self.stages:
-            if not stage.runs_at(call):
-                continue
+        for slot in self.slots:
+            stage = slot.at(call)
             outputs = stage.call({port.name: values[port.name] for port in stage.inputs})
             values.update(zip((port.name for port in stage.outputs), outputs, strict=True))
         return [values[name] for name in self.outputs]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..ir.cost import program_flops, stage_depth
+from ..ir.cost import program_depth, program_flops
 from ..ir.probe import Outputs, outputs_drift, probe_outputs
 from ..ir.program import PassRecord, Program
 from ..ir.verify import verify
@@ -128,7 +128,7 @@ def _without_stale_schedule(operation: Pass[Any], before: Program, result: PassR
     after = result.program
     if after.schedule is None or after.schedule is not before.schedule:
         return result
-    if after.stages == before.stages and after.tables is before.tables:
+    if after.slots == before.slots and after.tables is before.tables:
         return result
     logger.warning(
         "pass %s: the schedule was fitted on the program before it and is dropped; every call of the loop is evaluated. "
@@ -181,8 +181,7 @@ def _outcome(step: Step, result: PassResult) -> str:
 
 def exact_drift(program: Program) -> float:
     """Largest drift of an exact pass on a program: rounding errors along a chain add up like a random walk."""
-    longest = max((stage_depth(stage) for stage in program.stages), default=0)
-    return EXACT_DRIFT * math.sqrt(max(1.0, longest / EXACT_DEPTH))
+    return EXACT_DRIFT * math.sqrt(max(1.0, program_depth(program) / EXACT_DEPTH))
 
 
 def _check_drift(operation: Pass[Any], drift: float, program: Program) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 
 from ..bundle.tables import TABLES
 from ..loop.driver import run_loop
-from ..loop.ports import BoundProgram, BoundStage, InputPort, Port, Rate, StageCallable
+from ..loop.plan import Plan
+from ..loop.ports import BoundProgram, BoundStage, InputPort, Port, Rate, StageCallable, bound_slots
 from ..loop.spec import LoopSpec
-from ..loop.table import FoldedTable
 from ..runtime.engine import load
 from ..runtime.request import build_request
 from . import work
@@ -51,33 +51,33 @@ def open_bundle(path: Path, guidance: float | None, threads: int, allow_native: 
             conditions=work.part(request, work.CONDITION),
         )
 
-    evaluations = None if engine.loop is None else engine.table(guidance).evaluations
+    evaluations = None if engine.loop is None else engine.plan(guidance).evaluations
     return Runner(sample, evaluations, sum(needed))
 
 
 def along_loop(
-    denoiser: StageCallable, inputs: tuple[InputPort, ...], loop: LoopSpec, table: FoldedTable, size_bytes: int
+    denoiser: StageCallable, inputs: tuple[InputPort, ...], loop: LoopSpec, plan: Plan, size_bytes: int
 ) -> Runner:
-    """Run a whole denoiser along a table: a baseline has one stage, of rate step.
+    """Run a whole denoiser along a plan: a baseline has one stage, of rate step.
 
     Args:
         denoiser: name -> [B, ...] to its outputs, the prediction first.
         inputs: inputs of the denoiser.
         loop: roles, guidance and latent shape.
-        table: the sampler, folded with the guidance scale.
+        plan: the sampler, folded with the guidance scale.
         size_bytes: size of the model, in bytes.
     """
     output = Port("sample", (None, *loop.latent.shape), "float32")
     stage = BoundStage("denoiser", Rate.STEP, tuple(i.port for i in inputs), (output,), lambda v: denoiser(v)[:1])
-    program = BoundProgram(inputs, (output.name,), (stage,), {})
-    guided = bool(table.guided.any())
+    program = BoundProgram(inputs, (output.name,), bound_slots(stage), {})
+    guided = bool(plan.guided.any())
 
     def sample(request: Mapping[str, Array]) -> Array:
         conditions, other = work.part(request, work.CONDITION), work.part(request, work.UNCONDITIONAL)
         built = build_request(inputs, loop, request[work.NOISE], conditions, other or None, guided)
-        return run_loop(program, loop, built, table)
+        return run_loop(program, loop, built, plan)
 
-    return Runner(sample, table.evaluations, size_bytes)
+    return Runner(sample, plan.evaluations, size_bytes)
 
 
 def once(model: StageCallable, size_bytes: int) -> Runner:

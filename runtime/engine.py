@@ -23,11 +23,11 @@ from ..loop.classes import class_conditions
 from ..loop.driver import OnStep, run_loop
 from ..loop.errors import BundleError, UsageError
 from ..loop.noise import noise as seeded_noise
+from ..loop.plan import Plan, fold
 from ..loop.ports import BoundProgram, StageCallable
 from ..loop.reading import Expected, read_text
 from ..loop.recurrence import Recurrence
 from ..loop.spec import LoopSpec
-from ..loop.table import FoldedTable, fold
 from ..loop.values import LARGEST_FACTOR
 from .arguments import check_arguments
 from .differences import other_products
@@ -203,7 +203,7 @@ class Engine:
 
         Args:
             noise: float32 [B, *latent], standard normal.
-            guidance: scale; None takes that of the loop. A scale without a fitted table uses the unfitted fold.
+            guidance: scale; None takes that of the loop. A scale without a fitted plan uses the unfitted fold.
             on_step: called with (evaluations done, evaluations in all).
             unconditional: name -> [B, ...] of the unconditional branch, where the loop takes it as an input.
             conditions: name -> [B, ...]; for names that this method uses itself, such as `guidance`.
@@ -220,11 +220,11 @@ class Engine:
         if on_step is not None:
             function("on_step", on_step)
         unconditional = None if unconditional is None else named("unconditional", unconditional)
-        table = self.table(guidance)
-        guided = bool(table.guided.any())
+        plan = self.plan(guidance)
+        guided = bool(plan.guided.any())
         given = {**named("conditions", {} if conditions is None else conditions), **named_conditions}
         request = build_request(self.program.inputs, loop, noise, given, unconditional, guided)
-        return finite(run_loop(self.program, loop, request, table, on_step))
+        return finite(run_loop(self.program, loop, request, plan, on_step))
 
     def generate(
         self,
@@ -293,8 +293,8 @@ class Engine:
         noise = seeded_noise(seed, (count, *loop.latent.shape))
         return draw(self, loop, self.ends, noise, prompts, negative_prompt, guidance, on_step)
 
-    def table(self, guidance: float | None = None) -> FoldedTable:
-        """The table of a guidance scale: the fitted one, or the unfitted fold of every grid call.
+    def plan(self, guidance: float | None = None) -> Plan:
+        """The plan of a guidance scale: the fitted one, or the unfitted fold of every grid call.
 
         Args:
             guidance: scale; None takes that of the loop.
@@ -314,7 +314,7 @@ class Engine:
                 f"{scale:g}."
             )
         if self.tables.fitted:
-            logger.info("guidance %g has no fitted table: running all %d grid calls", scale, recurrence.calls)
+            logger.info("guidance %g has no fitted plan: running all %d grid calls", scale, recurrence.calls)
         return fold(recurrence, scale)
 
     def _looped(self) -> tuple[LoopSpec, Recurrence]:
@@ -341,7 +341,7 @@ class Engine:
         """Why a timestep has to be one of the grid."""
         if self.program.tables:
             return "what depends on it was computed at compile time"
-        return "it decides which stage computes the prediction"
+        return "it decides which variants compute the prediction"
 
 
 def close(program: BoundProgram | None) -> None:

@@ -25,6 +25,7 @@ from ..bundle.manifest import (
     ScheduleEntry,
     SharedEntry,
     SkippedProofEntry,
+    SlotEntry,
     StageEntry,
     stepfold_version,
 )
@@ -72,6 +73,9 @@ def pack(
         proof: proof of the unoptimized program against its pipeline.
     """
     stages = tuple(_copy_stage(folder, shop, stage) for stage in program.stages)
+    slots = tuple(
+        SlotEntry(name=s.name, variants=tuple(v.name for v in s.variants), by_call=s.by_call) for s in program.slots
+    )
     shared = _share(folder, shop, stages)
     tables = _tables(program)
     write_tables(folder, tables)
@@ -101,6 +105,7 @@ def pack(
         inputs=tuple(InputEntry.of_input(i) for i in program.inputs),
         outputs=program.outputs,
         stages=stages,
+        slots=slots,
         shared=shared,
         constants={name: value for name, value in program.constants.items() if name not in tensors},
         frozen_dimensions=tuple(FrozenDimensionEntry(**asdict(f)) for f in program.frozen),
@@ -178,7 +183,6 @@ def _copy_stage(folder: Path, shop: Workshop, stage: Stage) -> StageEntry:
         file=f"stages/{files[0].name}",
         inputs=tuple(PortEntry.of(port) for port in stage.inputs),
         outputs=tuple(PortEntry.of(port) for port in stage.outputs),
-        calls=None if stage.calls is None else (stage.calls.start, stage.calls.stop),
         exact_forms=_exact_forms(shop, stage),
         float_without_vnni=shop.backend.float_without_vnni(stage),
     )
@@ -231,28 +235,29 @@ def _constant_tensors(program: Program) -> dict[str, np.ndarray]:
 def _schedule(program: Program) -> ScheduleEntry | None:
     if program.schedule is None or program.recurrence is None:
         return None
-    table = next(iter(program.schedule.fitted.values()))
+    plan = next(iter(program.schedule.fitted.values()))
     return ScheduleEntry(
         grid_steps=program.recurrence.calls,
-        evaluations=table.evaluations,
-        guided_evaluations=table.guided_evaluations,
+        evaluations=plan.evaluations,
+        guided_evaluations=plan.guided_evaluations,
         fitted_on="engine" if program.schedule.fitted_on == "engine" else "reference",
     )
 
 
 def _write_probes(folder: Path, program: Program, bound: BoundProgram, computed: Sequence[Stage]) -> list[str]:
-    """Record one evaluation by each step stage; returns the files."""
+    """Record one evaluation by the variants of each number; returns the files."""
     from ..ir.probe import ROWS, probe_calls, probe_inputs
 
     types = {str(tensor.dtype).removeprefix("torch.") for stage in computed for tensor in stage.tensors().values()}
     tolerance = max(TOLERANCE[name] for name in ("float32", *types) if name in TOLERANCE)
     unconditional = {name: value.numpy()[:ROWS] for name, value in program.unconditional.items()}
     files = []
-    for number, step in enumerate(program.steps):
-        call = probe_calls(program)[0] if step.calls is None else step.calls.start
+    fixed = [slot.by_call for slot in program.computing if slot.by_call is not None]
+    first = {number: numbers.index(number) for numbers in fixed for number in set(numbers)}
+    for i, call in enumerate([first[number] for number in sorted(first)] or probe_calls(program)[:1]):
         inputs = probe_inputs(program, call)
         outputs = dict(zip(program.outputs, bound.evaluate(inputs, call), strict=True))
-        files.append(write_probe(folder, Probe(inputs, outputs, tolerance, call, unconditional), number))
+        files.append(write_probe(folder, Probe(inputs, outputs, tolerance, call, unconditional), i))
     return files
 
 

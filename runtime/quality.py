@@ -85,13 +85,13 @@ def _samples(program: Program, bound: BoundProgram, data: Trajectories) -> Array
     """The samples of a program from the noise of `data`: with its schedule, or every call evaluated."""
     from ..calibration.trajectories import BATCH, slices
     from ..loop.driver import run_loop
-    from ..loop.table import fold
+    from ..loop.plan import fold
 
     assert program.loop is not None and program.recurrence is not None
     scale = _scale(program)
     fitted = program.schedule.fitted if program.schedule else {}
-    table = fitted.get(1.0 if scale is None else scale) or fold(program.recurrence, scale)
-    return np.concatenate([run_loop(bound, program.loop, piece, table) for piece in slices(data.request, BATCH)])
+    plan = fitted.get(1.0 if scale is None else scale) or fold(program.recurrence, scale)
+    return np.concatenate([run_loop(bound, program.loop, piece, plan) for piece in slices(data.request, BATCH)])
 
 
 def _scale(program: Program) -> float | None:

@@ -26,7 +26,7 @@ from ..bundle.tables import TABLES, Tables
 from ..bundle.writer import SCHEDULE, write_manifest, write_schedule, write_tables, writing
 from ..loop.errors import BundleError, UsageError
 from ..loop.options import option_problem
-from ..loop.table import FoldedTable
+from ..loop.plan import Plan
 from .compiler import Progress, cache_folder
 from .engine import UNGUIDED, Engine, load
 from .packing import plain
@@ -55,7 +55,7 @@ def refit(
 ) -> dict[str, Any]:
     """Fit the schedule of a bundle again and write it back in one step.
 
-    The evaluated calls of each table are kept while the budget is met, because fitting them again takes seconds and a
+    The evaluated calls of each plan are kept while the budget is met, because fitting them again takes seconds and a
     search minutes. When it is not met, positions are searched as `optimize` does. The budget is that of the recipe; a
     recipe that gives the number of evaluations has none. `min_psnr` gives one in both cases.
 
@@ -175,13 +175,13 @@ def _fit(engine: Engine, original: Program, options: ScheduleOptions, context: C
     from ..passes.schedule.search import ScheduleSearch
 
     guidance = original.loop.guidance if original.loop is not None else None
-    tables: dict[float, FoldedTable] = {}
+    tables: dict[float, Plan] = {}
     details, searched = {}, False
     for scale in guidance.scales if guidance is not None else (None,):
         key = UNGUIDED if scale is None else scale
         search = ScheduleSearch(options, original, engine.program, context, scale)
         chosen, again = search.refit(engine.tables.fitted[key])
-        tables[key] = chosen.table
+        tables[key] = chosen.plan
         details[str(scale)] = {
             "chosen": chosen.row(),
             "tried": [candidate.row() for candidate in search.trials.tried],
@@ -195,11 +195,11 @@ def _manifest(
 ) -> Manifest:
     """The manifest with what the new fit changes: schedule, quality, its record, and the engine it was fitted on."""
     assert manifest.schedule is not None and isinstance(manifest.recipe, dict)
-    table = next(iter(refitted.schedule.fitted.values()))
+    plan = next(iter(refitted.schedule.fitted.values()))
     schedule = ScheduleEntry(
         grid_steps=manifest.schedule.grid_steps,
-        evaluations=table.evaluations,
-        guided_evaluations=table.guided_evaluations,
+        evaluations=plan.evaluations,
+        guided_evaluations=plan.guided_evaluations,
         fitted_on="engine",
     )
     details = plain(refitted.schedule.details)

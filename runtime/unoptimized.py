@@ -10,10 +10,10 @@ import numpy as np
 
 from ..loop.driver import OnStep, run_loop
 from ..loop.errors import UsageError
+from ..loop.plan import fold
 from ..loop.ports import BoundProgram
 from ..loop.recurrence import Recurrence
 from ..loop.spec import LoopSpec
-from ..loop.table import fold
 from .ends import Ends
 from .engine import guidance_scale
 from .request import build_request
@@ -66,10 +66,10 @@ class Unoptimized:
             UsageError: the request does not fit the model.
             StepfoldError: a sample has numbers that are not finite.
         """
-        table = fold(self._recurrence, guidance_scale(self.loop, guidance))
-        guided = bool(table.guided.any())
+        plan = fold(self._recurrence, guidance_scale(self.loop, guidance))
+        guided = bool(plan.guided.any())
         request = build_request(self.program.inputs, self.loop, noise, conditions or {}, unconditional, guided)
-        return finite(run_loop(self.program, self.loop, request, table, on_step))
+        return finite(run_loop(self.program, self.loop, request, plan, on_step))
 
 
 def load_unoptimized(checkpoint: Path) -> Unoptimized:

@@ -83,8 +83,7 @@ class Workshop:
         for stage in program.stages:
             if id(stage) not in self._open:
                 self._open[id(stage)] = stage, self._callable(stage)
-        stages = tuple(stage.bound(self._open[id(stage)][1]) for stage in program.stages)
-        return BoundProgram(program.inputs, program.outputs, stages, program.tables)
+        return program.bound_by(lambda stage: self._open[id(stage)][1])
 
     def _keep_open(self, program: Program) -> None:
         """Let go of the sessions of stages that a program does not have; whoever still runs one keeps it alive."""

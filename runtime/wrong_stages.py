@@ -22,7 +22,7 @@ from ..loop.ports import BoundProgram, repeat_row
 if TYPE_CHECKING:
     from torch import fx
 
-    from ..ir.program import Program, Stage
+    from ..ir.program import Program, Slot, Stage
 
 Array = np.ndarray
 
@@ -58,21 +58,22 @@ def require_right(program: Program, bound: BoundProgram, backend: Backend, known
         rows = len(next(iter(values.values())))
         if call is not None:
             values |= {name: repeat_row(table[call], rows) for name, table in program.tables.items()}
-        for stage, opened in zip(program.stages, bound.stages, strict=True):
-            if not opened.runs_at(call):
-                continue
-            feed = {port.name: values[port.name] for port in stage.inputs}
-            computed = backend.prepared(stage)
-            wanted = _named(stage, reference(computed)(feed))
+        for slot, opened in zip(program.slots, bound.slots, strict=True):
+            here = slot.number_at(call)
+            for number in sorted({here, *_unassigned(slot)}, key=lambda other: other == here):
+                stage, session = slot.variants[number], opened.variants[number].call
+                feed = {port.name: values[port.name] for port in stage.inputs}
+                computed = backend.prepared(stage)
+                wanted = _named(stage, reference(computed)(feed))
+                if stage in left:
+                    left.remove(stage)
+                    fault = difference(_named(stage, session(feed)), wanted, tolerance(computed, backend))
+                    if fault is not None:
+                        raise StepfoldError(
+                            f"stage {stage.name}: expected {backend.name} to compute what the graph says, on the example "
+                            f"inputs; {fault}. {_culprit(stage, feed, backend)}"
+                        )
             values |= wanted
-            if stage in left:
-                left.remove(stage)
-                fault = difference(_named(stage, opened.call(feed)), wanted, tolerance(computed, backend))
-                if fault is not None:
-                    raise StepfoldError(
-                        f"stage {stage.name}: expected {backend.name} to compute what the graph says, on the example "
-                        f"inputs; {fault}. {_culprit(stage, feed, backend)}"
-                    )
         _require_finite(program, values)
 
 
@@ -115,8 +116,16 @@ EXACT = ("int64", "int32", "int16", "bool")
 
 
 def _calls(program: Program, first: int | None) -> list[int | None]:
-    """A grid call for every stage: the first, and the first of each part of the loop that has its own."""
-    return list(dict.fromkeys([first, *(stage.calls.start for stage in program.stages if stage.calls is not None)]))
+    """Grid calls at which every variant runs that a call fixes: the first, and the first of each variant."""
+    fixed = [slot.by_call for slot in program.slots if slot.by_call is not None]
+    return list(
+        dict.fromkeys([first, *(numbers.index(number) for numbers in fixed for number in sorted(set(numbers)))])
+    )
+
+
+def _unassigned(slot: Slot) -> set[int]:
+    """The variants of a slot that no call fixes."""
+    return set(range(len(slot.variants))) - set(slot.by_call or (0,))
 
 
 def _named(stage: Stage, values: Sequence[Array]) -> dict[str, Array]:

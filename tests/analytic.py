@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from stepfold.ir.program import ModelIdentity, Program
-from stepfold.loop.ports import BoundProgram, BoundStage, InputPort, Port, Rate
+from stepfold.loop.ports import BoundProgram, BoundStage, InputPort, Port, Rate, bound_slots
 from stepfold.loop.recurrence import Recurrence
 from stepfold.loop.spec import LoopSpec
 from stepfold.passes.base import Context
@@ -73,7 +73,7 @@ class Counter:
     def bound(self) -> BoundProgram:
         """The stage as a program."""
         stage = BoundStage("step", Rate.STEP, (STATE, TIME, LABEL), (Port("y", STATE.shape, "float32"),), self)
-        return BoundProgram(inputs(), ("y",), (stage,), {})
+        return BoundProgram(inputs(), ("y",), bound_slots(stage), {})
 
 
 def inputs() -> tuple[InputPort, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,8 @@ import pytest
 from hypothesis import settings
 
 from stepfold.bundle import Manifest, Probe, Tables, write_manifest, write_probe, write_schedule, write_tables, writing
+from stepfold.loop.plan import fold
 from stepfold.loop.recurrence import Recurrence
-from stepfold.loop.table import fold
 
 if TYPE_CHECKING:
     from stepfold.ir.program import Program
@@ -172,6 +172,11 @@ def manifest(loop: Mapping[str, Any] | None, probe: str | None, timestep_table: 
     }
 
 
+def names_of(stages: Sequence[Any]) -> list[str]:
+    """The names of stages, given as entries or as their content."""
+    return [stage["name"] if isinstance(stage, dict) else stage.name for stage in stages]
+
+
 def build(out: Path, *, timestep_table: bool = False, loop: Mapping[str, Any] | None = None, **changes: Any) -> Path:
     """Write the tiny bundle.
 
@@ -196,6 +201,7 @@ def build(out: Path, *, timestep_table: bool = False, loop: Mapping[str, Any] | 
         outputs = {"sample": denoise(latents, 750, labels)}
         probe = write_probe(folder, Probe(inputs, outputs, 1e-4, 1 if timestep_table else None))
         content = manifest({**LOOP, **(loop or {})}, probe, timestep_table) | changes
+        content.setdefault("slots", [{"name": name, "variants": [name]} for name in names_of(content["stages"])])
         write_manifest(folder, Manifest.model_validate(content))
     return out
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from stepfold.loop.driver import Request
 from stepfold.loop.noise import noise
-from stepfold.loop.ports import BoundProgram, BoundStage, InputPort, Port, Rate
+from stepfold.loop.ports import BoundProgram, BoundStage, InputPort, Port, Rate, bound_slots
 from stepfold.loop.recurrence import Recurrence
 from stepfold.loop.spec import LoopSpec
 
@@ -69,7 +69,7 @@ def plain(counter: Counter | None = None, timestep: Port = T) -> BoundProgram:
     """Everything in the step stage."""
     stage = (counter or Counter()).stage("step", Rate.STEP, (X, timestep, C), (V,), denoiser)
     inputs = (INPUTS[0], InputPort(timestep, "timestep"), INPUTS[2])
-    return BoundProgram(inputs, ("v",), (stage,), {})
+    return BoundProgram(inputs, ("v",), bound_slots(stage), {})
 
 
 def hoisted(counter: Counter) -> BoundProgram:
@@ -93,7 +93,7 @@ def hoisted(counter: Counter) -> BoundProgram:
             lambda x, slope, once, both: column(slope) * x * (1 + column(once)) + column(both),
         ),
     )
-    return BoundProgram(INPUTS, ("v",), stages, {})
+    return BoundProgram(INPUTS, ("v",), bound_slots(*stages), {})
 
 
 def recurrence(depth: int = 1) -> Recurrence:

@@ -16,13 +16,13 @@ from torch import fx
 from stepfold.frontend.identity import weights_hash
 from stepfold.frontend.repairs import repair
 from stepfold.frontend.sampler import probe
-from stepfold.ir.program import ModelIdentity, Program, Stage
+from stepfold.ir.program import ModelIdentity, Program, Stage, slots_of
 from stepfold.ir.shapes import port
 from stepfold.loop.driver import Request, run_loop
 from stepfold.loop.noise import noise
+from stepfold.loop.plan import fold
 from stepfold.loop.ports import BoundProgram, InputPort, Rate
 from stepfold.loop.spec import LoopSpec
-from stepfold.loop.table import fold
 from stepfold.passes.base import Context, Options, Pass, PassResult
 from stepfold.passes.manager import Step, run_passes
 
@@ -70,7 +70,7 @@ def _program(model: Callable[..., Any] | torch.nn.Module, before: Traced, loop: 
     stage = Stage("step" if loop else "forward", Rate.of(roles.values()), graph, before.inputs, outputs)  # type: ignore[arg-type]
     weights = model if isinstance(model, torch.nn.Module) else torch.nn.Module()
     return Program(
-        stages=(stage,),
+        slots=slots_of(stage),
         inputs=tuple(InputPort(item, roles[item.name]) for item in before.inputs),  # type: ignore[arg-type]
         outputs=tuple(item.name for item in outputs),
         example=before.example,

@@ -12,7 +12,7 @@ from stepfold.calibration.trajectories import trajectories
 from stepfold.ir.program import Program
 from stepfold.loop.metrics import psnr
 from stepfold.loop.noise import SampleSet
-from stepfold.loop.table import FoldedTable
+from stepfold.loop.plan import Plan
 from stepfold.passes.base import Context, PassResult
 from stepfold.passes.schedule.fit import Fitter
 from stepfold.passes.schedule.options import ScheduleOptions
@@ -36,23 +36,23 @@ def search(cache: Path, engine: Counter | None = None, scale: Any = 2.0, seed: i
     return operation.run(program, context)
 
 
-def tables(result: PassResult) -> dict[float, FoldedTable]:
+def plans(result: PassResult) -> dict[float, Plan]:
     assert result.program.schedule is not None
     return dict(result.program.schedule.fitted)
 
 
-def quality(table: FoldedTable, cache: Path, name: str = "validation", engine: Counter | None = None) -> np.ndarray:
-    """PSNR of a table's samples against the full loop of the exact field."""
+def quality(plan: Plan, cache: Path, name: str = "validation", engine: Counter | None = None) -> np.ndarray:
+    """PSNR of a plan's samples against the full loop of the exact field."""
     program = program_of()
     data = trajectories(
         program, Counter().bound(), SampleSet(name, 0, 64), 2.0, cache, lambda done, total: None, whole=False
     )
     fitter = Fitter((engine or Counter()).bound(), loop(), euler(STEPS), 2.0, data)
-    return psnr(fitter.samples(table, data), data.latents[-1])
+    return psnr(fitter.samples(plan, data), data.latents[-1])
 
 
-def refit(cache: Path, table: FoldedTable, engine: Counter, **options: Any) -> tuple[Candidate, bool]:
+def refit(cache: Path, plan: Plan, engine: Counter, **options: Any) -> tuple[Candidate, bool]:
     program = program_of()
     context: Context = analytic_context(program, cache, engine)
     chosen = ScheduleOptions.model_validate(QUICK | options)
-    return ScheduleSearch(chosen, program, engine.bound(), context, 2.0).refit(table)
+    return ScheduleSearch(chosen, program, engine.bound(), context, 2.0).refit(plan)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -73,9 +72,8 @@ class FuseOnnxRuntime(Pass[FuseOptions]):
                     refused += missed
             changed += found
             stages.append(finish(stage, graph) if found else stage)
-        result = replace(program, stages=tuple(stages))
         identity = not changed and (not self.options.rules or self._nothing_left(program, refused))
-        return PassResult(result, changed, tuple(refused), identity=identity, details={"rules": counts})
+        return PassResult(program.with_stages(stages), changed, tuple(refused), identity=identity, details={"rules": counts})
 
     def _nothing_left(self, program: Program, refused: Sequence[Refusal]) -> bool:
         """Whether all that the chosen rules look for has its final form: they made it, or the capture has it so.

@@ -13,7 +13,7 @@ from torch import fx
 
 from ...backends.identity import packages, processor
 from ...bundle.cache import Cache, key_of
-from ...ir.program import ModelIdentity, Program, Stage
+from ...ir.program import ModelIdentity, Program, Stage, slots_of
 from ...ir.shapes import PROBE_BATCHES, propagate
 from ...loop.errors import UsageError
 from ...loop.ports import InputPort, Port, Rate
@@ -87,7 +87,7 @@ class Durations:
 
     def _call(self, stage: Stage) -> Callable[[], object]:
         program = Program(
-            stages=(stage,),
+            slots=slots_of(stage),
             inputs=tuple(InputPort(port, "state") for port in stage.inputs),
             outputs=tuple(port.name for port in stage.outputs),
             example={},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from math import prod
@@ -13,7 +13,7 @@ from torch import fx
 
 from ...frontend.sites.walk import rearranges
 from ...ir.names import module_path
-from ...ir.program import Refusal, Stage, attribute
+from ...ir.program import Program, Refusal, Stage, attribute
 from ...loop.errors import UsageError
 from ...loop.ports import Rate
 from ..marks import made
@@ -59,7 +59,7 @@ class Group:
 
     @property
     def key(self) -> str:
-        """The node of the first layer by name, which copies of the graph keep."""
+        """The node of the first layer by name, which copies of the graph and the stages of a cut keep."""
         return self.layers[0].node.name
 
     @property
@@ -114,6 +114,18 @@ def find_groups(
         if reason is not None:
             refused.append(Refusal(name, reason))
     return [Group(tuple(layers)) for layers in accepted.values()], refused
+
+
+def groups_of(
+    program: Program, selection: Selection, unfit: Callable[[LinearLayer], str | None]
+) -> tuple[list[Group], list[Refusal]]:
+    """The layers of the computing slots to quantize, in the order in which they run; see `find_groups`."""
+    groups, refused = [], []
+    for stage in program.steps:
+        predicts = any(port.name in program.outputs for port in stage.outputs)
+        found, left = find_groups(stage, replace(selection, predicts=predicts), unfit)
+        groups, refused = [*groups, *found], [*refused, *left]
+    return groups, refused
 
 
 def named(groups: Iterable[Group]) -> list[str]:

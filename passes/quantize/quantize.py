@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
-from ...ir.parts import alone, put_back, split
 from ...ir.program import Program, Refusal, Stage
+from ...ir.variants import alone, numbers_at, put_back, split
 from ...loop.errors import UsageError
 from ..base import Context, Pass, PassResult, Phase
 from .inputs import Inputs, known_inputs
-from .layers import LINEAR, Group, Selection, find_groups, named, quantized_layers, require_matches
+from .layers import LINEAR, Group, Selection, find_groups, groups_of, named, quantized_layers, require_matches
 from .options import CHOOSING, QuantizeOptions
 from .pays import slower_than_float
 from .realize import Realization
@@ -42,7 +42,7 @@ WEIGHTS_ONLY: Mapping[str, type[Scheme]] = {"int8": Int8Weights, "int4": Int4}
 
 @dataclass(frozen=True)
 class _Done:
-    """What became of the step stage: the layers that were replaced, those that were not, and what was decided."""
+    """What became of the computing slots: the layers that were replaced, those that were not, and what was decided."""
 
     program: Program
     sites: list[str] = field(default_factory=list)
@@ -69,7 +69,7 @@ class _Before:
 class Quantize(Pass[QuantizeOptions]):
     """Replace linear layers by ones of few bits; layers that read one value share how it is scaled and rounded.
 
-    The layers of the step stage are quantized by the scheme; those of stages that run once a request may keep their
+    The layers of the computing slots are quantized by the scheme; those of stages that run once a request may keep their
     arithmetic and get smaller weights.
     """
 
@@ -95,24 +95,25 @@ class Quantize(Pass[QuantizeOptions]):
             return Quantize(chosen).run(program, context)
         scheme = SCHEMES[self.options.scheme](self.options)
         require_matches(self._selection, (*program.stages, *context.original.stages))
-        program, stages = self._chosen(program)
-        done = dict[str, _Done]()
-        for stage in stages:
-            done[stage.name] = self._step(alone(program, stage), scheme, context, shared=len(program.steps) > 1)
-            program = put_back(program, stage, done[stage.name].program)
+        program, numbers = self._chosen(program)
+        several, done = len(numbers_at(program)) > 1, dict[str, _Done]()
+        for number in numbers:
+            part = alone(program, number)
+            done[part.computing[0].original.name] = made = self._step(part, scheme, context, shared=several)
+            program = put_back(program, made.program)
         sites = [name for each in done.values() for name in each.sites]
         refused = [refusal for each in done.values() for refusal in each.refused]
         program, hoisted = self._hoisted(program)
         changed = len(sites) + len(hoisted)
         details = {**self._options_read(scheme), "sites": sites, "hoisted_sites": hoisted, **_decided(done)}
-        before = self._quantized_before(program, stages, scheme) if not changed else []
+        before = self._quantized_before(program, numbers, scheme) if not changed else []
         others = [Refusal(one.name, f"quantized before, in another way: {one.way}") for one in before if not one.same]
         identity = bool(before) and not others
         return PassResult(program, changed, (*others, *refused), identity=identity, details=details)
 
-    def _quantized_before(self, program: Program, stages: Sequence[Stage], scheme: Scheme) -> list[_Before]:
+    def _quantized_before(self, program: Program, numbers: Sequence[int], scheme: Scheme) -> list[_Before]:
         """The chosen layers that another `quantize` has treated."""
-        wanted = [(stage, _way(scheme)) for stage in stages]
+        wanted = [(stage, _way(scheme)) for number in numbers for stage in alone(program, number).steps]
         if self.options.hoisted is not None:
             hoisted = _way(_weights_only(self.options.hoisted))
             wanted += [(stage, hoisted) for stage in program.stages if stage not in program.steps]
@@ -122,14 +123,14 @@ class Quantize(Pass[QuantizeOptions]):
             for name, way in quantized_layers(stage, self._selection).items()
         ]
 
-    def _chosen(self, program: Program) -> tuple[Program, list[Stage]]:
-        """The program cut at the ends of the part, and the step stages inside.
+    def _chosen(self, program: Program) -> tuple[Program, list[int]]:
+        """The program with variants of their own for the calls of the part, and the numbers of those.
 
         Raises:
             UsageError: a part of a component, or one without a call of the loop.
         """
         if self.options.part == (0.0, 1.0):
-            return program, list(program.steps)
+            return program, numbers_at(program)
         if program.recurrence is None:
             raise UsageError("pass quantize: option 'part': expected a model with a loop; received a component.")
         total = program.recurrence.calls
@@ -140,7 +141,7 @@ class Quantize(Pass[QuantizeOptions]):
                 f"{self.options.part[0]:g} and {self.options.part[1]:g}; received none. Widen it."
             )
         program = split(program, calls)
-        return program, [stage for stage in program.steps if (stage.calls or calls)[0] in calls]
+        return program, numbers_at(program, calls)
 
     def _options_read(self, scheme: Scheme) -> dict[str, object]:
         """The options that had a say."""
@@ -153,12 +154,12 @@ class Quantize(Pass[QuantizeOptions]):
         return Selection(self.options.include, self.options.skip, self.options.min_tokens)
 
     def _groups(self, program: Program, scheme: Scheme) -> list[Group]:
-        """The groups of the step stage, with the weights that they have now."""
-        return find_groups(program.step, self._selection, scheme.unfit)[0]
+        """The groups of the computing slots, with the weights that they have now."""
+        return groups_of(program, self._selection, scheme.unfit)[0]
 
     def _step(self, program: Program, scheme: Scheme, context: Context, shared: bool) -> _Done:
-        """Fold scales and rotations into what groups of the step stage read, then replace their layers."""
-        groups, refused = find_groups(program.step, self._selection, scheme.unfit)
+        """Fold scales and rotations into what groups of the computing slots read, then replace their layers."""
+        groups, refused = groups_of(program, self._selection, scheme.unfit)
         if not groups:
             return _Done(program, refused=refused)
         inputs = known_inputs(program, groups, scheme.need, context)

@@ -17,7 +17,7 @@ from torch import fx
 from ...calibration.observe import watched_program
 from ...frontend.sites.feed_forward import find_feed_forward
 from ...frontend.sites.site import Site
-from ...ir.edit import add_buffer, copy_graph, finish
+from ...ir.edit import Copies, add_buffer, module_of
 from ...ir.probe import probe_inputs
 from ...ir.program import Program, Refusal, attribute
 from .algebra.data_free import Pair, compensate, synthetic_inputs
@@ -55,12 +55,11 @@ def repair_pairs(
         rounded: the weights [N, M] that the layers of a group are rounded to.
         seed: seed of the synthetic inputs.
     """
-    graph = copy_graph(program.step)
-    twins = dict(zip(program.step.graph.graph.nodes, graph.graph.nodes, strict=True))
+    copies = Copies(program)
     by_node = {group.layers[0].node: group for group in groups if len(group.layers) == 1}
     errors: dict[str, tuple[float, float]] = {}
     refused = []
-    for site in find_feed_forward(program.step.graph.graph).sites:
+    for site in [site for stage in program.steps for site in find_feed_forward(stage.graph.graph).sites]:
         up, (down,) = site.parts["up"], site.parts["down"]
         operands = modulation(up[0].args[0])  # type: ignore[arg-type]
         if len(up) != 1 or up[0] not in by_node or len(site.parts["activation"]) != 1 or len(site.nodes) != 3:
@@ -69,13 +68,13 @@ def repair_pairs(
             refused.append(Refusal(site.name, "repair: its input is not a modulated layer norm"))
         else:
             vectors = _modulations(program, [operand for operand, _ in operands])
-            pair, (first,) = _pair(program, site), rounded(by_node[up[0]])
+            pair, (first,) = _pair(site), rounded(by_node[up[0]])
             damaged = Pair(first, pair.first_bias, pair.second, pair.second_bias, pair.activation)
             draw = partial(synthetic_inputs, TOKENS, vectors[0] - 1, vectors[1])
             found = compensate(pair, damaged, draw(2 * seed), draw(2 * seed + 1))
             errors[site.name] = (found.baseline, found.error)
-            _set_layer(graph, twins[down], found.pair)
-    return Repairs(program.with_stage(finish(program.step, graph)), errors, refused)
+            _set_layer(copies.twins[down], found.pair)
+    return Repairs(copies.program(), errors, refused)
 
 
 def _norm_of(operands: Sequence[tuple[fx.Node, fx.Node]]) -> fx.Node:
@@ -95,9 +94,9 @@ def _modulations(program: Program, nodes: Sequence[fx.Node]) -> list[torch.Tenso
     return [torch.cat([value.flatten(0, -2) for value in values]) for values in seen.values()]
 
 
-def _pair(program: Program, site: Site) -> Pair:
+def _pair(site: Site) -> Pair:
     up, activation, down = site.parts["up"][0], site.parts["activation"][0], site.parts["down"][0]
-    (first, first_bias), (second, second_bias) = (_weights(program, layer) for layer in (up, down))
+    (first, first_bias), (second, second_bias) = (_weights(layer) for layer in (up, down))
 
     def act(hidden: torch.Tensor) -> torch.Tensor:
         return activation.target(hidden, *activation.args[1:], **activation.kwargs)  # type: ignore[operator]
@@ -105,16 +104,16 @@ def _pair(program: Program, site: Site) -> Pair:
     return Pair(first, first_bias, second, second_bias, act)
 
 
-def _weights(program: Program, layer: fx.Node) -> tuple[torch.Tensor, torch.Tensor]:
+def _weights(layer: fx.Node) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight [N, M] and bias [N] of a layer."""
-    weight = attribute(program.step.graph, str(layer.args[1].target)).detach()  # type: ignore[union-attr]
+    weight = attribute(module_of(layer), str(layer.args[1].target)).detach()  # type: ignore[union-attr]
     if len(layer.args) < 3 or layer.args[2] is None:
         return weight, weight.new_zeros(weight.shape[0])
-    return weight, attribute(program.step.graph, str(layer.args[2].target)).detach()  # type: ignore[union-attr]
+    return weight, attribute(module_of(layer), str(layer.args[2].target)).detach()  # type: ignore[union-attr]
 
 
-def _set_layer(graph: fx.GraphModule, layer: fx.Node, pair: Pair) -> None:
-    with graph.graph.inserting_before(layer):
-        weight = graph.graph.get_attr(add_buffer(graph, f"{layer.name}.repaired", pair.second.contiguous()))
-        bias = graph.graph.get_attr(add_buffer(graph, f"{layer.name}.repaired_bias", pair.second_bias))
+def _set_layer(layer: fx.Node, pair: Pair) -> None:
+    with layer.graph.inserting_before(layer):
+        weight = layer.graph.get_attr(add_buffer(module_of(layer), f"{layer.name}.repaired", pair.second.contiguous()))
+        bias = layer.graph.get_attr(add_buffer(module_of(layer), f"{layer.name}.repaired_bias", pair.second_bias))
     layer.args = (layer.args[0], weight, bias)

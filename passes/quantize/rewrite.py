@@ -1,4 +1,4 @@
-"""Put realizations into the step stage of a program."""
+"""Put realizations into the computing slots of a program."""
 
 from __future__ import annotations
 
@@ -20,9 +20,15 @@ from .realize import Place, Realization
 def replaced(
     program: Program, groups: Sequence[Group], realizations: Sequence[Realization | None], way: str = ""
 ) -> Program:
-    """The program with layers of its step stage replaced; see `replaced_in`."""
-    stage, tables = replaced_in(program.step, groups, realizations, way)
-    return _with_tables(program.with_stage(stage), tables)
+    """The program with layers of its computing slots replaced; see `replaced_in`."""
+    changed, tables = [], dict[str, torch.Tensor]()
+    for stage in program.steps:
+        own = [i for i, group in enumerate(groups) if group.source.graph is stage.graph.graph]
+        if own:
+            made, read = replaced_in(stage, [groups[i] for i in own], [realizations[i] for i in own], way)
+            changed.append(made)
+            tables |= read
+    return _with_tables(program.with_stages(changed), tables)
 
 
 def replaced_in(

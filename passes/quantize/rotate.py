@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import fx
 
-from ...ir.edit import add_buffer, copy_graph, finish
+from ...ir.edit import Copies, add_buffer, module_of
 from ...ir.program import Program, attribute
 from .algebra.rotations import rotation
 from .inputs import Inputs
@@ -60,7 +60,7 @@ def tried_rotations(
     """One rotation for each group that alone reads the result of an attention, by the key of the group.
 
     Args:
-        groups: groups of the step stage.
+        groups: groups of the computing slots.
         inputs: what they read.
         error: see `Error`.
         seed: seed of the rotations.
@@ -81,21 +81,20 @@ def rotate(program: Program, groups: Sequence[Group], rotations: Mapping[str, Ro
     """The program with the heads that groups read rotated.
 
     Args:
-        program: whose step stage holds the groups.
+        program: program of the groups.
         groups: layers that read one value.
         rotations: rotations by the key of a group; groups without one are left alone.
     """
-    graph = copy_graph(program.step)
-    twins = dict(zip(program.step.graph.graph.nodes, graph.graph.nodes, strict=True))
+    copies = Copies(program)
     for group in groups:
         if group.key in rotations:
             heads, matrix = rotations[group.key].heads, rotations[group.key].matrix
             whole = heads.spread(matrix)
             for layer in group.layers:
-                _change(graph, twins[layer.node], 1, partial(torch.matmul, other=whole))
+                _change(copies.twins[layer.node], 1, partial(torch.matmul, other=whole))
             for at in (1, 2):
-                _change(graph, twins[heads.linear], at, partial(_turned, rows=heads.rows, matrix=matrix))
-    return program.with_stage(finish(program.step, graph))
+                _change(copies.twins[heads.linear], at, partial(_turned, rows=heads.rows, matrix=matrix))
+    return copies.program()
 
 
 def _turned(held: torch.Tensor, rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
@@ -106,10 +105,10 @@ def _turned(held: torch.Tensor, rows: torch.Tensor, matrix: torch.Tensor) -> tor
     return result
 
 
-def _change(graph: fx.GraphModule, layer: fx.Node, at: int, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def _change(layer: fx.Node, at: int, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Change a weight or bias that a layer holds, in float64; a bias that it has not stays away."""
     if len(layer.args) > at and isinstance(layer.args[at], fx.Node):
-        held = attribute(graph, str(layer.args[at].target)).detach()  # type: ignore[union-attr]
-        with graph.graph.inserting_before(layer):
-            name = add_buffer(graph, f"{layer.name}.rotated", change(held.to(torch.float64)).to(held.dtype))
-            layer.update_arg(at, graph.graph.get_attr(name))
+        held = attribute(module_of(layer), str(layer.args[at].target)).detach()  # type: ignore[union-attr]
+        with layer.graph.inserting_before(layer):
+            name = add_buffer(module_of(layer), f"{layer.name}.rotated", change(held.to(torch.float64)).to(held.dtype))
+            layer.update_arg(at, layer.graph.get_attr(name))

@@ -9,7 +9,7 @@ from ...ir.program import Program
 from ...loop.driver import run_loop
 from ...loop.metrics import drift
 from ...loop.noise import SampleSet
-from ...loop.table import fold
+from ...loop.plan import fold
 from ..base import Context
 
 SAMPLES = 4

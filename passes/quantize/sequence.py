@@ -2,7 +2,7 @@
 
 The sequential calibration of GPTQ (Frantar et al., arXiv 2210.17323, section 4; IST-DASLab/gptq): the error of a layer
 changes what those after it read, and they are compensated for the input they will get, not for the one they had. It
-takes one pass over the step stage, with evaluations of the real loop side by side: every node runs for all of them
+takes one pass over the computing slots, with evaluations of the real loop side by side: every node runs for all of them
 before the next, and only values that are still read are held.
 """
 
@@ -49,7 +49,7 @@ def realized_in_sequence(
 
     Args:
         program: its layers still in floats.
-        groups: groups of its step stage, in graph order.
+        groups: groups of its computing slots, in the order in which they run.
         known: what is known about what groups read, by key; its ranges are widened by those seen here.
         realize: what takes the place of a group, given what it reads after the groups before it.
         seed: seed of the samples and of the choice of rows.
@@ -60,25 +60,28 @@ def realized_in_sequence(
     """
     samples, evaluations = affordable(program)
     recorded = step_inputs(program, SampleSet("calibration", seed, samples), evaluations, progress)
-    run = SideBySide(program.step, recorded)
-    starts = {run.twins[group.layers[0].node]: i for i, group in enumerate(groups)}
-    realizations: list[Realization | None] = [None] * len(groups)
-    node = next(iter(run.graph.graph.nodes))
-    with torch.no_grad():
-        while node.op != "output":
-            place = starts.pop(node, None)
-            if place is None:
-                run.compute(node)
-                node = node.next
-                continue
-            progress("quantizing in sequence", place, len(groups))
-            group, before = groups[place], node.prev
-            realization = realize(group, _measured(run.values(group), group, known.get(group.key), seed))
-            if realization is not None:
-                run.replace(group, realization)
-                node = before.next
-            realizations[place] = realization
-    return realizations
+    found: dict[str, Realization | None] = {}
+    for stage in program.steps:
+        run = SideBySide(stage, recorded)
+        starts = {run.twins[group.layers[0].node]: group for group in groups if group.layers[0].node in run.twins}
+        node = next(iter(run.graph.graph.nodes))
+        with torch.no_grad():
+            while node.op != "output":
+                group = starts.pop(node, None)
+                if group is None:
+                    run.compute(node)
+                    node = node.next
+                    continue
+                progress("quantizing in sequence", len(found), len(groups))
+                before = node.prev
+                realization = realize(group, _measured(run.values(group), group, known.get(group.key), seed))
+                if realization is not None:
+                    run.replace(group, realization)
+                    node = before.next
+                found[group.key] = realization
+        for values, outputs in zip(recorded, run.outputs(), strict=True):
+            values |= {port.name: value.numpy() for port, value in zip(stage.outputs, outputs, strict=True)}
+    return [found.get(group.key) for group in groups]
 
 
 class SideBySide:
@@ -107,7 +110,7 @@ class SideBySide:
         for run in self.runs:
             run.env[node] = run.run_node(node)
         self._computed.add(node)
-        for read in node.all_input_nodes:
+        for read in node.all_input_nodes:  # what the stage returns is read by its output, which is never computed
             if self._computed.issuperset(read.users):
                 for run in self.runs:
                     del run.env[read]
@@ -121,6 +124,11 @@ class SideBySide:
         by_sample = [value.movedim(shape.index(None), 0) for value in found]
         return [value.reshape(len(value), -1, shape[-1]) for value in by_sample]
 
+    def outputs(self) -> list[list[torch.Tensor]]:
+        """What the stage computes in each evaluation, once every node has run."""
+        returned = self.graph.graph.output_node().args[0]
+        return [[run.env[node] for node in returned] for run in self.runs]  # type: ignore[union-attr]
+
     def replace(self, group: Group, realization: Realization) -> None:
         """Put a realization in the place of a group that is not computed yet."""
         tables: dict[str, torch.Tensor] = {}
@@ -133,7 +141,7 @@ def affordable(program: Program) -> tuple[int, int]:
     if program.loop is None:
         return SAMPLES, 1  # a component runs on its example
     rows = 2 if program.loop.guidance is not None else 1
-    cells = max(1, LIVE_BYTES // peak_bytes(program.step, rows))
+    cells = max(1, LIVE_BYTES // max(peak_bytes(stage, rows) for stage in program.steps))
     evaluations = min(EVALUATIONS, cells)
     return min(SAMPLES, cells // evaluations), evaluations
 

@@ -13,13 +13,14 @@ Elsewhere one multiplication at run time does it, when a scheme is worth that.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import fx
 
-from ...ir.edit import add_buffer, copy_graph, finish
+from ...ir.edit import Copies, add_buffer, copy_graph, finish, module_of
 from ...ir.program import Program, Refusal, Stage, attribute
 from .layers import Group
 from .writer import find_writer
@@ -37,11 +38,11 @@ def smooth(
     """Divide what groups read.
 
     Args:
-        program: whose step stage holds the groups.
+        program: program of the groups.
         groups: layers that read one value.
         scales: key of a group -> positive scale [M]; groups without one are left alone.
         at_run_time: whether a multiplication may be inserted for a group that has no fold.
-        shared: whether stages that are not in the program read what its step stage reads, which then stays as it is.
+        shared: whether stages that are not in the program read what its stages read, which then stays as it is.
 
     Returns:
         The program, the keys of the groups that now read the divided value, and why the others do not.
@@ -50,26 +51,29 @@ def smooth(
     for group in groups:
         if group.key in scales:
             fold.divide(group, scales[group.key])
-    stage = finish(program.step, fold.graph)
-    return _divide_at_source(program.with_stage(stage), fold.at_source), fold.done, fold.refused
+    return _divide_at_source(fold.copies.program(), fold.at_source), fold.done, fold.refused
 
 
 class _Fold:
-    """The edited copy of the step stage."""
+    """The edited copies of the computing slots."""
 
     def __init__(self, program: Program, at_run_time: Callable[[Group], bool], shared: bool):
-        stage = program.step
-        self.graph = copy_graph(stage)
+        self.copies = Copies(program)
         self.at_run_time = at_run_time
         self.done: set[str] = set()
         self.refused: list[Refusal] = []
         self.at_source: dict[str, torch.Tensor] = {}
-        self._twins = dict(zip(stage.graph.graph.nodes, self.graph.graph.nodes, strict=True))
-        self._given = {port.name for port in stage.inputs} if shared else {i.name for i in program.inputs}
+        self._twins = self.copies.twins
         self._ports = {
-            node.name: port.name
-            for node, port in zip(stage.graph.graph.find_nodes(op="placeholder"), stage.inputs, strict=True)
+            node: port.name
+            for stage in program.steps
+            for node, port in zip(
+                self.copies.graphs[stage.name].graph.find_nodes(op="placeholder"), stage.inputs, strict=True
+            )
         }
+        read = Counter(self._ports.values())
+        given = set(read) if shared else {i.name for i in program.inputs}
+        self._own = {name for name, stages in read.items() if stages == 1} - given
 
     def divide(self, group: Group, scale: torch.Tensor) -> None:
         """Divide what a group reads, or say why not."""
@@ -88,37 +92,41 @@ class _Fold:
             return
         self.done.add(group.key)
         for layer in layers:
-            self._set(layer, 1, attribute(self.graph, str(layer.args[1].target)).detach() * scale, "smoothed")  # type: ignore[union-attr]
+            self._set(layer, 1, attribute(module_of(layer), str(layer.args[1].target)).detach() * scale, "smoothed")  # type: ignore[union-attr]
 
     def _divide_vector(self, operand: fx.Node, reader: fx.Node, scale: torch.Tensor) -> None:
         """Divide a vector of a modulation: where it is computed when it is a stage input read once, else here."""
-        port = self._ports.get(operand.name) if len(operand.users) == 1 else None
-        if port is not None and port not in self._given:  # what the caller gives, nothing computes or can divide
+        port = self._ports.get(operand) if len(operand.users) == 1 else None
+        if port in self._own:  # what the caller gives, nothing computes or can divide
             self.at_source[port] = scale
             return
-        with self.graph.graph.inserting_before(reader):
-            buffer = self.graph.graph.get_attr(add_buffer(self.graph, f"{operand.name}.smooth", 1 / scale))
-            quotient = self.graph.graph.call_function(aten.mul.Tensor, (operand, buffer))
+        with reader.graph.inserting_before(reader):
+            quotient = _divided(operand, scale)
         reader.replace_input_with(operand, quotient)
 
     def _divide_rows(self, linear: fx.Node, scale: torch.Tensor) -> None:
         """Divide the outputs of a linear layer by a scale [N]."""
         for at, shape in ((1, (-1, 1)), (2, (-1,))):
             if len(linear.args) > at and isinstance(linear.args[at], fx.Node):
-                held = attribute(self.graph, str(linear.args[at].target)).detach()  # type: ignore[union-attr]
+                held = attribute(module_of(linear), str(linear.args[at].target)).detach()  # type: ignore[union-attr]
                 self._set(linear, at, held / scale.reshape(shape), "divided")
 
     def _divide_value(self, value: fx.Node, layers: Sequence[fx.Node], scale: torch.Tensor) -> None:
-        with self.graph.graph.inserting_before(layers[0]):
-            buffer = self.graph.graph.get_attr(add_buffer(self.graph, f"{value.name}.smooth", 1 / scale))
-            quotient = self.graph.graph.call_function(aten.mul.Tensor, (value, buffer))
+        with value.graph.inserting_before(layers[0]):
+            quotient = _divided(value, scale)
         for layer in layers:
             layer.update_arg(0, quotient)
 
     def _set(self, layer: fx.Node, at: int, tensor: torch.Tensor, what: str) -> None:
-        with self.graph.graph.inserting_before(layer):
-            held = self.graph.graph.get_attr(add_buffer(self.graph, f"{layer.name}.{what}", tensor))
+        with layer.graph.inserting_before(layer):
+            held = layer.graph.get_attr(add_buffer(module_of(layer), f"{layer.name}.{what}", tensor))
         layer.update_arg(at, held)
+
+
+def _divided(value: fx.Node, scale: torch.Tensor) -> fx.Node:
+    """A value times 1 / scale, where its graph is being edited."""
+    buffer = value.graph.get_attr(add_buffer(module_of(value), f"{value.name}.smooth", 1 / scale))
+    return value.graph.call_function(aten.mul.Tensor, (value, buffer))
 
 
 def modulation(value: fx.Node) -> list[tuple[fx.Node, fx.Node]] | None:

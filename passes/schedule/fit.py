@@ -16,10 +16,10 @@ import numpy as np
 
 from ...calibration.trajectories import Trajectories
 from ...loop.driver import LoopRun, run_loop
+from ...loop.plan import Plan, fold
 from ...loop.ports import BoundProgram
 from ...loop.recurrence import Array, Recurrence
 from ...loop.spec import LoopSpec
-from ...loop.table import FoldedTable, fold
 from .terms import Term, Terms, basis, forget, prior_weights, row
 
 RIDGE = 1e-7
@@ -27,7 +27,7 @@ RIDGE = 1e-7
 
 
 @dataclass(frozen=True)
-class Plan:
+class Outline:
     """Which calls are evaluated, and on which of them both guidance branches run."""
 
     positions: tuple[int, ...]
@@ -36,9 +36,9 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """A fitted table and the samples it makes from the calibration noise."""
+    """A fitted plan and the samples it makes from the calibration noise."""
 
-    table: FoldedTable
+    plan: Plan
     samples: Array
 
 
@@ -47,26 +47,26 @@ class Trace:
     """A fit as it went, so that another that begins alike may go on from where they part.
 
     Attributes:
-        plan: plan that was fitted.
+        outline: outline that was fitted.
         fit: its result.
         stands: the runs after each evaluation and before its update.
     """
 
-    plan: Plan
+    outline: Outline
     fit: Fit
     stands: tuple[tuple[LoopRun, ...], ...]
 
-    def shared(self, plan: Plan) -> int:
-        """How many evaluations of a plan are those of this fit: each is at a position the updates before it aimed at."""
+    def shared(self, outline: Outline) -> int:
+        """How many evaluations of an outline are those of this fit: each is at a position the updates before it aimed at."""
         alike = (
-            mine == other and (mine in self.plan.unguided) == (other in plan.unguided)
-            for mine, other in zip(self.plan.positions, plan.positions, strict=False)
+            mine == other and (mine in self.outline.unguided) == (other in outline.unguided)
+            for mine, other in zip(self.outline.positions, outline.positions, strict=False)
         )
         return sum(1 for _ in takewhile(bool, alike))
 
 
 class Fitter:
-    """Fits plans on one engine, one guidance scale and one set of reference trajectories."""
+    """Fits outlines on one engine, one guidance scale and one set of reference trajectories."""
 
     def __init__(
         self, bound: BoundProgram, loop: LoopSpec, recurrence: Recurrence, scale: float | None, data: Trajectories
@@ -74,27 +74,27 @@ class Fitter:
         """Fit with the outputs of `bound` against the latents of `data`."""
         self.bound, self.loop, self.recurrence, self.scale, self.data = bound, loop, recurrence, scale, data
 
-    def fit(self, plan: Plan, terms: Terms) -> Fit:
-        """Solve for every update of a plan, one after the other, in the closed loop."""
-        return self._fit(plan, terms, None, lambda runs: None)
+    def fit(self, outline: Outline, terms: Terms) -> Fit:
+        """Solve for every update of an outline, one after the other, in the closed loop."""
+        return self._fit(outline, terms, None, lambda runs: None)
 
-    def traced(self, plan: Plan, terms: Terms, like: Trace | None = None) -> Trace:
+    def traced(self, outline: Outline, terms: Terms, like: Trace | None = None) -> Trace:
         """`fit`, going on from where a fit with the same terms parts from this one. Holds every output."""
-        known = 0 if like is None else like.shared(plan)
+        known = 0 if like is None else like.shared(outline)
         stands = [] if like is None else list(like.stands[: max(0, known - 1)])
-        fit = self._fit(plan, terms, like, lambda runs: stands.append(tuple(run.fork() for run in runs)))
-        return Trace(plan, fit, tuple(stands))
+        fit = self._fit(outline, terms, like, lambda runs: stands.append(tuple(run.fork() for run in runs)))
+        return Trace(outline, fit, tuple(stands))
 
-    def _fit(self, plan: Plan, terms: Terms, like: Trace | None, keep: Callable[[list[LoopRun]], None]) -> Fit:
-        """Fit a plan; `keep` sees the runs after each evaluation that is not taken from another fit."""
-        prior = fold(self.recurrence, self.scale, plan.positions, order=1)
-        table = _with_branches(prior, plan)
-        N, known = table.evaluations, 0 if like is None else like.shared(plan)
-        runs = self.runs(table)
+    def _fit(self, outline: Outline, terms: Terms, like: Trace | None, keep: Callable[[list[LoopRun]], None]) -> Fit:
+        """Fit an outline; `keep` sees the runs after each evaluation that is not taken from another fit."""
+        prior = fold(self.recurrence, self.scale, outline.positions, order=1)
+        plan = _with_branches(prior, outline)
+        N, known = plan.evaluations, 0 if like is None else like.shared(outline)
+        runs = self.runs(plan)
         state, conditional, unconditional = np.ones(N), np.zeros((N, N)), np.zeros((N, N))
         first = max(0, known - 1)  # the update after the last evaluation that both have aims elsewhere
         if like is not None and known:
-            before = like.fit.table
+            before = like.fit.plan
             state[:first] = before.state[:first]
             conditional[:first, :first] = before.conditional[:first, :first]
             unconditional[:first, :first] = before.unconditional[:first, :first]
@@ -105,27 +105,27 @@ class Fitter:
                 if k >= known:
                     run.evaluate(k)
             keep(runs)
-            target = self.data.latents[table.landings[k]]
-            chosen = basis(k, table.guided, terms)
+            target = self.data.latents[plan.landings[k]]
+            chosen = basis(k, plan.guided, terms)
             weights = self._solve(runs, chosen, target, prior, k)
-            solved = row(chosen, weights, table.guided, self.scale)
+            solved = row(chosen, weights, plan.guided, self.scale)
             state[k], conditional[k], unconditional[k] = solved.state, solved.conditional, solved.unconditional
             for run in runs:
                 run.update(state[k], conditional[k], unconditional[k])
-                forget(run, k, table.guided, terms)
-        fitted = replace(table, state=state, conditional=conditional, unconditional=unconditional)
+                forget(run, k, plan.guided, terms)
+        fitted = replace(plan, state=state, conditional=conditional, unconditional=unconditional)
         return Fit(fitted, np.concatenate([run.latent for run in runs]))
 
-    def runs(self, table: FoldedTable) -> list[LoopRun]:
-        """The samples of the data at the start of a table's loop, in batches."""
-        return [LoopRun(self.bound, self.loop, piece, table) for piece in self.data.pieces]
+    def runs(self, plan: Plan) -> list[LoopRun]:
+        """The samples of the data at the start of a plan's loop, in batches."""
+        return [LoopRun(self.bound, self.loop, piece, plan) for piece in self.data.pieces]
 
-    def samples(self, table: FoldedTable, data: Trajectories | None = None) -> Array:
-        """The samples a table makes from the noise of `data`."""
+    def samples(self, plan: Plan, data: Trajectories | None = None) -> Array:
+        """The samples a plan makes from the noise of `data`."""
         pieces = (data or self.data).pieces
-        return np.concatenate([run_loop(self.bound, self.loop, piece, table) for piece in pieces])
+        return np.concatenate([run_loop(self.bound, self.loop, piece, plan) for piece in pieces])
 
-    def _solve(self, runs: Sequence[LoopRun], chosen: list[Term], target: Array, prior: FoldedTable, k: int) -> Array:
+    def _solve(self, runs: Sequence[LoopRun], chosen: list[Term], target: Array, prior: Plan, k: int) -> Array:
         """Ridge least squares over all samples, in float64: minimize |terms w - target|^2 + ridge |w - w0|^2."""
         m = len(chosen)
         gram, right, start = np.zeros((m, m)), np.zeros(m), 0
@@ -144,8 +144,8 @@ class Fitter:
         return start_weights + np.linalg.solve(normalized + RIDGE * np.eye(m), residual) / scale
 
 
-def _with_branches(table: FoldedTable, plan: Plan) -> FoldedTable:
-    """The prior's positions with the plan's branches; weights are left to the fit."""
-    guided = table.guided & ~np.isin(table.positions, list(plan.unguided))
-    zero = np.zeros_like(table.conditional)
-    return replace(table, guided=guided, conditional=zero, unconditional=zero)
+def _with_branches(plan: Plan, outline: Outline) -> Plan:
+    """The prior's positions with the outline's branches; weights are left to the fit."""
+    guided = plan.guided & ~np.isin(plan.positions, list(outline.unguided))
+    zero = np.zeros_like(plan.conditional)
+    return replace(plan, guided=guided, conditional=zero, unconditional=zero)

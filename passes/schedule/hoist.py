@@ -11,7 +11,7 @@ from torch import fx
 from ...frontend.rates import node_rates
 from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
 from ...ir.edit import extract, replace_by_inputs
-from ...ir.program import Program, Refusal, Stage
+from ...ir.program import Program, Refusal, Stage, slots_of
 from ...ir.shapes import follows_batch
 from ...loop.errors import UsageError
 from ...loop.ports import Rate
@@ -52,7 +52,7 @@ class Hoist(Pass[HoistOptions]):
         """A scale over a whole batch would cover a different batch in a stage of lower rate."""
         if len(program.steps) > 1:
             raise UsageError(
-                "hoist: expected one step stage; received one for each of several parts of the loop. Put hoist before "
+                "hoist: expected one stage that computes every evaluation; received several. Put hoist before cut and "
                 "quantize in the recipe."
             )
         nodes = [node for stage in program.stages for node in stage.graph.graph.nodes]
@@ -64,9 +64,10 @@ class Hoist(Pass[HoistOptions]):
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Cut the step stage, then the once×timestep stage, then tabulate the timestep stage."""
-        done = bool(program.tables) or any(stage.rate in BELOW[Rate.STEP] for stage in program.stages)
-        program, moved, refused = _cut(program, program.step)
-        combined = next((s for s in program.stages if s.rate is Rate.ONCE_TIMESTEP), None)
+        done = bool(program.tables) or any(slot.rate in BELOW[Rate.STEP] for slot in program.slots)
+        (step,) = program.steps
+        program, moved, refused = _cut(program, step)
+        combined = next((stage for stage in program.stages if stage.rate is Rate.ONCE_TIMESTEP), None)
         if combined is not None:
             program, more, also_refused = _cut(program, combined)
             moved, refused = moved + more, [*refused, *also_refused]
@@ -87,10 +88,9 @@ def _cut(program: Program, stage: Stage) -> tuple[Program, int, list[Refusal]]:
         values = [node for node in frontier if rates[node] is rate]
         if values:
             lower.append(extract(stage, _stage_name(program, rate), rate, values, [names[n] for n in values]))
-    at = program.stages.index(stage)
-    stages = (*program.stages[:at], *lower, slim, *program.stages[at + 1 :])
+    slots = [slot for slot in program.slots if slot.original is not stage]
     moved = _operators(stage) - _operators(slim)
-    return _ordered(replace(program, stages=stages)), moved, refused
+    return _ordered(replace(program, slots=(*slots, *slots_of(*lower, slim)))), moved, refused
 
 
 def _frontier(stage: Stage, rates: dict[fx.Node, Rate]) -> tuple[list[fx.Node], list[Refusal]]:
@@ -122,14 +122,14 @@ def _frontier(stage: Stage, rates: dict[fx.Node, Rate]) -> tuple[list[fx.Node], 
 
 def _stage_name(program: Program, rate: Rate) -> str:
     base = {Rate.ONCE: "once", Rate.TIMESTEP: "timestep", Rate.ONCE_TIMESTEP: "once_timestep"}[rate]
-    taken = sum(stage.rate is rate for stage in program.stages)
+    taken = sum(slot.rate is rate for slot in program.slots)
     return base if not taken else f"{base}_{taken + 1}"
 
 
 def _ordered(program: Program) -> Program:
-    """Stages in the order of their rates, so that each comes after those it reads from."""
+    """Slots in the order of their rates, so that each comes after those it reads from."""
     order = list(Rate)
-    return replace(program, stages=tuple(sorted(program.stages, key=lambda stage: order.index(stage.rate))))
+    return replace(program, slots=tuple(sorted(program.slots, key=lambda slot: order.index(slot.rate))))
 
 
 def _tabulate(program: Program) -> Program:
@@ -147,8 +147,8 @@ def _tabulate(program: Program) -> Program:
             outputs = stage.graph(*(values[port.name] for port in stage.inputs))
         values |= {port.name: value for port, value in zip(stage.outputs, outputs, strict=True)}
         tables |= {port.name: value.numpy() for port, value in zip(stage.outputs, outputs, strict=True)}
-    kept = tuple(stage for stage in program.stages if stage.rate is not Rate.TIMESTEP)
-    return replace(program, stages=kept, tables=tables)
+    kept = tuple(slot for slot in program.slots if slot.rate is not Rate.TIMESTEP)
+    return replace(program, slots=kept, tables=tables)
 
 
 def _operators(stage: Stage) -> int:

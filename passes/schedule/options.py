@@ -20,7 +20,7 @@ class ScheduleOptions(Options):
     """Options of `schedule`.
 
     Attributes:
-        evaluations: denoiser calls in the table, or `auto` for the fewest that meet `min_psnr`.
+        evaluations: denoiser calls in the plan, or `auto` for the fewest that meet `min_psnr`.
         min_psnr: quality budget in dB against the full loop, on validation samples.
         samples: calibration samples the updates are fitted on.
         search_samples: how many of them score a candidate during the search.

@@ -1,4 +1,4 @@
-"""Polish a fitted table: all of its weights together, towards the samples, by Gauss-Newton in the closed loop.
+"""Polish a fitted plan: all of its weights together, towards the samples, by Gauss-Newton in the closed loop.
 
 The sequential fit aims every update at the reference trajectory; what counts is where the last one ends. Here each
 weight is nudged in turn and the rest of the loop is run with the engine, which gives one column of the Jacobian of the
@@ -16,8 +16,8 @@ import numpy as np
 
 from ...loop.driver import LoopRun
 from ...loop.metrics import psnr
+from ...loop.plan import Plan
 from ...loop.recurrence import Array
-from ...loop.table import FoldedTable
 from .fit import Fit, Fitter
 from .terms import Term, Terms, basis, forget, row
 
@@ -67,30 +67,30 @@ class Normal:
 
 
 def polish(fitter: Fitter, fit: Fit, terms: Terms, progress: Progress) -> Fit:
-    """One Gauss-Newton step on the weights of a fitted table, or the fit itself when no step improves it.
+    """One Gauss-Newton step on the weights of a fitted plan, or the fit itself when no step improves it.
 
     The error of each sample is divided by its mean square, so that the step follows the mean PSNR.
 
     Args:
         fitter: engine and calibration trajectories.
-        fit: a table and its samples.
+        fit: a plan and its samples.
         terms: what an update may weigh.
         progress: called with (weights nudged, weights in all).
 
     Returns:
-        The table with the best mean PSNR on the calibration samples.
+        The plan with the best mean PSNR on the calibration samples.
     """
     if not np.isfinite(fit.samples).all():
         return fit
-    weights = _weights(fit.table, terms)
+    weights = _weights(fit.plan, terms)
     normal = _normal_equations(fitter, fit, weights, terms, progress)
-    tables = [_moved(fit.table, weights, normal.step(damping), fitter.scale) for damping in DAMPINGS]
-    fits = [fit, *(Fit(table, fitter.samples(table)) for table in tables)]
+    plans = [_moved(fit.plan, weights, normal.step(damping), fitter.scale) for damping in DAMPINGS]
+    fits = [fit, *(Fit(plan, fitter.samples(plan)) for plan in plans)]
     return max(fits, key=lambda one: float(psnr(one.samples, fitter.data.latents[-1]).mean()))
 
 
-def _weights(table: FoldedTable, terms: Terms) -> list[Weight]:
-    chosen = [tuple(basis(k, table.guided, terms)) for k in range(table.evaluations)]
+def _weights(plan: Plan, terms: Terms) -> list[Weight]:
+    chosen = [tuple(basis(k, plan.guided, terms)) for k in range(plan.evaluations)]
     return [Weight(k, row_terms, i) for k, row_terms in enumerate(chosen) for i in range(len(row_terms))]
 
 
@@ -99,16 +99,16 @@ def _normal_equations(fitter: Fitter, fit: Fit, weights: list[Weight], terms: Te
     target = fitter.data.latents[-1]
     nudge = NUDGE * float(np.sqrt(np.mean(np.square(target, dtype=np.float64))))
     normal = Normal(np.zeros((len(weights), len(weights))), np.zeros(len(weights)))
-    runs, start = fitter.runs(fit.table), 0
+    runs, start = fitter.runs(fit.plan), 0
     total = len(runs) * len(weights)
     for done, run in enumerate(runs):
         stop = start + run.batch
         error = (fit.samples[start:stop] - target[start:stop]).reshape(run.batch, -1).astype(np.float64)
         importance = 1 / np.sqrt(np.maximum(np.square(error).mean(axis=1, keepdims=True), LEAST_ERROR))
         columns = []
-        for k, stand in enumerate(_stands(run, fit.table, terms)):
+        for k, stand in enumerate(_stands(run, fit.plan, terms)):
             for weight in (weight for weight in weights if weight.k == k):
-                ahead = _nudged(stand, weight, nudge, fit.table, fitter.scale)
+                ahead = _nudged(stand, weight, nudge, fit.plan, fitter.scale)
                 change = (ahead.samples - fit.samples[start:stop]).reshape(run.batch, -1) / ahead.size
                 columns.append((change * importance).ravel())
                 progress(done * len(weights) + len(columns), total)
@@ -125,35 +125,35 @@ class Nudged:
     size: float
 
 
-def _stands(run: LoopRun, table: FoldedTable, terms: Terms) -> Iterator[LoopRun]:
+def _stands(run: LoopRun, plan: Plan, terms: Terms) -> Iterator[LoopRun]:
     """The run after each evaluation and before its update, with every term still in its ring."""
-    for k in range(table.evaluations):
+    for k in range(plan.evaluations):
         run.evaluate(k)
         yield run
-        run.update(float(table.state[k]), table.conditional[k], table.unconditional[k])
-        forget(run, k, table.guided, terms)
+        run.update(float(plan.state[k]), plan.conditional[k], plan.unconditional[k])
+        forget(run, k, plan.guided, terms)
 
 
-def _nudged(stand: LoopRun, weight: Weight, nudge: float, table: FoldedTable, scale: float | None) -> Nudged:
+def _nudged(stand: LoopRun, weight: Weight, nudge: float, plan: Plan, scale: float | None) -> Nudged:
     """The rest of the loop after one weight of the update that comes next was changed."""
     value = weight.term.value(stand, scale)
     size = nudge / max(float(np.sqrt(np.mean(np.square(value, dtype=np.float64)))), 1e-12)
     run = stand.fork()
-    run.advance(weight.k, table)
+    run.advance(weight.k, plan)
     run.latent = run.latent + np.float32(size) * value
-    for k in range(weight.k + 1, table.evaluations):
+    for k in range(weight.k + 1, plan.evaluations):
         run.evaluate(k)
-        run.advance(k, table)
+        run.advance(k, plan)
     return Nudged(run.latent, size)
 
 
-def _moved(table: FoldedTable, weights: list[Weight], change: Array, scale: float | None) -> FoldedTable:
-    """The table with its weights changed."""
-    state, conditional, unconditional = table.state.copy(), table.conditional.copy(), table.unconditional.copy()
+def _moved(plan: Plan, weights: list[Weight], change: Array, scale: float | None) -> Plan:
+    """The plan with its weights changed."""
+    state, conditional, unconditional = plan.state.copy(), plan.conditional.copy(), plan.unconditional.copy()
     for weight, value in zip(weights, change, strict=True):
         only = np.where(np.arange(len(weight.chosen)) == weight.index, value, 0.0)
-        extra = row(list(weight.chosen), only, table.guided, scale)
+        extra = row(list(weight.chosen), only, plan.guided, scale)
         state[weight.k] += extra.state
         conditional[weight.k] += extra.conditional
         unconditional[weight.k] += extra.unconditional
-    return replace(table, state=state, conditional=conditional, unconditional=unconditional)
+    return replace(plan, state=state, conditional=conditional, unconditional=unconditional)

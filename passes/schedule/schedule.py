@@ -40,15 +40,15 @@ class SearchSchedule(Pass[ScheduleOptions]):
             raise UsageError(f"schedule: evaluations must be 1 to {calls}, the calls of the sampler; received {wanted}")
 
     def run(self, program: Program, context: Context) -> PassResult:
-        """Fit one table for every declared guidance scale."""
+        """Fit one plan for every declared guidance scale."""
         assert program.loop is not None
         bound = context.engine(program)
         scales = program.loop.guidance.scales if program.loop.guidance else (None,)
-        tables, details = {}, {}
+        plans, details = {}, {}
         for scale in scales:
             search = ScheduleSearch(self.options, program, bound, context, scale)
             chosen = search.run()
-            tables[1.0 if scale is None else scale] = chosen.table
+            plans[1.0 if scale is None else scale] = chosen.plan
             details[str(scale)] = {"chosen": chosen.row(), "tried": [tried.row() for tried in search.trials.tried]}
-        schedule = Schedule(tables, context.fitted_on, details)
-        return PassResult(replace(program, schedule=schedule), len(tables), details=details)
+        schedule = Schedule(plans, context.fitted_on, details)
+        return PassResult(replace(program, schedule=schedule), len(plans), details=details)

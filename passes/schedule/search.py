@@ -1,4 +1,4 @@
-"""The search of one table: fewest evaluations within a budget, then fewest of them with both guidance branches."""
+"""The search of one plan: fewest evaluations within a budget, then fewest of them with both guidance branches."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 
 from ...ir.program import Program
 from ...loop.errors import GateError, UsageError
+from ...loop.plan import Plan, guides
 from ...loop.ports import BoundProgram
-from ...loop.table import FoldedTable, guides
 from ..base import Context
-from .fit import Plan
+from .fit import Outline
 from .options import ScheduleOptions
 from .positions import WARPS, Positions, moved, warped, without_one
 from .trials import POLISHED, Candidate, Trials, choice
@@ -20,7 +20,7 @@ KEPT_WARPS = 4
 """How many warps the first comparison of all of them leaves for other numbers of evaluations."""
 
 POLISH_REACH = 4.0
-"""A fitted table that misses the budget by more dB than this is not polished; the step gains 1 to 2."""
+"""A fitted plan that misses the budget by more dB than this is not polished; the step gains 1 to 2."""
 
 RIVAL_DB = 0.5
 """Of two sets of positions, the one whose fit is worse by more is not polished: it hardly ever wins."""
@@ -62,10 +62,10 @@ class ScheduleSearch:
         context.progress("searching schedules", 0, 1)
 
     def run(self) -> Candidate:
-        """The table to ship.
+        """The plan to ship.
 
         Raises:
-            GateError: no table meets the budget.
+            GateError: no plan meets the budget.
             UsageError: there is neither a budget nor a number of evaluations.
         """
         if self._options.evaluations != "auto":
@@ -74,26 +74,26 @@ class ScheduleSearch:
             raise UsageError("schedule: evaluations `auto` needs a budget: set min_psnr or a number of evaluations.")
         else:
             fewest = self._fewest(self._budget)
-            best = self._thinned(fewest, self._budget) or self._best(fewest.table.evaluations)
+            best = self._thinned(fewest, self._budget) or self._best(fewest.plan.evaluations)
         if self._budget is not None and not best.low >= self._budget:
             raise self._missed(self._budget)
         return best
 
-    def refit(self, table: FoldedTable) -> tuple[Candidate, bool]:
-        """Fit the updates of a table again where it evaluates; search only when the budget is missed then.
+    def refit(self, plan: Plan) -> tuple[Candidate, bool]:
+        """Fit the updates of a plan again where it evaluates; search only when the budget is missed then.
 
         Returns:
-            The table to ship, and whether it was searched for.
+            The plan to ship, and whether it was searched for.
 
         Raises:
-            GateError: no table meets the budget.
+            GateError: no plan meets the budget.
         """
-        unguided = frozenset() if not guides(self._scale) else frozenset(table.positions[~table.guided].tolist())
-        plan = Plan(tuple(table.positions.tolist()), unguided)
-        self.trials.polished(plan)
-        self.trials.unfitted(plan.positions)
-        self.trials.measure(table, "as it was")
-        as_cheap = [one for one in self.trials.tried if np.array_equal(one.table.guided, table.guided)]
+        unguided = frozenset() if not guides(self._scale) else frozenset(plan.positions[~plan.guided].tolist())
+        outline = Outline(tuple(plan.positions.tolist()), unguided)
+        self.trials.polished(outline)
+        self.trials.unfitted(outline.positions)
+        self.trials.measure(plan, "as it was")
+        as_cheap = [one for one in self.trials.tried if np.array_equal(one.plan.guided, plan.guided)]
         best = choice(as_cheap, self._budget)
         if self._budget is None or best.low >= self._budget:
             return best, False
@@ -106,7 +106,7 @@ class ScheduleSearch:
         best: Candidate | None = None
         middle = min(range(len(rungs)), key=lambda i: abs(rungs[i] - self._calls // 5))
         while low <= high:
-            candidate = self.trials.fitted(Plan(self._best_warp(rungs[middle])))
+            candidate = self.trials.fitted(Outline(self._best_warp(rungs[middle])))
             if candidate.low >= budget:
                 best, high = candidate, middle - 1
             else:
@@ -116,12 +116,12 @@ class ScheduleSearch:
             best = self._best(self._calls)
             if best.low < budget:
                 raise self._missed(budget)
-        while best.table.evaluations > 1:
-            candidate = self._best(best.table.evaluations - 1, sparing=True)
+        while best.plan.evaluations > 1:
+            candidate = self._best(best.plan.evaluations - 1, sparing=True)
             if candidate.low < budget:
                 break
             best = candidate
-        return self._best(best.table.evaluations, sparing=True)
+        return self._best(best.plan.evaluations, sparing=True)
 
     def _missed(self, budget: float) -> GateError:
         reached = choice(self.trials.tried, budget)
@@ -129,13 +129,13 @@ class ScheduleSearch:
         which = "no schedule" if wanted == "auto" else f"no schedule of {wanted} evaluations"
         return GateError(
             f"schedule: {which} reaches {budget:g} dB; the best was {reached.low:.2f} dB (lower 95 % bound of "
-            f"the mean over {self._options.validation} validation samples) with {reached.table.evaluations} of "
+            f"the mean over {self._options.validation} validation samples) with {reached.plan.evaluations} of "
             f"{self._calls} evaluations. Lower min_psnr, {'' if wanted == 'auto' else 'allow more evaluations, '}or use "
             "a recipe of higher precision."
         )
 
     def _best(self, evaluations: int, sparing: bool = False) -> Candidate:
-        """The table to take of those with so many evaluations and both branches in each.
+        """The plan to take of those with so many evaluations and both branches in each.
 
         Refined positions are fitted and polished; what was tried with so many before, and the unfitted folds, stand
         beside them.
@@ -149,56 +149,56 @@ class ScheduleSearch:
         more = self._refined.get(evaluations + 1, ())
         start = max([coarse, even, *without_one(more)], key=self._score)
         self._refined[evaluations] = self._refine(start)
-        plans = [Plan(positions) for positions in dict.fromkeys((self._refined[evaluations], coarse))]
-        fits = {plan: self.trials.fitted(plan) for plan in plans}
+        outlines = [Outline(positions) for positions in dict.fromkeys((self._refined[evaluations], coarse))]
+        fits = {outline: self.trials.fitted(outline) for outline in outlines}
         self._polish(fits, sparing)
         self.trials.unfitted(even)
-        same = [one for one in self.trials.tried if one.table.evaluations == evaluations and not one.thinned]
+        same = [one for one in self.trials.tried if one.plan.evaluations == evaluations and not one.thinned]
         return choice(same, self._budget)
 
-    def _polish(self, fits: Mapping[Plan, Candidate], sparing: bool) -> None:
+    def _polish(self, fits: Mapping[Outline, Candidate], sparing: bool) -> None:
         """Polish the fits that may end in front, the best first.
 
         A sparing search stops where the budget is met, or so far away that a further polish would not reach it.
         """
         ranked = sorted(fits.items(), key=lambda item: item[1].mean, reverse=True)
         found, reach = list(fits.values()), POLISH_REACH
-        for plan, fit in ranked:
+        for outline, fit in ranked:
             missing = np.inf if self._budget is None else self._budget - choice(found, self._budget).low
             if fit.mean <= ranked[0][1].mean - RIVAL_DB or (sparing and not 0 < missing < reach):
                 return
-            found.append(self.trials.polished(plan))
+            found.append(self.trials.polished(outline))
             reach = RIVAL_DB
 
     def _thinned(self, best: Candidate, budget: float) -> Candidate | None:
-        """The table without the unconditional branch at as many evaluations as the budget allows, if at any.
+        """The plan without the unconditional branch at as many evaluations as the budget allows, if at any.
 
         The fit weighs the guidance directions that remain instead of those that are left out. It has to meet the
         budget alone: only what is shipped is polished.
         """
-        positions = tuple(best.table.positions.tolist())
-        if not best.table.guided.all() or len(positions) > POLISHED:
+        positions = tuple(best.plan.positions.tolist())
+        if not best.plan.guided.all() or len(positions) > POLISHED:
             return None
         spare = best.low - budget + SCORE_DB
-        for plan in reversed(self._sparser(positions, self._score(positions) - spare)):
-            fit = self.trials.fitted(plan)
+        for outline in reversed(self._sparser(positions, self._score(positions) - spare)):
+            fit = self.trials.fitted(outline)
             if fit.low >= budget:
-                return choice([fit, self.trials.polished(plan)], budget)
+                return choice([fit, self.trials.polished(outline)], budget)
         return None
 
-    def _sparser(self, positions: Positions, least: float) -> list[Plan]:
-        """Plans with one, two, ... evaluations of one branch only, as long as their scores on the search samples last.
+    def _sparser(self, positions: Positions, least: float) -> list[Outline]:
+        """Outlines with one, two, ... evaluations of one branch only, as long as their scores on the search samples last.
 
         Evaluations lose the branch in the order in which the loop misses it least.
         """
-        order = sorted(positions, key=lambda one: self.trials.score(Plan(positions, frozenset([one]))), reverse=True)
-        plans = []
+        order = sorted(positions, key=lambda one: self.trials.score(Outline(positions, frozenset([one]))), reverse=True)
+        outlines = []
         for count in range(1, len(order)):
-            plan = Plan(positions, frozenset(order[:count]))
-            if self.trials.score(plan) < least:
+            outline = Outline(positions, frozenset(order[:count]))
+            if self.trials.score(outline) < least:
                 break
-            plans.append(plan)
-        return plans
+            outlines.append(outline)
+        return outlines
 
     def _best_warp(self, evaluations: int) -> Positions:
         """The best warped grid; once the grids of all warps were compared, only those of the best are tried.
@@ -227,4 +227,4 @@ class ScheduleSearch:
 
     def _score(self, positions: Positions) -> float:
         """Mean PSNR of the closed-loop fit of guided evaluations on the search samples."""
-        return self.trials.score(Plan(positions))
+        return self.trials.score(Outline(positions))

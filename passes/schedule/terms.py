@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...loop.driver import LoopRun
+from ...loop.plan import Plan
 from ...loop.recurrence import Array
-from ...loop.table import FoldedTable
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ def row(chosen: list[Term], weights: Array, guided: Array, scale: float | None) 
     return Row(state, conditional, unconditional)
 
 
-def prior_weights(chosen: list[Term], prior: FoldedTable, k: int) -> Array:
-    """Update k of an unfitted table in these terms: its weights of guided outputs."""
+def prior_weights(chosen: list[Term], prior: Plan, k: int) -> Array:
+    """Update k of an unfitted plan in these terms: its weights of guided outputs."""
     outputs = prior.conditional[k] + prior.unconditional[k]  # of the guided outputs, at any scale, 0 included
     values = {"latent": prior.state[k], "direction": 0.0}
     return np.asarray([outputs[t.evaluation] if t.kind == "output" else values[t.kind] for t in chosen])

@@ -1,4 +1,4 @@
-"""What the search tries: plans fitted on one engine, scored on a few samples, measured on those that choose."""
+"""What the search tries: outlines fitted on one engine, scored on a few samples, measured on those that choose."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ...calibration.trajectories import Trajectories, first, trajectories
 from ...ir.program import Program
 from ...loop.metrics import lower_bound, psnr
 from ...loop.noise import SampleSet
+from ...loop.plan import Plan, fold, guides
 from ...loop.ports import BoundProgram
-from ...loop.table import FoldedTable, fold, guides
 from ..base import Context
-from .fit import Fit, Fitter, Plan, Trace
+from .fit import Fit, Fitter, Outline, Trace
 from .options import ScheduleOptions
 from .polish import polish
 from .positions import Positions
@@ -25,14 +25,14 @@ from .terms import Terms
 logger = logging.getLogger(__name__)
 
 POLISHED = 20
-"""A longer table is not polished: the work grows with the square of the evaluations, and the gain shrinks."""
+"""A longer plan is not polished: the work grows with the square of the evaluations, and the gain shrinks."""
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A table with its quality on the validation samples."""
+    """A plan with its quality on the validation samples."""
 
-    table: FoldedTable
+    plan: Plan
     origin: str
     mean: float
     low: float
@@ -41,15 +41,15 @@ class Candidate:
     @property
     def thinned(self) -> bool:
         """Whether some evaluations run both guidance branches and others one."""
-        return bool(self.table.guided.any() and not self.table.guided.all())
+        return bool(self.plan.guided.any() and not self.plan.guided.all())
 
     def row(self) -> dict[str, Any]:
         """For the record."""
         return {
             "origin": self.origin,
-            "evaluations": self.table.evaluations,
-            "positions": [int(p) for p in self.table.positions],
-            "unguided": [int(p) for p in self.table.positions[~self.table.guided]],
+            "evaluations": self.plan.evaluations,
+            "positions": [int(p) for p in self.plan.positions],
+            "unguided": [int(p) for p in self.plan.positions[~self.plan.guided]],
             "validation_psnr_db": round(self.mean, 3),
             "validation_low_db": round(self.low, 3),
             "calibration_psnr_db": round(self.calibration, 3),
@@ -67,12 +67,12 @@ def choice(candidates: Iterable[Candidate], budget: float | None) -> Candidate:
 
 
 class Trials:
-    """Plans that were scored, fitted, polished and measured for one guidance scale; each is tried once.
+    """Outlines that were scored, fitted, polished and measured for one guidance scale; each is tried once.
 
     Attributes:
         recurrence: the sampler.
         tried: every candidate that was measured on the validation samples.
-        scores: scores of plans on the search samples, in the order in which they were asked for.
+        scores: scores of outlines on the search samples, in the order in which they were asked for.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Trials:
         assert program.loop is not None and program.recurrence is not None
         self.recurrence = program.recurrence
         self.tried: list[Candidate] = []
-        self.scores: dict[Plan, float] = {}
+        self.scores: dict[Outline, float] = {}
         self._context, self._scale = context, scale
         self._data = self._trajectories("calibration", options.samples, whole=True)
         self._validation = self._trajectories("validation", options.validation, whole=False)
@@ -90,61 +90,61 @@ class Trials:
         self._quick = Fitter(bound, program.loop, self.recurrence, scale, few)
         self._full = Fitter(bound, program.loop, self.recurrence, scale, self._data)
         self._terms = Terms(options.outputs, options.directions if guides(scale) else 0)
-        self._fits: dict[Plan, tuple[Fit, Candidate]] = {}
-        self._polished: dict[Plan, Candidate] = {}
+        self._fits: dict[Outline, tuple[Fit, Candidate]] = {}
+        self._polished: dict[Outline, Candidate] = {}
         self._model: Trace | None = None
 
-    def score(self, plan: Plan) -> float:
+    def score(self, outline: Outline) -> float:
         """Mean PSNR of the closed-loop fit on the search samples."""
-        if plan not in self.scores:
-            trace = self._quick.traced(plan, self._terms, self._model)
-            self.scores[plan] = float(psnr(trace.fit.samples, self._quick.data.latents[-1]).mean())
-            if not plan.unguided and self._is_model(plan):
+        if outline not in self.scores:
+            trace = self._quick.traced(outline, self._terms, self._model)
+            self.scores[outline] = float(psnr(trace.fit.samples, self._quick.data.latents[-1]).mean())
+            if not outline.unguided and self._is_model(outline):
                 self._model = trace
-        return self.scores[plan]
+        return self.scores[outline]
 
-    def _is_model(self, plan: Plan) -> bool:
-        """Whether plans to come are likely to begin like this one: it is the best so far of its length."""
+    def _is_model(self, outline: Outline) -> bool:
+        """Whether outlines to come are likely to begin like this one: it is the best so far of its length."""
         model = self._model
-        if model is None or len(model.plan.positions) != len(plan.positions):
+        if model is None or len(model.outline.positions) != len(outline.positions):
             return True
-        return self.scores[plan] > self.scores[model.plan]
+        return self.scores[outline] > self.scores[model.outline]
 
-    def fitted(self, plan: Plan) -> Candidate:
-        """The sequential fit of a plan on all calibration samples."""
-        if plan not in self._fits:
-            fit = self._full.fit(plan, self._terms)
-            self._fits[plan] = fit, self.measure(fit.table, "fitted", self._calibration(fit))
-        return self._fits[plan][1]
+    def fitted(self, outline: Outline) -> Candidate:
+        """The sequential fit of an outline on all calibration samples."""
+        if outline not in self._fits:
+            fit = self._full.fit(outline, self._terms)
+            self._fits[outline] = fit, self.measure(fit.plan, "fitted", self._calibration(fit))
+        return self._fits[outline][1]
 
-    def polished(self, plan: Plan) -> Candidate:
+    def polished(self, outline: Outline) -> Candidate:
         """The polish of a fit; the fit itself where it is too long for one, or where no step improves it."""
-        if plan not in self._polished:
-            candidate = self.fitted(plan)
-            fit, _ = self._fits[plan]
-            if len(plan.positions) <= POLISHED:
-                task = f"polishing {len(plan.positions)} evaluations"
+        if outline not in self._polished:
+            candidate = self.fitted(outline)
+            fit, _ = self._fits[outline]
+            if len(outline.positions) <= POLISHED:
+                task = f"polishing {len(outline.positions)} evaluations"
                 better = polish(self._full, fit, self._terms, lambda done, n: self._context.progress(task, done, n))
                 if better is not fit:
-                    candidate = self.measure(better.table, "polished", self._calibration(better))
-            self._polished[plan] = candidate
-        return self._polished[plan]
+                    candidate = self.measure(better.plan, "polished", self._calibration(better))
+            self._polished[outline] = candidate
+        return self._polished[outline]
 
     def unfitted(self, positions: Positions) -> None:
         """Measure the sampler's own updates between these positions."""
         for origin, order in (("fewer steps", 0), ("forecast", 1)):
             self.measure(fold(self.recurrence, self._scale, positions, order), origin)
 
-    def measure(self, table: FoldedTable, origin: str, calibration: float = float("nan")) -> Candidate:
-        """Quality on the validation samples, for the record; a table that was measured before is not run again."""
+    def measure(self, plan: Plan, origin: str, calibration: float = float("nan")) -> Candidate:
+        """Quality on the validation samples, for the record; a plan that was measured before is not run again."""
         for known in self.tried:
-            same = np.array_equal(known.table.guided, table.guided)
-            if same and known.origin == origin and np.array_equal(known.table.positions, table.positions):
+            same = np.array_equal(known.plan.guided, plan.guided)
+            if same and known.origin == origin and np.array_equal(known.plan.positions, plan.positions):
                 return known
-        values = psnr(self._full.samples(table, self._validation), self._validation.latents[-1])
-        candidate = Candidate(table, origin, float(values.mean()), lower_bound(values), calibration)
+        values = psnr(self._full.samples(plan, self._validation), self._validation.latents[-1])
+        candidate = Candidate(plan, origin, float(values.mean()), lower_bound(values), calibration)
         self.tried.append(candidate)
-        logger.info("%d evaluations, %s: %.2f dB on validation", table.evaluations, origin, candidate.mean)
+        logger.info("%d evaluations, %s: %.2f dB on validation", plan.evaluations, origin, candidate.mean)
         return candidate
 
     def _calibration(self, fit: Fit) -> float:

@@ -8,8 +8,8 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
+from ...loop.plan import Plan
 from ...loop.ports import StageCallable
-from ...loop.table import FoldedTable
 from ..runners import Runner, along_loop, once
 from ..work import Work
 from .build import FILELESS, size_of, work_of
@@ -26,7 +26,7 @@ def open_baseline(row: Mapping[str, Any], threads: int) -> Runner:
     denoiser, size = _denoiser(row, model_work, threads)
     if model_work.loop is None:
         return once(denoiser, size)
-    table = FoldedTable.from_arrays(load_file(row["table"]))
+    table = Plan.from_arrays(load_file(row["table"]))
     return along_loop(denoiser, model_work.inputs, model_work.loop, table, size)
 
 

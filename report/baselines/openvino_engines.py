@@ -11,8 +11,8 @@ import numpy as np
 
 from ...loop.errors import StepfoldError
 from ...loop.noise import noise
+from ...loop.plan import Plan
 from ...loop.ports import StageCallable
-from ...loop.table import FoldedTable
 from .. import work
 from ..runners import along_loop
 from ..work import Work
@@ -42,9 +42,7 @@ def convert(source: Path, folder: Path) -> None:
     openvino.save_model(openvino.convert_model(source / ONNX_MODEL), folder / MODEL, compress_to_fp16=False)
 
 
-def quantize(
-    source: Path, folder: Path, model_work: Work, table: FoldedTable | None, threads: int, on: OnProgress
-) -> None:
+def quantize(source: Path, folder: Path, model_work: Work, table: Plan | None, threads: int, on: OnProgress) -> None:
     """Quantize by `nncf.quantize`, calibrated on states of the loop's own trajectory.
 
     Args:
@@ -69,9 +67,7 @@ def quantize(
     openvino.save_model(quantized, folder / MODEL, compress_to_fp16=False)
 
 
-def loop_states(
-    denoiser: StageCallable, model_work: Work, table: FoldedTable, on: OnProgress
-) -> list[dict[str, Array]]:
+def loop_states(denoiser: StageCallable, model_work: Work, table: Plan, on: OnProgress) -> list[dict[str, Array]]:
     """Inputs of the denoiser along the full loop: 50 calls, evenly spread over one run of a few samples."""
     loop = model_work.loop
     assert loop is not None

@@ -12,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 from ...frontend.schedulers import scheduler_class
 from ...frontend.solvers import solver_recurrence
 from ...loop.errors import StepfoldError, UsageError
+from ...loop.plan import Plan, fold
 from ...loop.solvers import AB2
 from ...loop.spec import LoopSpec
-from ...loop.table import FoldedTable, fold
 from .names import Baseline, parse
 from .torch_engines import load
 
@@ -76,7 +76,7 @@ def inspect(checkpoint: Path, loop: Mapping[str, Any] | None) -> dict[str, Any]:
     return inspect_program(load(checkpoint, None if loop is None else LoopSpec.model_validate(loop)).capture())
 
 
-def table_of(baseline: Baseline, loop: LoopSpec | None) -> FoldedTable | None:
+def table_of(baseline: Baseline, loop: LoopSpec | None) -> Plan | None:
     """The table a baseline runs along, None for a component.
 
     Raises:
@@ -91,6 +91,6 @@ def table_of(baseline: Baseline, loop: LoopSpec | None) -> FoldedTable | None:
     return fold(solver_recurrence(loop.sampler, baseline.solver_class, steps), scale)
 
 
-def read_table(file: str) -> FoldedTable:
+def read_table(file: str) -> Plan:
     """A table that `prepare` wrote."""
-    return FoldedTable.from_arrays(load_file(file))
+    return Plan.from_arrays(load_file(file))

@@ -19,7 +19,7 @@ from stepfold.backends.registry import get
 from stepfold.ir import operators as registered  # noqa: F401  (registers the stepfold:: operators)
 from stepfold.ir.edit import copy_graph, finish
 from stepfold.ir.pairs import LARGEST_SUM, pair_sums
-from stepfold.ir.program import InputPort, ModelIdentity, Program, Stage, reference
+from stepfold.ir.program import InputPort, ModelIdentity, Program, Stage, reference, slots_of
 from stepfold.ir.shapes import port, propagate
 from stepfold.loop.ports import Rate
 from stepfold.report.emulation import without_vnni
@@ -132,7 +132,7 @@ def test_engines_are_exact_without_vnni(tmp_path: Path) -> None:
         for zero in (UNSIGNED, SIGNED):
             stage, out = layers(*CODES.values(), zero=zero), tmp_path / f"{engine}-{zero.dtype}"
             program = Program(
-                stages=(stage,),
+                slots=slots_of(stage),
                 inputs=(InputPort(stage.inputs[0], "condition"),),
                 outputs=tuple(item.name for item in stage.outputs),
                 example={"x": torch.from_numpy(largest(zero))},

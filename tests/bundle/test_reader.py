@@ -154,7 +154,12 @@ CHANGES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
         lambda m: m["inputs"][2].update(cardinality=3),
         "guidance.unconditional.class_labels: expected an index from 0 to 2",
     ),
-    (lambda m: m["stages"][-1].update(calls=[0, 10**30]), "stages.1.calls.1"),
+    (lambda m: m["slots"][-1].update(by_call=[0, 10**30]), "slots.1.by_call.1"),
+    (lambda m: m["slots"][-1].update(by_call=[0, 1, 0, 0]), "slot 'step' has 1 variants; by_call names another"),
+    (lambda m: m["slots"][-1].update(variants=["step", "other"]), "slot 'step': there is no stage 'other'"),
+    (lambda m: m["slots"][-1].update(variants=["step", m["stages"][0]["name"]]), "and computes something else"),
+    (lambda m: m["slots"].reverse(), "expected each stage in one slot, in the order of the slots"),
+    (lambda m: m["slots"].pop(), "expected each stage in one slot, in the order of the slots"),
     (lambda m: m["files"]["schedule.json"].update(bytes=10**30), "files.schedule.json.bytes"),
     (lambda m: m["loop"]["guidance"].update(scale="nan"), "loop.guidance.scale"),
     (
@@ -243,7 +248,7 @@ UNRUNNABLE: dict[str, Callable[[dict[str, Any]], Any]] = {
         rate="once"
     ),
     "expected values of its rate, once; 'timestep' changes more often": lambda m: m["stages"][0].update(rate="once"),
-    "expected stages for 4 calls; received those for 3": lambda m: m["stages"][1].update(calls=[0, 3]),
+    "slot step: expected a variant for each of 4 calls; received 3": lambda m: m["slots"][1].update(by_call=[0, 0, 0]),
 }
 
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepfold.bundle import Probe, Tables
+from stepfold.loop.plan import fold
 from stepfold.loop.recurrence import Recurrence
-from stepfold.loop.table import fold
 
 
 def recurrence(S: int, seed: int) -> Recurrence:

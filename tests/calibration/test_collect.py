@@ -16,7 +16,7 @@ from stepfold.calibration import sampling
 from stepfold.calibration.collect import collect_shard, one_thread, tensor_name
 from stepfold.calibration.conditions import sample_request
 from stepfold.calibration.observe import SiteObserver
-from stepfold.calibration.plan import Plan, Settings, make_plan
+from stepfold.calibration.plan import CalibrationPlan, Settings, make_plan
 from stepfold.ir.program import Program
 from stepfold.loop.errors import StepfoldError
 from stepfold.loop.noise import SampleSet
@@ -30,12 +30,14 @@ TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 """Of float32 values behind four steps of another summation order."""
 
 
-def collect(program: Program, samples: int = SAMPLES, shard: int = 0, **settings: Any) -> tuple[Plan, dict[str, Array]]:
+def collect(
+    program: Program, samples: int = SAMPLES, shard: int = 0, **settings: Any
+) -> tuple[CalibrationPlan, dict[str, Array]]:
     plan = make_plan(program, Settings(samples=samples, **settings))
     return plan, collect_shard(plan, shard, lambda done, total: None)
 
 
-def site(plan: Plan, arrays: dict[str, Array], name: str) -> dict[str, Array]:
+def site(plan: CalibrationPlan, arrays: dict[str, Array], name: str) -> dict[str, Array]:
     (index,) = [i for i, item in enumerate(plan.watched) if item.entry.name == name]
     prefix = tensor_name(index, "")
     return {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}

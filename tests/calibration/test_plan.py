@@ -16,9 +16,9 @@ from programs import component, context_of, modulated
 from stepfold.calibration.collect import collect_shard
 from stepfold.calibration.document import bucket_of
 from stepfold.calibration.memory import memory, peak_bytes, resident_bytes
-from stepfold.calibration.plan import SAMPLES, SHARD_SAMPLES, Plan, Settings, make_plan
+from stepfold.calibration.plan import SAMPLES, SHARD_SAMPLES, CalibrationPlan, Settings, make_plan
 from stepfold.calibration.run import prepare
-from stepfold.ir.program import Program
+from stepfold.ir.program import Program, slots_of
 from stepfold.loop.errors import UsageError
 from stepfold.loop.ports import Rate
 from stepfold.passes.schedule.hoist import Hoist, HoistOptions
@@ -26,7 +26,7 @@ from stepfold.passes.schedule.hoist import Hoist, HoistOptions
 FLOAT = 4
 
 
-def plan(program: Program | None = None, **settings: Any) -> Plan:
+def plan(program: Program | None = None, **settings: Any) -> CalibrationPlan:
     return make_plan(program or standard(), Settings(**settings))
 
 
@@ -108,7 +108,7 @@ def test_arrays_of_a_shard_are_those_of_the_plan() -> None:
 def test_weights_are_counted_once() -> None:
     program = standard()
     assert memory(plan(program)).weights == FLOAT * program.parameters()
-    doubled = replace(program, stages=program.stages * 2)
+    doubled = replace(program, slots=slots_of(*program.stages, *program.stages))
     assert memory(replace(plan(program), program=doubled)).weights == FLOAT * program.parameters()
 
 

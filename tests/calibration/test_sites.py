@@ -18,7 +18,7 @@ from stepfold.passes.schedule.hoist import Hoist, HoistOptions
 
 
 def found(program: Program, gram_width: int = 100) -> dict[str, Watched]:
-    return {item.entry.name: item for item in watched_values(program.step, gram_width)}
+    return {item.entry.name: item for item in watched_values(program, gram_width)}
 
 
 def layers(item: Watched) -> list[str]:
@@ -35,7 +35,7 @@ def test_values_of_linear_layers_in_graph_order() -> None:
         "time": (1, 1),
     }
     order = list(program.step.graph.graph.nodes)
-    places = [order.index(item.node) for item in watched_values(program.step, 100)]
+    places = [order.index(item.node) for item in watched_values(program, 100)]
     assert places == sorted(places)
 
 

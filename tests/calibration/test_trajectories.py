@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from stepfold.calibration.conditions import sample_request
 from stepfold.calibration.trajectories import BATCH, Trajectories, first, part, slices, trajectories
-from stepfold.ir.program import ModelIdentity, Program, Stage
+from stepfold.ir.program import ModelIdentity, Program, Stage, slots_of
 from stepfold.loop.driver import Request
 from stepfold.loop.noise import SampleSet
 from stepfold.loop.ports import BoundProgram
@@ -152,7 +152,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "constant tensor": {"program": changed(program_of(), constants={"ids": torch.ones(3)})},
     "class": {"program": changed(program_of(), model=ModelIdentity("Other", "0" * 64))},
     "unconditional": {"program": changed(program_of(), unconditional={"c": torch.ones(2, dtype=torch.int64)})},
-    "graph": {"program": changed(program_of(), stages=(step_of(torch.nn.ReLU()),))},
+    "graph": {"program": changed(program_of(), slots=slots_of(step_of(torch.nn.ReLU())))},
     "timesteps": {"program": program_of(recurrence=replace(euler(STEPS), timesteps=np.linspace(999, 1, STEPS)))},
     "updates": {"program": program_of(recurrence=euler(STEPS, stretch=1.001))},
     "noise scale": {"program": program_of(recurrence=replace(euler(STEPS), initial_scale=1.5))},
@@ -189,7 +189,7 @@ def test_other_versions_and_other_code_make_them_again(
 def test_a_graph_that_holds_something_unknown_is_not_kept(tmp_path: Path) -> None:
     stage = step_of(torch.nn.ReLU())
     next(iter(stage.graph.graph.nodes)).kwargs = {"unknown": object()}
-    engine, program = Counter(), changed(program_of(), stages=(stage,))
+    engine, program = Counter(), changed(program_of(), slots=slots_of(stage))
     for calls in (2 * STEPS, 4 * STEPS):
         run(program, tmp_path, engine)
         assert engine.calls == calls

@@ -21,7 +21,7 @@ from stepfold.frontend.load import load_checkpoint
 from stepfold.frontend.sampler import probe
 from stepfold.loop.driver import Request, run_loop
 from stepfold.loop.errors import UsageError
-from stepfold.loop.table import fold
+from stepfold.loop.plan import fold
 
 LENGTH = 6  # of a prompt, in tokens
 SD3_TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")

@@ -15,8 +15,8 @@ import torch
 from stepfold.frontend.sampler import probe
 from stepfold.frontend.schedulers import build
 from stepfold.loop.errors import UsageError
+from stepfold.loop.plan import Plan, fold
 from stepfold.loop.spec import LoopSpec, SamplerSpec, read_loop
-from stepfold.loop.table import FoldedTable, fold
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::DeprecationWarning:numpy")
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,7 +133,7 @@ def pipeline_loop(case: Case, noise: np.ndarray, denoiser: Denoiser) -> np.ndarr
     return np.stack([x.flatten().double().numpy() for x in latents])
 
 
-def table_loop(table: FoldedTable, noise: np.ndarray, denoisers: tuple[Denoiser, Denoiser]) -> np.ndarray:
+def table_loop(table: Plan, noise: np.ndarray, denoisers: tuple[Denoiser, Denoiser]) -> np.ndarray:
     """The definition of a table, in float64."""
     x, outputs = noise * table.initial_scale, []
     for k in range(table.evaluations):

@@ -17,7 +17,7 @@ from stepfold.frontend.load import Checkpoint, load_checkpoint
 from stepfold.loop.classes import class_conditions
 from stepfold.loop.driver import Request, run_loop
 from stepfold.loop.errors import UsageError
-from stepfold.loop.table import fold
+from stepfold.loop.plan import fold
 
 REFUSED = {
     "second network": r"step 4 of 6: .* calls second \(DiTTransformer2DModel\) within its loop, in the place of",

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stepfold.ir.cost import FORMULAS, program_flops, stage_bytes, stage_flops
 from stepfold.ir.edit import add_buffer, copy_graph, finish
 from stepfold.ir.operators import OPERATORS
-from stepfold.ir.program import Program
+from stepfold.ir.program import Program, slots_of
 
 X = torch.randn(2, 3, 4)
 IMAGE = torch.randn(2, 4, 6, 6)
@@ -140,7 +140,9 @@ def test_tiny_dit_counts_as_pytorch_does(tiny_program: Program) -> None:
 
 def test_program_flops_are_those_of_the_step_stage(tiny_program: Program) -> None:
     extra = replace(tiny_program.step, name="other", outputs=())
-    assert program_flops(replace(tiny_program, stages=(extra, tiny_program.step))) == stage_flops(tiny_program.step)
+    assert program_flops(replace(tiny_program, slots=slots_of(extra, tiny_program.step))) == stage_flops(
+        tiny_program.step
+    )
 
 
 def test_bytes_by_dtype() -> None:

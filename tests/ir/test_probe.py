@@ -8,7 +8,7 @@ import torch
 from programs import Modulated, component, denoiser, loop_around, modulated, modulated_example
 
 from stepfold.ir.probe import outputs_drift, probe_calls, probe_inputs, probe_outputs
-from stepfold.ir.program import Program, attribute, reference
+from stepfold.ir.program import Program, attribute, reference, slots_of
 from stepfold.loop.ports import Rate
 from stepfold.loop.recurrence import Recurrence, as_timesteps
 
@@ -86,7 +86,7 @@ def test_drift_needs_the_same_outputs() -> None:
 
 def test_the_step_stage_makes_the_prediction(program: Program) -> None:
     other = replace(program.step, name="other", outputs=(replace(program.step.outputs[0], name="z"),))
-    assert replace(program, stages=(other, program.step)).step is program.step
+    assert replace(program, slots=slots_of(other, program.step)).step is program.step
     assert program.step.rate is Rate.STEP
 
 

@@ -9,7 +9,7 @@ import torch
 from programs import modulated
 
 from stepfold.ir.edit import copy_graph
-from stepfold.ir.program import Program, Stage
+from stepfold.ir.program import Program, Stage, slots_of
 from stepfold.ir.verify import verify
 from stepfold.loop.errors import StepfoldError
 from stepfold.loop.ports import Port, Rate
@@ -62,7 +62,7 @@ def lose_weight(graph: torch.fx.GraphModule) -> None:
 def second(program: Program, **changes) -> Program:
     """A second stage behind the first."""
     extra = Stage("extra", Rate.STEP, program.step.graph, program.step.inputs, (Port("z", (None, 3, 5), "float32"),))
-    return replace(program, stages=(program.step, replace(extra, **changes)))
+    return replace(program, slots=slots_of(program.step, replace(extra, **changes)))
 
 
 X = Port("x", (None, 3, 5), "float32")

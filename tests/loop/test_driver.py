@@ -30,9 +30,9 @@ from loops import (
 
 from stepfold.loop import driver
 from stepfold.loop.driver import LoopRun, Request, run_loop
-from stepfold.loop.ports import BoundProgram, BoundStage, InputPort, Rate
+from stepfold.loop.plan import Plan, fold
+from stepfold.loop.ports import BoundProgram, BoundStage, InputPort, Rate, bound_slots
 from stepfold.loop.recurrence import Recurrence
-from stepfold.loop.table import FoldedTable, fold
 
 
 def by_hand(r: Recurrence, req: Request, scale: float | None) -> Array:
@@ -102,8 +102,8 @@ def test_mixed_guided_and_unguided_evaluations() -> None:
     assert_close(run_loop(hoisted(Counter()), LOOP, req, table), x)
 
 
-def test_guided_table_needs_the_unconditional_conditions() -> None:
-    with pytest.raises(ValueError, match="the table has guided evaluations, so the request needs unconditional"):
+def test_a_guided_plan_needs_the_unconditional_conditions() -> None:
+    with pytest.raises(ValueError, match="the plan has guided evaluations, so the request needs unconditional"):
         run_loop(plain(), LOOP, request(2, guided=False), fold(recurrence(), SCALE))
 
 
@@ -140,7 +140,7 @@ def test_latent_stays_float32() -> None:
 
     stage = BoundStage("step", Rate.STEP, (X, T, C), (V,), call)
     req = request(2)
-    received = run_loop(BoundProgram(INPUTS, ("v",), (stage,), {}), LOOP, req, fold(recurrence(2), SCALE))
+    received = run_loop(BoundProgram(INPUTS, ("v",), bound_slots(stage), {}), LOOP, req, fold(recurrence(2), SCALE))
     assert set(seen) == {np.dtype("float32")}
     assert_close(received, by_hand(recurrence(2), req, SCALE))
 
@@ -155,7 +155,7 @@ def test_integer_timesteps_are_rounded_not_cut() -> None:
 
     whole = port("t", dtype="int64")
     stage = Counter().stage("step", Rate.STEP, (X, whole, C), (V,), remember)
-    program = BoundProgram((INPUTS[0], InputPort(whole, "timestep"), INPUTS[2]), ("v",), (stage,), {})
+    program = BoundProgram((INPUTS[0], InputPort(whole, "timestep"), INPUTS[2]), ("v",), bound_slots(stage), {})
     r = replace(recurrence(), timesteps=np.array([1000.0, 979.99994, 960.00006, 3.0, 2.0, 1.0]))
     run_loop(program, LOOP, request(2, guided=False), fold(r))
     np.testing.assert_array_equal([t[0] for t in seen], [1000, 980, 960, 3, 2, 1])
@@ -171,7 +171,7 @@ def test_integer_timesteps_are_rounded_not_cut() -> None:
     ids=["euler", "three-outputs", "forecast"],
 )
 def test_ring_holds_what_updates_read_and_no_more(
-    table: FoldedTable, held: list[set[int]], monkeypatch: pytest.MonkeyPatch
+    table: Plan, held: list[set[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ring: list[set[int]] = []
 

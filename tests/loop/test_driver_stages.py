@@ -33,9 +33,9 @@ from loops import (
 from stepfold.loop import driver
 from stepfold.loop.driver import Request, run_loop
 from stepfold.loop.noise import noise
-from stepfold.loop.ports import BoundProgram, BoundStage, InputPort, Rate
+from stepfold.loop.plan import fold
+from stepfold.loop.ports import BoundProgram, BoundStage, InputPort, Rate, bound_slots
 from stepfold.loop.spec import LoopSpec
-from stepfold.loop.table import fold
 
 
 @pytest.mark.parametrize("batch", [1, 5])
@@ -55,7 +55,7 @@ def test_hoisted_stages_see_the_evaluated_timesteps_only() -> None:
     seen: list[Array] = []
     program = hoisted(Counter())
     spy = replace(program.stages[1], call=lambda values: [(seen.append(values["t"]), np.cos(values["t"] / 400))[1]])
-    program = replace(program, stages=(program.stages[0], spy, *program.stages[2:]))
+    program = replace(program, slots=bound_slots(program.stages[0], spy, *program.stages[2:]))
     run_loop(program, LOOP, request(2), fold(recurrence(), SCALE, [0, 2, 5]))
     np.testing.assert_array_equal(seen, [recurrence().timesteps[[0, 2, 5]].astype("float32")])
 
@@ -66,7 +66,7 @@ def test_tables_are_read_at_the_evaluated_calls() -> None:
     whole = hoisted(counter)
     table = np.cos(r.timesteps / 400).astype("float32")
     stages = tuple(stage for stage in whole.stages if stage.name != "timestep")
-    program = replace(whole, stages=stages, tables={"slope": table})
+    program = replace(whole, slots=bound_slots(*stages), tables={"slope": table})
     req, folded = request(5), fold(r, SCALE, [0, 2, 3, 5])
     assert_close(run_loop(program, LOOP, req, folded), run_loop(plain(), LOOP, req, folded))
     assert "timestep" not in counter.rows
@@ -81,7 +81,7 @@ def test_timestep_stage_reads_a_table() -> None:
         counter.stage("timestep", Rate.TIMESTEP, (T, half), (slope,), lambda t, half: t + 0.0 * half + half),
         counter.stage("step", Rate.STEP, (X, slope), (V,), lambda x, slope: 0.001 * column(slope) * x),
     )
-    program = BoundProgram(INPUTS[:2], ("v",), stages, {"half": (r.timesteps / 2).astype("float32")})
+    program = BoundProgram(INPUTS[:2], ("v",), bound_slots(*stages), {"half": (r.timesteps / 2).astype("float32")})
     free = LOOP.model_copy(update={"inputs": {k: v for k, v in LOOP.inputs.items() if k != "c"}, "guidance": None})
     req = Request(noise(1, (2, *LATENT)), {}, None)
     x = r.initial_scale * req.noise.astype(np.float64)
@@ -100,7 +100,7 @@ def test_stages_of_both_rates_read_tables_and_each_other() -> None:
         counter.stage("sum", Rate.ONCE_TIMESTEP, (both, T), (sum_,), lambda both, t: both + t / 1000),
         counter.stage("step", Rate.STEP, (X, sum_), (V,), lambda x, total: x + column(total)),
     )
-    cut = BoundProgram(INPUTS, ("v",), stages, {"slope": np.cos(r.timesteps / 400).astype("float32")})
+    cut = BoundProgram(INPUTS, ("v",), bound_slots(*stages), {"slope": np.cos(r.timesteps / 400).astype("float32")})
 
     def whole(x: Array, t: Array, c: Array) -> Array:
         return x + column(np.cos(t / 400) * (1 + c) + t / 1000)
@@ -108,7 +108,8 @@ def test_stages_of_both_rates_read_tables_and_each_other() -> None:
     stage = Counter().stage("step", Rate.STEP, (X, T, C), (V,), whole)
     req, table = request(5), fold(r, SCALE, [0, 2, 3, 5])
     assert_close(
-        run_loop(cut, LOOP, req, table), run_loop(BoundProgram(INPUTS, ("v",), (stage,), {}), LOOP, req, table)
+        run_loop(cut, LOOP, req, table),
+        run_loop(BoundProgram(INPUTS, ("v",), bound_slots(stage), {}), LOOP, req, table),
     )
     assert counter.rows == {"both": [16], "sum": [16], "step": [10] * 4}
 
@@ -130,7 +131,7 @@ def with_text() -> tuple[BoundProgram, LoopSpec]:
         ),
         BoundStage("step", Rate.STEP, (X, both), (V,), lambda values: [values["x"] + column(values["both"])]),
     )
-    return BoundProgram(inputs, ("v",), stages, {}), LoopSpec.model_validate(spec)
+    return BoundProgram(inputs, ("v",), bound_slots(*stages), {}), LoopSpec.model_validate(spec)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +162,7 @@ def test_stages_of_both_rates_run_in_batches_of_a_bounded_size(texts: Request, m
 
     monkeypatch.setattr("stepfold.loop.driver.PREPARED_BYTES", 10 * 20)
     spy = replace(program.stages[1], call=spied)
-    cut = replace(program, stages=(program.stages[0], spy, program.stages[2]))
+    cut = replace(program, slots=bound_slots(program.stages[0], spy, program.stages[2]))
     np.testing.assert_array_equal(run_loop(cut, spec, texts, table), whole)
     assert sizes == [8, 8, 8]
 
@@ -207,7 +208,7 @@ def test_evaluate_with_tables_needs_the_call() -> None:
     r = recurrence()
     whole = hoisted(Counter())
     stages = tuple(stage for stage in whole.stages if stage.name != "timestep")
-    program = replace(whole, stages=stages, tables={"slope": np.cos(r.timesteps / 400).astype("float32")})
+    program = replace(whole, slots=bound_slots(*stages), tables={"slope": np.cos(r.timesteps / 400).astype("float32")})
     inputs = {"x": noise(1, (2, *LATENT)), "t": np.full(2, r.timesteps[2], np.float32), "c": np.array([0, 1])}
     (received,) = program.evaluate(inputs, call=2)
     assert_close(received, denoiser(**inputs))

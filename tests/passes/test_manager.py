@@ -18,8 +18,8 @@ from torch import fx
 from stepfold.ir.edit import copy_graph, finish
 from stepfold.ir.program import Program, Refusal, Schedule
 from stepfold.loop.errors import GateError, StepfoldError, UsageError
+from stepfold.loop.plan import fold
 from stepfold.loop.ports import Port
-from stepfold.loop.table import fold
 from stepfold.passes.base import Context, Options, PassResult, Phase, silent
 from stepfold.passes.manager import EXACT_DRIFT, Step, exact_drift, run_passes
 

@@ -243,11 +243,11 @@ def test_what_stages_share_counts_for_none_of_them() -> None:
     described["files"]["stages/shared.weights"] = {"sha256": "", "bytes": 5_000_000}
     described["shared"] = {
         "file": "stages/shared.weights",
-        "stages": ["step_0_4", "step_4_8"],
+        "stages": ["step", "step_1"],
         "saved_bytes": 4_000_000,
     }
     text = Reader(build_page("optimize", None, [described])).text
-    assert "Weights that step_0_4, step_4_8 share count for none of them" in text
+    assert "Weights that step, step_1 share count for none of them" in text
     assert "stored once, in 5 MB, which saves 4 MB" in text and "3 MB" in text
 
 

@@ -146,7 +146,7 @@ def rewritten(folder: Path, **changes: Any) -> Path:
 def test_a_strict_bundle_refuses_other_scales(tiny: Any, tmp_path: Path) -> None:
     guidance = {"scale": {"values": [2.0, 3.0]}, "unconditional": {"class_labels": 4}, "strict": True}
     engine = load(tiny.build(tmp_path / "b", loop={"guidance": guidance}), threads=1)
-    assert engine.table(3.0).evaluations == 2
+    assert engine.plan(3.0).evaluations == 2
     with pytest.raises(UsageError, match="guidance: expected one of 2, 3, because the bundle was built with `strict"):
         engine.sample(NOISE, 2.5, class_labels=LABELS)
 
@@ -236,17 +236,19 @@ def test_run_off_the_grid_of_a_table(table_engine: Engine, times: list[float], r
     assert f"received {received} The nearest is 750." in str(error.value)
 
 
-def test_run_where_parts_of_the_loop_have_stages_of_their_own(tiny: Any, tmp_path: Path) -> None:
+def test_run_where_the_variant_depends_on_the_call(tiny: Any, tmp_path: Path) -> None:
     """Without tables too: the timestep says which of them computes the prediction."""
     whole = Manifest.model_validate_json((tiny.build(tmp_path / "whole") / "manifest.json").read_bytes())
     embed, step = whole.stages
-    parts = [step.model_copy(update={"name": f"step_{a}_{b}", "calls": (a, b)}) for a, b in ((0, 2), (2, 4))]
-    engine = load(tiny.build(tmp_path / "parts", stages=[embed, *parts]))
+    late = step.model_copy(update={"name": "step_1"})
+    slots = [{"name": "embed", "variants": [embed.name]}, {"name": "step", "variants": ["step", "step_1"]}]
+    slots[1]["by_call"] = [0, 0, 1, 1]
+    engine = load(tiny.build(tmp_path / "parts", stages=[embed, step, late], slots=slots))
     latents, labels = np.ones((2, 1, 2, 2), np.float32), np.array([1, 3])
     for timestep in (1000.0, 250.0):
         (received,) = engine.run(hidden_states=latents, timestep=np.full(2, timestep, np.float32), class_labels=labels)
         np.testing.assert_allclose(received, tiny.denoise(latents, timestep, labels), rtol=1e-6)
-    with pytest.raises(UsageError, match=r"one of the 4 timesteps of the grid.*which stage computes the prediction"):
+    with pytest.raises(UsageError, match=r"one of the 4 timesteps of the grid.*which variants compute the prediction"):
         engine.run(hidden_states=latents, timestep=np.full(2, 700, np.float32), class_labels=labels)
 
 
@@ -285,7 +287,7 @@ def test_a_component_has_no_loop(tiny: Any, bundle_folder: Path) -> None:
     engine = load(rewritten(bundle_folder, loop=None, inputs=inputs), threads=1)
     (output,) = engine.run(**arguments())
     np.testing.assert_allclose(output, tiny.denoise(NOISE, 750.0, LABELS), atol=TOLERANCE)
-    for call in (lambda: engine.sample(NOISE), lambda: engine.generate(1), lambda: engine.table()):
+    for call in (lambda: engine.sample(NOISE), lambda: engine.generate(1), lambda: engine.plan()):
         with pytest.raises(UsageError, match=r"this bundle is a component without a loop\. Call Engine\.run\."):
             call()
 
@@ -294,7 +296,7 @@ def test_what_a_measurement_reads(engine: Engine, read_only_bundle: Path) -> Non
     assert engine.bundle.path == read_only_bundle and engine.manifest.model.class_name == "Tiny"
     assert [stage.name for stage in engine.program.stages] == ["embed", "step"]
     assert engine.loop is not None and engine.loop.latent.shape == (1, 2, 2)
-    assert (engine.table().evaluations, engine.table(5.0).evaluations) == (2, 4)
+    assert (engine.plan().evaluations, engine.plan(5.0).evaluations) == (2, 4)
 
 
 def test_an_engine_that_is_closed(read_only_bundle: Path) -> None:

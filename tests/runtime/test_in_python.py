@@ -93,7 +93,7 @@ def test_a_schedule_fitted_in_python_is_the_one_that_is_shipped(fitted: Program,
     assert fitted.schedule is not None and engine.manifest.schedule is not None
     assert (engine.manifest.schedule.evaluations, engine.manifest.schedule.grid_steps) == (2, 4)
     for name, value in fitted.schedule.fitted[2.0].arrays().items():
-        np.testing.assert_array_equal(engine.table().arrays()[name], value)
+        np.testing.assert_array_equal(engine.plan().arrays()[name], value)
     assert engine.manifest.seeds == {}  # they were apply's; lower does not know them
 
 

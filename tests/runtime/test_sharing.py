@@ -100,14 +100,14 @@ def test_common_weights_are_stored_once(built: Built) -> None:
     assert sum(together.values()) <= sum(apart.values()) - FEED_FORWARD + REFERENCES
     assert together.keys() - apart.keys() == {"shared.weights"} and read(built.apart).manifest.shared is None
     entry = read(built.bundle).manifest.shared
-    assert entry is not None and (entry.file, entry.stages) == (FILE, ("step_0_4", "step_4_8"))
+    assert entry is not None and (entry.file, entry.stages) == (FILE, ("step", "step_1"))
     assert FEED_FORWARD <= entry.saved_bytes < 2 * FEED_FORWARD
 
 
 def test_each_byte_counts_once_in_what_optimize_says(optimized: tuple[Path, dict[str, Any]]) -> None:
     out, document = optimized
     shared = document["shared"]
-    assert shared["file"] == FILE and shared["stages"] == ["step_0_4", "step_4_8"]
+    assert shared["file"] == FILE and shared["stages"] == ["step", "step_1"]
     assert shared["bytes"] == shared["saved_bytes"] == sizes(out)["shared.weights"] == FEED_FORWARD
     assert sum(stage["bytes"] for stage in document["stages"]) + shared["bytes"] == sum(sizes(out).values())
 
@@ -117,7 +117,7 @@ def test_the_commands_say_what_is_shared(
 ) -> None:
     print_summary(optimized[1])
     print_bundle(read(optimized[0]).manifest.model_dump(mode="json", by_alias=True))
-    line = "Shared by step_0_4, step_4_8: stages/shared.weights, 8,192 bytes, which saves 8,192.\n"
+    line = "Shared by step, step_1: stages/shared.weights, 8,192 bytes, which saves 8,192.\n"
     assert capsys.readouterr().out.count(line) == 2
 
 

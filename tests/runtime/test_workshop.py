@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from stepfold.backends.registry import Backend
-from stepfold.ir.program import Program
+from stepfold.ir.program import Program, slots_of
 from stepfold.runtime.workshop import Workshop, workshop
 
 
@@ -41,7 +41,7 @@ def test_a_session_is_opened_once_and_let_go_with_its_program(
     """The engine rearranges weights into copies of its own, so a session that nobody uses holds a model."""
     first, second = shop.open(tiny_program), shop.measured(tiny_program)
     assert len(opened) == 1 and first.stages[0].call is second.stages[0].call
-    other = replace(tiny_program, stages=(replace(tiny_program.step),))
+    other = replace(tiny_program, slots=slots_of(replace(tiny_program.step)))
     gc.disable()
     try:
         del first, second
@@ -55,5 +55,5 @@ def test_a_session_in_use_outlives_the_next_program(
     shop: Workshop, tiny_program: Program, opened: list[weakref.ref]
 ) -> None:
     bound = shop.open(tiny_program)
-    shop.open(replace(tiny_program, stages=(replace(tiny_program.step),)))
+    shop.open(replace(tiny_program, slots=slots_of(replace(tiny_program.step))))
     assert len(opened) == 2 and opened[0]() is bound.stages[0].call

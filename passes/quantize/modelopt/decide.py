@@ -1,4 +1,4 @@
-"""From a program to modelopt's decisions on its step stage."""
+"""From a program to modelopt's decisions on its computing slots."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def decide(
     seed: int = 0,
     progress: Callable[[str, int, int], None] = lambda task, done, total: None,
 ) -> dict[str, LinearDecision]:
-    """Let modelopt quantize the linear layers of the step stage, and read what it decided.
+    """Let modelopt quantize the linear layers of the computing slots, and read what it decided.
 
     Args:
-        program: program with a float step stage; a smoothed one gives better decisions.
+        program: program whose layers are still in floats; a smoothed one gives better decisions.
         python: interpreter of the environment, see `environment.find`.
-        quantizer: what to do; `excluded` has names of nodes of the step stage.
+        quantizer: what to do; `excluded` has names of nodes.
         lowerings: lowerings to standard ONNX operators, see `emit_floats`.
         seed: seed of the calibration samples.
         progress: called with (task, done, total).
@@ -41,9 +41,15 @@ def decide(
         StepfoldError: the stage has no ONNX form, modelopt failed, or its result is not understood.
     """
     batches = step_inputs(program, SampleSet("calibration", seed, SAMPLES), progress=progress)
-    with tempfile.TemporaryDirectory(prefix="stepfold-modelopt-") as name:
-        model, result = Path(name) / "float.onnx", Path(name) / "quantized.onnx"
-        layers = emit_floats(program.step, model, lowerings)
-        quantize_onnx(model, result, batches, python, quantizer, progress)
-        decisions = read_decisions(result)
-    return {layer: decisions[layer] for layer in layers if layer in decisions}
+    found: dict[str, LinearDecision] = {}
+    for stage in program.steps:
+        with tempfile.TemporaryDirectory(prefix="stepfold-modelopt-") as name:
+            model, result = Path(name) / "float.onnx", Path(name) / "quantized.onnx"
+            layers = emit_floats(stage, model, lowerings)
+            if set(layers) <= set(quantizer.excluded):
+                continue
+            read = [{port.name: batch[port.name] for port in stage.inputs} for batch in batches]
+            quantize_onnx(model, result, read, python, quantizer, progress)
+            decisions = read_decisions(result)
+        found |= {layer: decisions[layer] for layer in layers if layer in decisions}
+    return found

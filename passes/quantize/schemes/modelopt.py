@@ -54,7 +54,7 @@ class Modelopt(Scheme):
             StepfoldError: modelopt failed, or left out a layer.
         """
         chosen = {layer.node.name for group in groups for layer in group.layers}
-        every = [node.name for node in program.step.graph.graph.nodes if node.target is LINEAR]
+        every = [node.name for stage in program.steps for node in stage.graph.graph.nodes if node.target is LINEAR]
         quantizer = Quantizer(self.options.format, excluded=tuple(name for name in every if name not in chosen))
         decisions = decide(program, find(context.cache), quantizer, LOWERINGS, context.seed, context.progress)
         missing = sorted(chosen - decisions.keys())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from stepfold.bundle.reader import read_manifest
 from stepfold.bundle.verify import verify
 from stepfold.ir.program import Program, Stage
 from stepfold.ir.verify import verify as verify_program
-from stepfold.loop.errors import BundleError, StepfoldError, UsageError
+from stepfold.loop.errors import StepfoldError, UsageError
 from stepfold.loop.metrics import drift
 from stepfold.passes.base import PassResult
 from stepfold.passes.manager import Step, run_passes
@@ -54,8 +53,9 @@ def evaluation(program: Program, call: int) -> np.ndarray:
 
 def test_only_the_part_is_quantized(hoisted: Program, late: PassResult) -> None:
     verify_program(late.program)
-    first, second = late.program.steps
-    assert (first.calls, second.calls) == (range(4), range(4, CALLS))
+    (slot,) = late.program.computing
+    first, second = slot.variants
+    assert slot.by_call == (0, 0, 0, 0, 1, 1, 1, 1)
     assert not formats(first) and "stepfold.qlinear.default" in formats(second)
     assert late.changed == 6 and late.details["part"] == (0.5, 1.0)
     errors = [drift(evaluation(late.program, call), evaluation(hoisted, call)) for call in range(CALLS)]
@@ -98,7 +98,7 @@ def test_static_scales_of_two_parts_have_tables_of_their_own(hoisted: Program, m
     both = quantize(first.program, part=LATE, activations="static")
     verify_program(both.program)
     tables = {name.split(".")[0] for name in set(both.program.tables) - set(hoisted.tables)}
-    assert tables == {"step_0_4", "step_4_8"}
+    assert tables == {"step", "step_1"}
     assert drift(samples_of(both.program), samples_of(hoisted)) < 0.05
 
 
@@ -148,37 +148,14 @@ def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.mark.slow
 def test_a_bundle_runs_each_part_on_its_own_stage(bundle: Path, tiny_checkpoint: Path) -> None:
-    stages = {stage.name: stage.calls for stage in read(bundle).manifest.stages if stage.calls}
-    assert stages == {"step_0_4": (0, 4), "step_4_8": (4, 8)}
+    slot = read(bundle).manifest.slots[-1]
+    assert (slot.variants, slot.by_call) == (("step", "step_1"), (0, 0, 0, 0, 1, 1, 1, 1))
     assert verify(bundle, open_stage) == ([], [])
     engine, plain = stepfold.load(bundle), load_unoptimized(tiny_checkpoint)
     noise = np.random.default_rng(0).standard_normal((4, *plain.loop.latent.shape)).astype(np.float32)
     conditions = {"class_labels": np.arange(4)}
     made = engine.sample(noise, conditions=conditions)
     assert 1e-4 < drift(made, plain.sample(noise, conditions=conditions)) < 0.2
-
-
-@pytest.mark.parametrize(
-    ("calls", "message"),
-    [
-        ([[0, 4], [5, 8]], "'step_4_8' runs at calls 5 to 8; expected them to begin at 4"),
-        ([[0, 4], [3, 8]], "'step_4_8' runs at calls 3 to 8; expected them to begin at 4"),
-        ([[0, 4], [4, 4]], "'step_4_8' runs at calls 4 to 4"),
-    ],
-)
-@pytest.mark.slow
-def test_a_manifest_with_a_call_of_no_or_of_two_stages_is_refused(
-    bundle: Path, tmp_path: Path, calls: list[list[int]], message: str
-) -> None:
-    copy = tmp_path / "bundle"
-    shutil.copytree(bundle, copy)
-    document = json.loads((copy / "manifest.json").read_text())
-    parts = [stage for stage in document["stages"] if stage["calls"]]
-    for stage, own in zip(parts, calls, strict=True):
-        stage["calls"] = own
-    (copy / "manifest.json").write_text(json.dumps(document))
-    with pytest.raises(BundleError, match=message):
-        read(copy)
 
 
 @pytest.mark.slow

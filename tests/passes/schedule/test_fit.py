@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from stepfold.calibration.trajectories import Trajectories, first, trajectories
 from stepfold.loop.noise import SampleSet
+from stepfold.loop.plan import fold
 from stepfold.loop.recurrence import Recurrence
-from stepfold.loop.table import fold
-from stepfold.passes.schedule.fit import Fitter, Plan
+from stepfold.passes.schedule.fit import Fitter, Outline
 from stepfold.passes.schedule.positions import warped
 from stepfold.passes.schedule.terms import Terms
 
@@ -48,29 +48,29 @@ def error(samples: np.ndarray, data: Trajectories) -> float:
 @pytest.mark.parametrize("scale", [None, 1.0, 2.0, 7.5])
 def test_every_call_evaluated_gives_the_samplers_own_coefficients(tmp_path: Path, scale: float | None) -> None:
     data = reference(euler(STEPS), scale, tmp_path)
-    table = fitter(data, scale).fit(Plan(tuple(range(STEPS))), FIRST_OUTPUT).table
+    plan = fitter(data, scale).fit(Outline(tuple(range(STEPS))), FIRST_OUTPUT).plan
     wanted = fold(euler(STEPS), scale)
     for name in ("state", "conditional", "unconditional"):
-        np.testing.assert_allclose(getattr(table, name), getattr(wanted, name), atol=COEFFICIENT)
+        np.testing.assert_allclose(getattr(plan, name), getattr(wanted, name), atol=COEFFICIENT)
 
 
 @pytest.mark.parametrize("scale", [None, 2.0])
 def test_the_coefficients_come_from_the_data(tmp_path: Path, scale: float | None) -> None:
     """The trajectories are of a sampler whose steps are 0.7 as long; the unfitted update is another."""
     data = reference(euler(STEPS, stretch=0.7), scale, tmp_path)
-    table = fitter(data, scale).fit(Plan(tuple(range(STEPS))), FIRST_OUTPUT).table
+    plan = fitter(data, scale).fit(Outline(tuple(range(STEPS))), FIRST_OUTPUT).plan
     wanted = fold(euler(STEPS, stretch=0.7), scale)
     assert np.abs(wanted.conditional - fold(euler(STEPS), scale).conditional).max() > 0.02
     for name in ("state", "conditional", "unconditional"):
-        np.testing.assert_allclose(getattr(table, name), getattr(wanted, name), atol=COEFFICIENT)
+        np.testing.assert_allclose(getattr(plan, name), getattr(wanted, name), atol=COEFFICIENT)
 
 
 def test_a_multistep_method_is_found_with_two_outputs(tmp_path: Path) -> None:
     """Adams-Bashforth trajectories from the prior of Euler: outputs of two evaluations, 3/2 and -1/2."""
     data = reference(adams_bashforth(STEPS), None, tmp_path)
-    table = fitter(data, None).fit(Plan(tuple(range(STEPS))), Terms(outputs=2)).table
+    plan = fitter(data, None).fit(Outline(tuple(range(STEPS))), Terms(outputs=2)).plan
     wanted = fold(adams_bashforth(STEPS))
-    np.testing.assert_allclose(table.conditional, wanted.conditional, atol=20 * COEFFICIENT)  # neighbours are alike
+    np.testing.assert_allclose(plan.conditional, wanted.conditional, atol=20 * COEFFICIENT)  # neighbours are alike
     assert np.abs(wanted.conditional - fold(euler(STEPS)).conditional).max() > 0.03
 
 
@@ -84,7 +84,7 @@ def test_a_fit_is_better_on_its_own_samples_than_the_unfitted_fold(
 ) -> None:
     """Of the same outputs: with one, an output is reused; with two, a line through them is the unfitted forecast."""
     positions = warped(STEPS, evaluations, a, b)
-    fit = fitter(data).fit(Plan(positions), Terms(outputs, directions))
+    fit = fitter(data).fit(Outline(positions), Terms(outputs, directions))
     orders = (0,) if outputs == 1 else (0, 1)
     unfitted = [error(fitter(data).samples(fold(euler(STEPS), 2.0, positions, order)), data) for order in orders]
     assert error(fit.samples, data) <= min(unfitted) * 1.0001
@@ -92,8 +92,8 @@ def test_a_fit_is_better_on_its_own_samples_than_the_unfitted_fold(
 
 def test_the_first_update_is_the_least_squares_answer(data: Trajectories) -> None:
     """By hand: the latent and the guided output of the noise against the latent at the next position."""
-    plan = Plan((0, 5))
-    fit = fitter(data).fit(plan, FIRST_OUTPUT)
+    outline = Outline((0, 5))
+    fit = fitter(data).fit(outline, FIRST_OUTPUT)
     noise = data.request.noise.astype(np.float64)
     t = np.full(COUNT, 1000, np.float32)
     assert data.request.unconditional is not None
@@ -103,21 +103,21 @@ def test_the_first_update_is_the_least_squares_answer(data: Trajectories) -> Non
     output = (u + 2.0 * (c - u)).astype(np.float64)
     columns = np.stack([noise.ravel(), output.ravel()], 1)
     (state, weight), *_ = np.linalg.lstsq(columns, data.latents[5].astype(np.float64).ravel(), rcond=None)
-    assert fit.table.state[0] == pytest.approx(state, abs=1e-5)
-    assert fit.table.conditional[0, 0] == pytest.approx(2.0 * weight, abs=1e-5)
-    assert fit.table.unconditional[0, 0] == pytest.approx(-1.0 * weight, abs=1e-5)
+    assert fit.plan.state[0] == pytest.approx(state, abs=1e-5)
+    assert fit.plan.conditional[0, 0] == pytest.approx(2.0 * weight, abs=1e-5)
+    assert fit.plan.unconditional[0, 0] == pytest.approx(-1.0 * weight, abs=1e-5)
 
 
 def test_the_fit_absorbs_the_error_of_the_engine(data: Trajectories) -> None:
     """On an engine with an error the fit for it beats the fit for the exact field."""
-    plan, terms, wrong = Plan(warped(STEPS, 6, 1.0, 1.0)), Terms(outputs=3), fitter(data, gain=0.9)
-    exact = fitter(data).fit(plan, terms).table
-    assert error(wrong.fit(plan, terms).samples, data) < 0.25 * error(wrong.samples(exact), data)
+    outline, terms, wrong = Outline(warped(STEPS, 6, 1.0, 1.0)), Terms(outputs=3), fitter(data, gain=0.9)
+    exact = fitter(data).fit(outline, terms).plan
+    assert error(wrong.fit(outline, terms).samples, data) < 0.25 * error(wrong.samples(exact), data)
 
 
 def test_more_terms_are_not_worse(data: Trajectories) -> None:
-    plan = Plan(warped(STEPS, 5, 1.0, 1.0))
-    few, many = (error(fitter(data).fit(plan, Terms(outputs=n)).samples, data) for n in (1, 3))
+    outline = Outline(warped(STEPS, 5, 1.0, 1.0))
+    few, many = (error(fitter(data).fit(outline, Terms(outputs=n)).samples, data) for n in (1, 3))
     assert many < few
 
 
@@ -128,55 +128,55 @@ def test_more_terms_are_not_worse(data: Trajectories) -> None:
 def test_the_samples_of_a_fit_are_those_of_its_table(data: Trajectories, terms: Terms) -> None:
     """Bit for bit: the driver applies what the fit applied."""
     one = fitter(data)
-    fit = one.fit(Plan((0, 3, 4, 8)), terms)
-    np.testing.assert_array_equal(one.samples(fit.table), fit.samples)
+    fit = one.fit(Outline((0, 3, 4, 8)), terms)
+    np.testing.assert_array_equal(one.samples(fit.plan), fit.samples)
 
 
 def test_the_same_fit_twice_is_the_same_table(data: Trajectories) -> None:
-    first_fit, second_fit = (fitter(data).fit(Plan((0, 2, 7)), Terms(3, 2)).table for _ in range(2))
+    first_fit, second_fit = (fitter(data).fit(Outline((0, 2, 7)), Terms(3, 2)).plan for _ in range(2))
     for name, value in first_fit.arrays().items():
         np.testing.assert_array_equal(value, second_fit.arrays()[name])
 
 
 def test_a_table_has_the_shape_of_its_plan(data: Trajectories) -> None:
-    table = fitter(data).fit(Plan((0, 2, 7, 9)), Terms(outputs=2, directions=1)).table
-    assert table.positions.tolist() == [0, 2, 7, 9]
-    assert table.landings.tolist() == [2, 7, 9, STEPS]
-    assert table.timesteps.tolist() == pytest.approx([1000 * (STEPS - p) / STEPS for p in (0, 2, 7, 9)])
-    assert table.guided.all() and table.guided_evaluations == 4
-    weights = (table.conditional != 0) | (table.unconditional != 0)
+    plan = fitter(data).fit(Outline((0, 2, 7, 9)), Terms(outputs=2, directions=1)).plan
+    assert plan.positions.tolist() == [0, 2, 7, 9]
+    assert plan.landings.tolist() == [2, 7, 9, STEPS]
+    assert plan.timesteps.tolist() == pytest.approx([1000 * (STEPS - p) / STEPS for p in (0, 2, 7, 9)])
+    assert plan.guided.all() and plan.guided_evaluations == 4
+    weights = (plan.conditional != 0) | (plan.unconditional != 0)
     newest = np.abs(np.subtract.outer(np.arange(4), np.arange(4))) < 2
     assert not (weights & ~(np.tril(np.ones((4, 4), bool)) & newest)).any()
 
 
 def test_samples_of_other_noise(data: Trajectories) -> None:
-    """A table is measured on samples it was not fitted on."""
+    """A plan is measured on samples it was not fitted on."""
     one = fitter(first(data, 8))
-    table = one.fit(Plan((0, 4, 8)), Terms(2)).table
-    assert one.samples(table).shape == (8, 6) and one.samples(table, data).shape == (COUNT, 6)
-    np.testing.assert_allclose(one.samples(table, data)[:8], one.samples(table), rtol=1e-5, atol=1e-6)
+    plan = one.fit(Outline((0, 4, 8)), Terms(2)).plan
+    assert one.samples(plan).shape == (8, 6) and one.samples(plan, data).shape == (COUNT, 6)
+    np.testing.assert_allclose(one.samples(plan, data)[:8], one.samples(plan), rtol=1e-5, atol=1e-6)
 
 
 def test_a_direction_is_kept_over_several_unguided_evaluations(data: Trajectories) -> None:
-    plan = Plan((0, 3, 6, 9), unguided=frozenset({3, 6, 9}))
+    outline = Outline((0, 3, 6, 9), unguided=frozenset({3, 6, 9}))
     one = fitter(data)
-    fit = one.fit(plan, Terms(outputs=2, directions=1))
-    assert fit.table.guided.tolist() == [True, False, False, False]
-    np.testing.assert_array_equal(one.samples(fit.table), fit.samples)
+    fit = one.fit(outline, Terms(outputs=2, directions=1))
+    assert fit.plan.guided.tolist() == [True, False, False, False]
+    np.testing.assert_array_equal(one.samples(fit.plan), fit.samples)
 
 
 def test_an_unguided_evaluation_runs_one_branch(data: Trajectories) -> None:
     """Its output is the conditional one; the guidance direction comes from an earlier evaluation."""
     counter = Counter()
     one = Fitter(counter.bound(), loop(2.0), euler(STEPS), 2.0, data)
-    plan = Plan((0, 3, 6, 9), unguided=frozenset({3, 9}))
-    fit = one.fit(plan, Terms(outputs=2, directions=1))
-    table = fit.table
-    assert table.guided.tolist() == [True, False, True, False]
+    outline = Outline((0, 3, 6, 9), unguided=frozenset({3, 9}))
+    fit = one.fit(outline, Terms(outputs=2, directions=1))
+    plan = fit.plan
+    assert plan.guided.tolist() == [True, False, True, False]
     assert counter.rows == COUNT * (2 + 1 + 2 + 1)
-    assert not table.unconditional[:, [1, 3]].any()
-    np.testing.assert_array_equal(one.samples(table), fit.samples)
-    halves = one.fit(Plan((0, 6)), Terms(outputs=2, directions=1))
+    assert not plan.unconditional[:, [1, 3]].any()
+    np.testing.assert_array_equal(one.samples(plan), fit.samples)
+    halves = one.fit(Outline((0, 6)), Terms(outputs=2, directions=1))
     assert error(fit.samples, data) < error(halves.samples, data)
 
 
@@ -184,24 +184,24 @@ def test_an_unguided_evaluation_runs_one_branch(data: Trajectories) -> None:
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> Plan:
-    """Positions from 0, some of them with one branch; the first is guided, as in every table that weighs directions."""
+def outlines(draw: st.DrawFn) -> Outline:
+    """Positions from 0, some of them with one branch; the first is guided, as in every plan that weighs directions."""
     positions = (0, *sorted(draw(st.sets(st.integers(1, STEPS - 1), min_size=1, max_size=6))))
-    return Plan(positions, frozenset(draw(st.sets(st.sampled_from(positions[1:]), max_size=2))))
+    return Outline(positions, frozenset(draw(st.sets(st.sampled_from(positions[1:]), max_size=2))))
 
 
 @settings(max_examples=40, deadline=None)
-@given(plans(), plans(), st.integers(0, 2))
+@given(outlines(), outlines(), st.integers(0, 2))
 def test_a_fit_that_goes_on_from_another_is_the_same_fit(
-    data: Trajectories, model: Plan, plan: Plan, directions: int
+    data: Trajectories, model: Outline, outline: Outline, directions: int
 ) -> None:
     one, terms = fitter(data), Terms(outputs=2, directions=directions)
-    wanted = one.fit(plan, terms)
-    found = one.traced(plan, terms, one.traced(model, terms))
-    for name, value in wanted.table.arrays().items():
-        np.testing.assert_array_equal(found.fit.table.arrays()[name], value, err_msg=name)
+    wanted = one.fit(outline, terms)
+    found = one.traced(outline, terms, one.traced(model, terms))
+    for name, value in wanted.plan.arrays().items():
+        np.testing.assert_array_equal(found.fit.plan.arrays()[name], value, err_msg=name)
     np.testing.assert_array_equal(found.fit.samples, wanted.samples)
-    again = one.traced(plan, terms, found)
+    again = one.traced(outline, terms, found)
     np.testing.assert_array_equal(again.fit.samples, wanted.samples)
 
 
@@ -212,7 +212,7 @@ def test_what_both_evaluate_is_evaluated_once(data: Trajectories, positions: tup
     counter = Counter()
     one = Fitter(counter.bound(), loop(2.0), euler(STEPS), 2.0, data)
     terms = Terms(outputs=2, directions=1)
-    model = one.traced(Plan((0, 3, 6, 9)), terms)
+    model = one.traced(Outline((0, 3, 6, 9)), terms)
     before = counter.rows
-    one.traced(Plan(positions), terms, model)
+    one.traced(Outline(positions), terms, model)
     assert counter.rows - before == 2 * COUNT * (len(positions) - saved)

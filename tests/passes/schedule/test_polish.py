@@ -1,4 +1,4 @@
-"""Gauss-Newton on all weights of a table, in the closed loop."""
+"""Gauss-Newton on all weights of a plan, in the closed loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from stepfold.calibration.trajectories import Trajectories, trajectories
 from stepfold.loop.metrics import psnr
 from stepfold.loop.noise import SampleSet
-from stepfold.passes.schedule.fit import Fit, Fitter, Plan
+from stepfold.passes.schedule.fit import Fit, Fitter, Outline
 from stepfold.passes.schedule.polish import Normal, polish
 from stepfold.passes.schedule.positions import warped
 from stepfold.passes.schedule.terms import Terms
@@ -39,7 +39,7 @@ def fitter_of(scale: float | None, data: Trajectories, gain: float = 1.0) -> Fit
 
 
 def quality(fitter: Fitter, fit: Fit, data: Trajectories) -> float:
-    return float(psnr(fitter.samples(fit.table, data), data.latents[-1]).mean())
+    return float(psnr(fitter.samples(fit.plan, data), data.latents[-1]).mean())
 
 
 def polished(fitter: Fitter, fit: Fit, terms: Terms) -> Fit:
@@ -50,10 +50,10 @@ def polished(fitter: Fitter, fit: Fit, terms: Terms) -> Fit:
 def test_it_gains_on_samples_it_has_not_seen(sets, evaluations: int) -> None:
     scale, calibration, held_out = sets
     fitter, terms = fitter_of(scale, calibration), Terms(3, 2 if scale else 0)
-    fit = fitter.fit(Plan(warped(STEPS, evaluations, 1.4, 0.85)), terms)
+    fit = fitter.fit(Outline(warped(STEPS, evaluations, 1.4, 0.85)), terms)
     better = polished(fitter, fit, terms)
     assert quality(fitter, better, held_out) > quality(fitter, fit, held_out) + 0.3
-    np.testing.assert_array_equal(fitter.samples(better.table), better.samples)
+    np.testing.assert_array_equal(fitter.samples(better.plan), better.samples)
 
 
 def test_the_rounding_of_the_engine_is_part_of_it(sets) -> None:
@@ -61,8 +61,8 @@ def test_the_rounding_of_the_engine_is_part_of_it(sets) -> None:
     scale, calibration, held_out = sets
     exact, short = fitter_of(scale, calibration), fitter_of(scale, calibration, gain=0.9)
     terms = Terms(3, 2 if scale else 0)
-    start = exact.fit(Plan(warped(STEPS, 5, 1.4, 0.85)), terms)
-    spoiled = replace(start, samples=short.samples(start.table))
+    start = exact.fit(Outline(warped(STEPS, 5, 1.4, 0.85)), terms)
+    spoiled = replace(start, samples=short.samples(start.plan))
     better = polished(short, spoiled, terms)
     assert quality(short, better, held_out) > quality(short, spoiled, held_out) + 3
 
@@ -75,25 +75,25 @@ def test_it_never_loses_on_the_calibration_samples(
     scale, calibration, _ = sets
     fitter, terms = fitter_of(scale, calibration), Terms(outputs, directions if scale else 0)
     others = np.random.default_rng(seed).choice(np.arange(1, STEPS), evaluations - 1, replace=False)
-    fit = fitter.fit(Plan((0, *sorted(int(i) for i in others))), terms)
+    fit = fitter.fit(Outline((0, *sorted(int(i) for i in others))), terms)
     better = polished(fitter, fit, terms)
     assert quality(fitter, better, calibration) >= quality(fitter, fit, calibration)
-    assert (better.table.positions == fit.table.positions).all()
+    assert (better.plan.positions == fit.plan.positions).all()
 
 
 def test_evaluations_without_guidance(tmp_path: Path) -> None:
     calibration = reference(tmp_path, "calibration", 2.0)
     fitter, terms = fitter_of(2.0, calibration), Terms(2, 1)
-    fit = fitter.fit(Plan((0, 3, 5, 8), frozenset({3, 8})), terms)
+    fit = fitter.fit(Outline((0, 3, 5, 8), frozenset({3, 8})), terms)
     better = polished(fitter, fit, terms)
-    assert better is not fit and not better.table.guided[[1, 3]].any()
+    assert better is not fit and not better.plan.guided[[1, 3]].any()
     assert quality(fitter, better, calibration) > quality(fitter, fit, calibration)
 
 
 def test_samples_that_are_no_numbers_are_left_alone(sets) -> None:
     scale, calibration, _ = sets
     fitter, terms = fitter_of(scale, calibration), Terms(2)
-    fit = fitter.fit(Plan((0, 4, 8)), terms)
+    fit = fitter.fit(Outline((0, 4, 8)), terms)
     broken = replace(fit, samples=np.full_like(fit.samples, np.nan))
     assert polished(fitter, broken, terms) is broken
 
@@ -101,7 +101,7 @@ def test_samples_that_are_no_numbers_are_left_alone(sets) -> None:
 def test_progress_reaches_its_end(sets) -> None:
     scale, calibration, _ = sets
     fitter, terms, seen = fitter_of(scale, calibration), Terms(1), list[tuple[int, int]]()
-    fit = fitter.fit(Plan((0, 4, 8)), terms)
+    fit = fitter.fit(Outline((0, 4, 8)), terms)
     polish(fitter, fit, terms, lambda done, total: seen.append((done, total)))
     assert [done for done, _ in seen] == list(range(1, len(seen) + 1)) and seen[-1] == (len(seen), len(seen))
 

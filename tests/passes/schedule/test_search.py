@@ -12,13 +12,13 @@ import pytest
 import torch
 from analytic import Counter, analytic_context, analytic_program, euler, loop
 from programs import component
-from searching import QUICK, STEPS, program_of, quality, refit, search, tables
+from searching import QUICK, STEPS, plans, program_of, quality, refit, search
 
 from stepfold.loop.errors import GateError, UsageError
 from stepfold.loop.metrics import lower_bound
-from stepfold.loop.table import FoldedTable, fold
+from stepfold.loop.plan import Plan, fold
 from stepfold.passes.base import PassResult
-from stepfold.passes.schedule.fit import Fitter, Plan
+from stepfold.passes.schedule.fit import Fitter, Outline
 from stepfold.passes.schedule.options import ScheduleOptions
 from stepfold.passes.schedule.positions import WARPS, warped
 from stepfold.passes.schedule.schedule import SearchSchedule
@@ -32,10 +32,10 @@ from stepfold.passes.schedule.trials import Candidate, Trials
 def test_the_budget_is_met_by_the_lower_bound(cache: Path, budget: float) -> None:
     """Some of these lie between the bound and the mean of a candidate."""
     result = search(cache, min_psnr=budget)
-    (table,) = tables(result).values()
-    values = quality(table, cache)
+    (plan,) = plans(result).values()
+    values = quality(plan, cache)
     assert lower_bound(values) >= budget
-    assert quality(table, cache, "held-out").mean() > budget - 3
+    assert quality(plan, cache, "held-out").mean() > budget - 3
     chosen = result.details["2.0"]["chosen"]
     assert chosen["validation_low_db"] == pytest.approx(lower_bound(values), abs=1e-3)
     assert chosen["validation_psnr_db"] == pytest.approx(values.mean(), abs=1e-3)
@@ -43,15 +43,15 @@ def test_the_budget_is_met_by_the_lower_bound(cache: Path, budget: float) -> Non
 
 def test_a_harder_budget_costs_more_evaluations(cache: Path) -> None:
     easy, hard = (search(cache, min_psnr=budget) for budget in (25.0, 45.0))
-    evaluations = [next(iter(tables(result).values())).evaluations for result in (easy, hard)]
+    evaluations = [next(iter(plans(result).values())).evaluations for result in (easy, hard)]
     assert evaluations[0] < evaluations[1] < STEPS
 
 
 def test_one_evaluation_fewer_misses_the_budget(cache: Path) -> None:
-    """The table that is shipped is the last that was good enough."""
+    """The plan that is shipped is the last that was good enough."""
     result = search(cache, min_psnr=40.0)
-    (table,) = tables(result).values()
-    fewer = [row for row in result.details["2.0"]["tried"] if row["evaluations"] == table.evaluations - 1]
+    (plan,) = plans(result).values()
+    fewer = [row for row in result.details["2.0"]["tried"] if row["evaluations"] == plan.evaluations - 1]
     assert fewer and all(row["validation_low_db"] < 40.0 for row in fewer)
 
 
@@ -80,16 +80,16 @@ def test_a_budget_of_the_user_wins_over_the_recipes(cache: Path) -> None:
     program = program_of()
     context = analytic_context(program, cache, min_psnr=25.0)
     strict = SearchSchedule(ScheduleOptions.model_validate({**QUICK, "min_psnr": 60.0})).run(program, context)
-    (table,) = tables(strict).values()
-    assert table.evaluations == next(iter(tables(search(cache, min_psnr=25.0)).values())).evaluations
+    (plan,) = plans(strict).values()
+    assert plan.evaluations == next(iter(plans(search(cache, min_psnr=25.0)).values())).evaluations
 
 
 def spread_polish(monkeypatch: pytest.MonkeyPatch, budget: float) -> None:
-    """Polished tables have the better mean, and a lower bound that misses the budget."""
+    """Polished plans have the better mean, and a lower bound that misses the budget."""
     measure = Trials.measure
 
-    def spread(self: Trials, table: FoldedTable, origin: str, calibration: float = float("nan")) -> Candidate:
-        found = measure(self, table, origin, calibration)
+    def spread(self: Trials, plan: Plan, origin: str, calibration: float = float("nan")) -> Candidate:
+        found = measure(self, plan, origin, calibration)
         return found if origin != "polished" else widened(self, found)
 
     def widened(trials: Trials, found: Candidate) -> Candidate:
@@ -101,7 +101,7 @@ def spread_polish(monkeypatch: pytest.MonkeyPatch, budget: float) -> None:
 
 
 def test_a_better_mean_that_misses_the_budget_is_not_taken(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (before,) = tables(search(cache, min_psnr=46.0)).values()
+    (before,) = plans(search(cache, min_psnr=46.0)).values()
     spread_polish(monkeypatch, 46.0)
     chosen = search(cache, scale=None, min_psnr=46.0).details["None"]["chosen"]
     assert chosen["validation_low_db"] >= 46.0 and chosen["origin"] != "polished"
@@ -113,7 +113,7 @@ def test_a_budget_of_zero_is_a_budget(cache: Path) -> None:
     program = program_of()
     context = analytic_context(program, cache, min_psnr=0.0)
     result = SearchSchedule(ScheduleOptions.model_validate({**QUICK, "min_psnr": 60.0})).run(program, context)
-    assert next(iter(tables(result).values())).evaluations == 1
+    assert next(iter(plans(result).values())).evaluations == 1
 
 
 def test_auto_needs_a_budget(cache: Path) -> None:
@@ -128,8 +128,8 @@ def test_auto_needs_a_budget(cache: Path) -> None:
 def test_a_fixed_number_of_evaluations(cache: Path, evaluations: int) -> None:
     """The budget is a reported figure then: 90 dB is not met, and no error."""
     result = search(cache, evaluations=evaluations, min_psnr=90.0)
-    (table,) = tables(result).values()
-    assert table.evaluations == evaluations
+    (plan,) = plans(result).values()
+    assert plan.evaluations == evaluations
     assert result.details["2.0"]["chosen"]["evaluations"] == evaluations
     assert result.changed == 1
 
@@ -153,8 +153,8 @@ def test_more_evaluations_than_the_grid_has(cache: Path) -> None:
 
 
 def test_every_call_is_the_full_loop(cache: Path) -> None:
-    (table,) = tables(search(cache, evaluations=STEPS)).values()
-    assert quality(table, cache).min() > 80
+    (plan,) = plans(search(cache, evaluations=STEPS)).values()
+    assert quality(plan, cache).min() > 80
 
 
 # -- what is compared
@@ -174,18 +174,18 @@ def test_the_unfitted_table_is_returned_when_it_wins(cache: Path, monkeypatch: p
     """A fit that learned from something else: every weight of the latent is a tenth short."""
     fit = Fitter.fit
 
-    def spoiled(self: Fitter, plan: Any, terms: Any) -> Any:
-        good = fit(self, plan, terms)
-        return replace(good, table=replace(good.table, state=good.table.state * 0.9))
+    def spoiled(self: Fitter, outline: Any, terms: Any) -> Any:
+        good = fit(self, outline, terms)
+        return replace(good, plan=replace(good.plan, state=good.plan.state * 0.9))
 
     monkeypatch.setattr(Fitter, "fit", spoiled)
     result = search(cache, evaluations=6)
-    (table,) = tables(result).values()
+    (plan,) = plans(result).values()
     chosen = result.details["2.0"]["chosen"]
     assert chosen["origin"] in ("fewer steps", "forecast")
     order = 0 if chosen["origin"] == "fewer steps" else 1
-    wanted = fold(euler(STEPS), 2.0, [int(p) for p in table.positions], order)
-    np.testing.assert_array_equal(table.conditional, wanted.conditional)
+    wanted = fold(euler(STEPS), 2.0, [int(p) for p in plan.positions], order)
+    np.testing.assert_array_equal(plan.conditional, wanted.conditional)
     assert chosen["calibration_psnr_db"] != chosen["calibration_psnr_db"]  # it was not fitted on any: NaN
 
 
@@ -193,9 +193,9 @@ def test_the_engine_is_what_is_fitted(cache: Path) -> None:
     """An engine with a gain of 0.9: the fit makes it up, and the exact field would not have needed to."""
     engine = Counter(gain=0.9)
     result = search(cache, engine=engine, evaluations=STEPS)
-    (table,) = tables(result).values()
+    (plan,) = plans(result).values()
     assert engine.calls > 0
-    assert quality(table, cache, engine=engine).mean() > 60 > quality(table, cache).mean()
+    assert quality(plan, cache, engine=engine).mean() > 60 > quality(plan, cache).mean()
     assert result.program.schedule is not None and result.program.schedule.fitted_on == "engine"
 
 
@@ -206,7 +206,7 @@ def test_warps_are_compared_where_calls_are_few(cache: Path, calls: int) -> None
     options = ScheduleOptions.model_validate({**QUICK, "moves": 0, "min_psnr": 90.0})
     one = ScheduleSearch(options, program, Counter().bound(), analytic_context(program, cache), 2.0)
     one.run()
-    scored = {plan.positions for plan in one.trials.scores}
+    scored = {outline.positions for outline in one.trials.scores}
     assert (0,) in scored
     for evaluations in {len(positions) for positions in scored}:
         grids = {warped(calls, evaluations, a, b) for a, b in WARPS}
@@ -230,14 +230,17 @@ def test_a_rival_is_polished_only_where_it_may_decide(
     program, done = program_of(), list[str]()
     options = ScheduleOptions.model_validate({**QUICK, "min_psnr": 40.0})
     one = ScheduleSearch(options, program, Counter().bound(), analytic_context(program, cache), 2.0)
-    table = fold(euler(STEPS), 2.0, (0, 4, 8))
-    plans = {"rival": Plan((0, 4, 8)), "first": Plan((0, 3, 8)), "far": Plan((0, 2, 8))}
+    plan = fold(euler(STEPS), 2.0, (0, 4, 8))
+    outlines = {"rival": Outline((0, 4, 8)), "first": Outline((0, 3, 8)), "far": Outline((0, 2, 8))}
     below = {"first": 0.0, "rival": 0.1, "far": 0.6}
-    fits = {plan: Candidate(table, name, low + 1 - below[name], low - below[name], 0) for name, plan in plans.items()}
+    fits = {
+        outline: Candidate(plan, name, low + 1 - below[name], low - below[name], 0)
+        for name, outline in outlines.items()
+    }
 
-    def polish(plan: Plan) -> Candidate:
-        done.append(fits[plan].origin)
-        return replace(fits[plan], low=polished)
+    def polish(outline: Outline) -> Candidate:
+        done.append(fits[outline].origin)
+        return replace(fits[outline], low=polished)
 
     monkeypatch.setattr(one.trials, "polished", polish)
     one._polish(fits, sparing)
@@ -262,9 +265,9 @@ def test_moves_improve_the_calibration_samples(cache: Path) -> None:
 
 def test_one_table_for_every_declared_scale(cache: Path) -> None:
     result = search(cache, scale={"values": [2.0, 4.0, 1.0]}, evaluations=4)
-    fitted = tables(result)
+    fitted = plans(result)
     assert list(fitted) == [2.0, 4.0, 1.0] and set(result.details) == {"2.0", "4.0", "1.0"}
-    assert [table.guided.all() for table in fitted.values()] == [True, True, False]
+    assert [plan.guided.all() for plan in fitted.values()] == [True, True, False]
     assert result.changed == 3
 
 
@@ -273,12 +276,12 @@ def test_a_scale_of_at_most_one_is_fitted_on_one_branch(cache: Path, scale: floa
     result = search(cache, scale=scale, evaluations=4)
     rows = {row["origin"]: row["validation_psnr_db"] for row in result.details[str(scale)]["tried"]}
     assert rows["fitted"] > rows["fewer steps"] + 1
-    (table,) = tables(result).values()
-    assert not table.guided.any() and not table.unconditional.any()
+    (plan,) = plans(result).values()
+    assert not plan.guided.any() and not plan.unconditional.any()
 
 
 def test_a_loop_without_guidance(cache: Path) -> None:
-    fitted = tables(search(cache, scale=None, evaluations=4))
+    fitted = plans(search(cache, scale=None, evaluations=4))
     assert list(fitted) == [1.0]
     assert not fitted[1.0].guided.any() and not fitted[1.0].unconditional.any()
 
@@ -287,32 +290,32 @@ def test_a_loop_without_guidance(cache: Path) -> None:
 def test_the_unconditional_branch_is_left_out_where_the_budget_allows(cache: Path, budget: float) -> None:
     """One more evaluation without it would miss the budget on the samples that order them, or on validation."""
     result = search(cache, min_psnr=budget)
-    (table,) = tables(result).values()
-    assert lower_bound(quality(table, cache)) >= budget
+    (plan,) = plans(result).values()
+    assert lower_bound(quality(plan, cache)) >= budget
     chosen = result.details["2.0"]["chosen"]
-    assert chosen["unguided"] == [int(p) for p in table.positions[~table.guided]]
-    assert len(chosen["unguided"]) == table.evaluations - table.guided_evaluations < table.evaluations
+    assert chosen["unguided"] == [int(p) for p in plan.positions[~plan.guided]]
+    assert len(chosen["unguided"]) == plan.evaluations - plan.guided_evaluations < plan.evaluations
 
 
 def test_some_budget_needs_fewer_branches_than_evaluations(cache: Path) -> None:
-    found = [next(iter(tables(search(cache, min_psnr=float(budget))).values())) for budget in range(24, 48, 2)]
-    assert any(table.guided_evaluations < table.evaluations for table in found)
+    found = [next(iter(plans(search(cache, min_psnr=float(budget))).values())) for budget in range(24, 48, 2)]
+    assert any(plan.guided_evaluations < plan.evaluations for plan in found)
 
 
 @pytest.mark.parametrize("options", [{"evaluations": 6}, {"evaluations": 6, "min_psnr": 10.0}])
 def test_a_number_of_evaluations_keeps_both_branches(cache: Path, options: dict[str, Any]) -> None:
-    (table,) = tables(search(cache, **options)).values()
-    assert table.guided.all()
+    (plan,) = plans(search(cache, **options)).values()
+    assert plan.guided.all()
 
 
 def test_a_refit_keeps_the_branches(cache: Path) -> None:
-    (table,) = tables(search(cache, evaluations=6)).values()
-    guided = table.guided & ~np.isin(np.arange(6), [0, 5])
-    unconditional = np.where(guided[None], table.unconditional, 0.0)
+    (plan,) = plans(search(cache, evaluations=6)).values()
+    guided = plan.guided & ~np.isin(np.arange(6), [0, 5])
+    unconditional = np.where(guided[None], plan.unconditional, 0.0)
     candidate, searched = refit(
-        cache, replace(table, guided=guided, unconditional=unconditional), Counter(), min_psnr=15.0
+        cache, replace(plan, guided=guided, unconditional=unconditional), Counter(), min_psnr=15.0
     )
-    assert not searched and (candidate.table.guided == guided).all()
+    assert not searched and (candidate.plan.guided == guided).all()
 
 
 # -- what it does not apply to

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +14,13 @@ from stepfold.backends.onnxruntime.lower import LOWERINGS, lower
 from stepfold.backends.onnxruntime.session import open_session
 from stepfold.calibration.conditions import sample_request
 from stepfold.calibration.stage_inputs import SAMPLES, step_inputs
-from stepfold.ir.program import attribute
+from stepfold.ir.program import attribute, reference
 from stepfold.loop.driver import run_loop
 from stepfold.loop.errors import UsageError
 from stepfold.loop.metrics import drift
 from stepfold.loop.noise import SampleSet
+from stepfold.loop.plan import fold
 from stepfold.loop.ports import BoundProgram
-from stepfold.loop.table import fold
 from stepfold.passes.quantize.modelopt.decide import decide
 from stepfold.passes.quantize.modelopt.environment import find
 from stepfold.passes.quantize.modelopt.floats import emit_floats
@@ -77,10 +76,9 @@ def test_decisions_of_every_mode(python: Path, mode: Mode, dtype: str, error: fl
 
 def bound_with(program: Program, file: Path) -> BoundProgram:
     """The program with its step stage run by ONNX Runtime from a file."""
-    bound, step = program.bind(), program.step
+    step = program.step
     call = open_session(file, step.inputs, step.outputs, threads=1)
-    stages = (replace(stage, call=call) if stage.name == step.name else stage for stage in bound.stages)
-    return replace(bound, stages=tuple(stages))
+    return program.bound_by(lambda stage: call if stage is step else reference(stage))
 
 
 @pytest.fixture(scope="module")

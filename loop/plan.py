@@ -1,27 +1,72 @@
-"""FoldedTable: sampler x guidance x schedule, collapsed into the updates between denoiser evaluations.
+"""Plan: what the driver follows. Sampler x guidance x schedule, collapsed into N evaluations and their updates.
 
 With c_j and u_j the conditional and unconditional outputs of evaluation j,
 
     x[k+1] = state_k x[k] + sum_{j<=k} conditional_kj c_j + unconditional_kj u_j
 
-A step that the schedule skips has no row: it is part of the update between its two neighbours.
+A step that the schedule skips has no row: it is part of the update between its two neighbours. At each evaluation a
+computing slot of the program is filled by one of its variants, or by a weighted sum of its own earlier outputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from .recurrence import Array, Recurrence, one_number
 
 LARGEST_WEIGHT = 1e30  # a product with it is still a float32 number
+REUSED = -1
+"""In the place of a variant's number: the slot repeats its own earlier outputs."""
+CELLS = "cells"
 
 
 @dataclass(frozen=True, eq=False)
-class FoldedTable:
-    """The loop a bundle runs: N evaluations and one linear update after each.
+class Cell:
+    """What fills one computing slot at each of N evaluations.
+
+    Attributes:
+        variant: [N] number of the variant, `REUSED` where earlier outputs of the slot take its place.
+        weights: [N, N] weights of the outputs of earlier evaluations, zero where the slot is computed, and of
+            evaluations at which it was reused itself.
+    """
+
+    variant: Array
+    weights: Array
+
+    def __post_init__(self) -> None:
+        N = len(self.variant)
+        if self.variant.shape != (N,) or self.variant.dtype.kind != "i" or (self.variant < REUSED).any():
+            raise ValueError(f"a cell of {N} evaluations needs [{N}] numbers of variants, {REUSED} where it is reused")
+        if self.weights.shape != (N, N) or np.triu(self.weights).any():
+            raise ValueError(f"a cell of {N} evaluations weighs earlier outputs only, by [{N}, {N}] below the diagonal")
+        if not (np.abs(self.weights) <= LARGEST_WEIGHT).all():  # also NaN
+            raise ValueError(f"weights of a cell must be finite, at most {LARGEST_WEIGHT:g}")
+        reused = self.reused
+        if self.weights[~reused].any() or self.weights[:, reused].any():
+            raise ValueError("a cell weighs computed outputs where it is reused, and nothing elsewhere")
+        if not self.weights[reused].any(axis=1).all():
+            raise ValueError("a cell that is reused needs an earlier output")
+
+    @property
+    def reused(self) -> Array:
+        """[N] whether earlier outputs take the place of a computation."""
+        return self.variant == REUSED
+
+    def last_reader(self, j: int) -> int:
+        """The last evaluation that reads the outputs of evaluation j; j where none does."""
+        return int(np.nonzero(self.weights[:, j])[0].max(initial=j))
+
+    def arrays(self) -> dict[str, Array]:
+        """The cell as named arrays."""
+        return {"variant": self.variant.astype(np.int64), "weights": self.weights.astype(np.float64)}
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The loop a bundle runs: N evaluations, what fills the slots at each, and one linear update after it.
 
     Attributes:
         positions: [N] grid call of each evaluation, ascending from 0.
@@ -33,6 +78,7 @@ class FoldedTable:
         unconditional: [N, N] lower triangular weights of the unconditional outputs; zero columns where not guided.
         initial_scale: multiplies the standard normal noise.
         landings: [N] grid call at which the latent stands after the update; S after the last.
+        cells: computing slots by name; a slot without a cell is filled by the variant of the grid call.
     """
 
     positions: Array
@@ -44,21 +90,27 @@ class FoldedTable:
     unconditional: Array
     initial_scale: float
     landings: Array
+    cells: Mapping[str, Cell] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         N = len(self.positions)
         for name in ("timesteps", "input_scale", "guided", "state", "landings"):
             if getattr(self, name).shape != (N,):
-                raise ValueError(f"{name} of a table of {N} evaluations must be [{N}]")
+                raise ValueError(f"{name} of a plan of {N} evaluations must be [{N}]")
         for name in ("conditional", "unconditional"):
             weights = getattr(self, name)
             if weights.shape != (N, N) or not np.allclose(weights, np.tril(weights)):
-                raise ValueError(f"{name} of a table of {N} evaluations must be lower triangular [{N}, {N}]")
+                raise ValueError(f"{name} of a plan of {N} evaluations must be lower triangular [{N}, {N}]")
         for name in ("state", "conditional", "unconditional"):
             if not (np.abs(getattr(self, name)) <= LARGEST_WEIGHT).all():  # also NaN
-                raise ValueError(f"{name} weights of a table must be finite, at most {LARGEST_WEIGHT:g}")
+                raise ValueError(f"{name} weights of a plan must be finite, at most {LARGEST_WEIGHT:g}")
         if self.unconditional[:, ~self.guided].any():
             raise ValueError("an unguided evaluation has no unconditional output to weigh")
+        for name, cell in self.cells.items():
+            if len(cell.variant) != N:
+                raise ValueError(f"the cell of slot {name!r} must be of {N} evaluations; it is of {len(cell.variant)}")
+            if cell.weights[np.ix_(self.guided, ~self.guided)].any():
+                raise ValueError(f"slot {name!r}: a guided evaluation reuses outputs of both branches")
 
     @property
     def evaluations(self) -> int:
@@ -76,7 +128,7 @@ class FoldedTable:
         return int(used.max(initial=j))
 
     def arrays(self) -> dict[str, Array]:
-        """The table as named arrays, for `tables.safetensors`."""
+        """The plan as named arrays, for `tables.safetensors`."""
         return {
             "positions": self.positions.astype(np.int64),
             "timesteps": self.timesteps.astype(np.float64),
@@ -87,11 +139,16 @@ class FoldedTable:
             "unconditional": self.unconditional.astype(np.float64),
             "initial_scale": np.asarray([self.initial_scale], np.float64),
             "landings": self.landings.astype(np.int64),
+            **{
+                f"{CELLS}/{name}/{key}": array
+                for name, cell in self.cells.items()
+                for key, array in cell.arrays().items()
+            },
         }
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, Array]) -> FoldedTable:
-        """Rebuild a table from `arrays()`."""
+    def from_arrays(cls, arrays: Mapping[str, Array]) -> Plan:
+        """Rebuild a plan from `arrays()`."""
         return cls(
             positions=arrays["positions"],
             timesteps=arrays["timesteps"],
@@ -102,7 +159,14 @@ class FoldedTable:
             unconditional=arrays["unconditional"],
             initial_scale=one_number(arrays["initial_scale"]),
             landings=arrays["landings"],
+            cells=_cells(arrays),
         )
+
+
+def _cells(arrays: Mapping[str, Array]) -> dict[str, Cell]:
+    """The cells of `Plan.arrays()`; a slot's name may hold slashes."""
+    names = {key.split("/", 1)[1].rpartition("/")[0] for key in arrays if key.startswith(f"{CELLS}/")}
+    return {name: Cell(arrays[f"{CELLS}/{name}/variant"], arrays[f"{CELLS}/{name}/weights"]) for name in sorted(names)}
 
 
 def guides(scale: float | None) -> bool:
@@ -115,8 +179,8 @@ def fold(
     scale: float | None = None,
     positions: Sequence[int] | None = None,
     order: int = 0,
-) -> FoldedTable:
-    """Fold a sampler, a guidance scale and a set of evaluated calls into a table.
+) -> Plan:
+    """Fold a sampler, a guidance scale and a set of evaluated calls into a plan.
 
     An output that is skipped is forecast from the `order + 1` newest evaluated outputs by the polynomial through
     them in the call index (order 0: reuse); near the start fewer are used. Exact, because everything is linear.
@@ -147,14 +211,12 @@ def fold(
     return with_guidance(recurrence, scale, chosen, state, outputs)
 
 
-def with_guidance(
-    recurrence: Recurrence, scale: float | None, positions: Array, state: Array, outputs: Array
-) -> FoldedTable:
-    """Build the table whose update weighs *guided* outputs `v = u + scale (c - u)` by `outputs` [N, N]."""
+def with_guidance(recurrence: Recurrence, scale: float | None, positions: Array, state: Array, outputs: Array) -> Plan:
+    """Build the plan whose update weighs *guided* outputs `v = u + scale (c - u)` by `outputs` [N, N]."""
     N = len(positions)
     guided = guides(scale)
     factor = scale if guided and scale is not None else 1.0
-    return FoldedTable(
+    return Plan(
         positions=positions,
         timesteps=recurrence.timesteps[positions],
         input_scale=recurrence.input_scale[positions],

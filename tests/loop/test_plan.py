@@ -1,4 +1,4 @@
-"""FoldedTable: what the fold promises, against the recurrence stepped by hand."""
+"""Plan: what the fold promises, against the recurrence stepped by hand."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stepfold.loop.plan import Plan, fold, with_guidance
 from stepfold.loop.recurrence import Recurrence
-from stepfold.loop.table import FoldedTable, fold, with_guidance
 
 SEEDS = st.integers(0, 999)
 WIDTH = 4
@@ -47,13 +47,13 @@ def stepped(recurrence: Recurrence, x0: np.ndarray, outputs: np.ndarray) -> list
     return latents
 
 
-def tabled(table: FoldedTable, x0: np.ndarray, conditional: np.ndarray, unconditional: np.ndarray) -> list[np.ndarray]:
-    """The latent before the first and after each update of a table, by its definition."""
+def planned(plan: Plan, x0: np.ndarray, conditional: np.ndarray, unconditional: np.ndarray) -> list[np.ndarray]:
+    """The latent before the first and after each update of a plan, by its definition."""
     latents = [x0]
-    for k in range(table.evaluations):
-        x = table.state[k] * latents[-1]
+    for k in range(plan.evaluations):
+        x = plan.state[k] * latents[-1]
         for j in range(k + 1):
-            x = x + table.conditional[k, j] * conditional[j] + table.unconditional[k, j] * unconditional[j]
+            x = x + plan.conditional[k, j] * conditional[j] + plan.unconditional[k, j] * unconditional[j]
         latents.append(x)
     return latents
 
@@ -69,14 +69,14 @@ def test_everything_computed_is_the_recurrence(calls: int, seed: int, scale: flo
     recurrence = random_recurrence(calls, seed)
     x0, c, u = branches(calls, seed)
     guided = c if scale is None or scale <= 1 else u + scale * (c - u)
-    table = fold(recurrence, scale)
-    np.testing.assert_allclose(tabled(table, x0, c, u), stepped(recurrence, x0, guided), atol=1e-8)
-    np.testing.assert_array_equal(table.positions, np.arange(calls))
-    np.testing.assert_array_equal(table.landings, np.arange(1, calls + 1))
-    np.testing.assert_array_equal(table.timesteps, recurrence.timesteps)
-    np.testing.assert_array_equal(table.input_scale, recurrence.input_scale)
-    assert table.initial_scale == recurrence.initial_scale
-    assert table.guided.all() == (scale is not None and scale > 1.0)
+    plan = fold(recurrence, scale)
+    np.testing.assert_allclose(planned(plan, x0, c, u), stepped(recurrence, x0, guided), atol=1e-8)
+    np.testing.assert_array_equal(plan.positions, np.arange(calls))
+    np.testing.assert_array_equal(plan.landings, np.arange(1, calls + 1))
+    np.testing.assert_array_equal(plan.timesteps, recurrence.timesteps)
+    np.testing.assert_array_equal(plan.input_scale, recurrence.input_scale)
+    assert plan.initial_scale == recurrence.initial_scale
+    assert plan.guided.all() == (scale is not None and scale > 1.0)
 
 
 @given(schedule=schedules(), seed=SEEDS)
@@ -86,11 +86,11 @@ def test_reuse_repeats_the_newest_output(schedule: tuple[int, list[int]], seed: 
     x0, c, u = branches(calls, seed)
     newest = [max(p for p in positions if p <= i) for i in range(calls)]
     expected = stepped(recurrence, x0, c[newest])
-    table = fold(recurrence, None, positions)
-    received = tabled(table, x0, c[positions], u[positions])
-    np.testing.assert_allclose(received[1:], np.stack(expected)[table.landings], atol=1e-8)
-    np.testing.assert_array_equal(table.landings, [*positions[1:], calls])
-    np.testing.assert_array_equal(table.timesteps, recurrence.timesteps[positions])
+    plan = fold(recurrence, None, positions)
+    received = planned(plan, x0, c[positions], u[positions])
+    np.testing.assert_allclose(received[1:], np.stack(expected)[plan.landings], atol=1e-8)
+    np.testing.assert_array_equal(plan.landings, [*positions[1:], calls])
+    np.testing.assert_array_equal(plan.timesteps, recurrence.timesteps[positions])
 
 
 @settings(max_examples=60)
@@ -105,7 +105,7 @@ def test_forecast_is_exact_for_polynomials(schedule: tuple[int, list[int]], orde
     outputs = index[:, None] ** np.arange(order + 1) @ coefficients
     recurrence = random_recurrence(calls, seed)
     x0, _, _ = branches(calls, seed)
-    received = tabled(fold(recurrence, None, positions, order), x0, outputs[positions], outputs[positions])
+    received = planned(fold(recurrence, None, positions, order), x0, outputs[positions], outputs[positions])
     np.testing.assert_allclose(received[-1], stepped(recurrence, x0, outputs)[-1], atol=1e-6)
 
 
@@ -117,17 +117,17 @@ def test_forecast_of_a_lower_order_is_not_exact() -> None:
     x0, _, _ = branches(8, 3)
     exact = stepped(recurrence, x0, outputs)[-1]
     for order, right in ((1, False), (2, True)):
-        received = tabled(fold(recurrence, None, positions, order), x0, outputs[positions], outputs[positions])[-1]
+        received = planned(fold(recurrence, None, positions, order), x0, outputs[positions], outputs[positions])[-1]
         assert np.allclose(received, exact, atol=1e-9) == right
 
 
 def test_first_forecasts_use_the_anchors_there_are() -> None:
     """Euler with unit steps: with one anchor the forecast is reuse, with two the line through them."""
     recurrence = Recurrence(np.arange(6.0), np.ones(6), np.ones(6), np.eye(6), 1.0)
-    table = fold(recurrence, None, [0, 2], order=1)
-    np.testing.assert_allclose(table.conditional[0], [2.0, 0.0])  # calls 0 and 1
+    plan = fold(recurrence, None, [0, 2], order=1)
+    np.testing.assert_allclose(plan.conditional[0], [2.0, 0.0])  # calls 0 and 1
     # calls 2..5 are v2 + t (v2 - v0) / 2 for t = 0..3: 4 v2 + 6/2 (v2 - v0)
-    np.testing.assert_allclose(table.conditional[1], [-3.0, 7.0])
+    np.testing.assert_allclose(plan.conditional[1], [-3.0, 7.0])
 
 
 @given(schedule=schedules(), seed=SEEDS, scale=st.floats(1.0, 10.0), order=st.integers(0, 2))
@@ -137,9 +137,9 @@ def test_guidance_is_linear_in_the_branches(
     calls, positions = schedule
     recurrence = random_recurrence(calls, seed)
     x0, c, u = (value if value.ndim == 1 else value[positions] for value in branches(calls, seed))
-    received = tabled(fold(recurrence, scale, positions, order), x0, c, u)
+    received = planned(fold(recurrence, scale, positions, order), x0, c, u)
     combined = u + scale * (c - u)
-    expected = tabled(fold(recurrence, None, positions, order), x0, combined, np.zeros_like(u))
+    expected = planned(fold(recurrence, None, positions, order), x0, combined, np.zeros_like(u))
     np.testing.assert_allclose(received, expected, rtol=1e-7, atol=1e-6)
 
 
@@ -147,34 +147,34 @@ def test_guidance_is_linear_in_the_branches(
 def test_the_second_branch_runs_only_when_it_counts(scale: float | None, guided: int) -> None:
     """A scale of at most 1 is the conditional branch alone, as diffusers pipelines take it."""
     recurrence = random_recurrence(3, 0)
-    table = fold(recurrence, scale)
+    plan = fold(recurrence, scale)
     if not guided:
-        np.testing.assert_array_equal(table.conditional, fold(recurrence, None).conditional)
-    assert table.guided_evaluations == guided
-    assert bool(table.unconditional.any()) == (guided > 0)
+        np.testing.assert_array_equal(plan.conditional, fold(recurrence, None).conditional)
+    assert plan.guided_evaluations == guided
+    assert bool(plan.unconditional.any()) == (guided > 0)
 
 
 def test_last_reader_is_the_last_update_that_weighs_an_output() -> None:
     recurrence = Recurrence(np.arange(4.0), np.ones(4), np.ones(4), np.eye(4) + 0.5 * np.eye(4, k=-1), 1.0)
-    table = fold(recurrence, 2.0)
-    assert [table.last_reader(j) for j in range(4)] == [1, 2, 3, 3]
-    only_unconditional = table.conditional.copy()
+    plan = fold(recurrence, 2.0)
+    assert [plan.last_reader(j) for j in range(4)] == [1, 2, 3, 3]
+    only_unconditional = plan.conditional.copy()
     only_unconditional[1, 0] = 0.0
-    assert replace(table, conditional=only_unconditional).last_reader(0) == 1
+    assert replace(plan, conditional=only_unconditional).last_reader(0) == 1
     assert fold(Recurrence(np.arange(2.0), np.ones(2), np.ones(2), np.zeros((2, 2)), 1.0)).last_reader(0) == 0
 
 
 @given(schedule=schedules(), seed=SEEDS, scale=st.one_of(st.none(), st.floats(0.0, 8.0)))
 def test_arrays_round_trip(schedule: tuple[int, list[int]], seed: int, scale: float | None) -> None:
     calls, positions = schedule
-    table = fold(random_recurrence(calls, seed), scale, positions, order=1)
-    arrays = table.arrays()
-    rebuilt = FoldedTable.from_arrays(arrays)
+    plan = fold(random_recurrence(calls, seed), scale, positions, order=1)
+    arrays = plan.arrays()
+    rebuilt = Plan.from_arrays(arrays)
     for name, value in arrays.items():
         np.testing.assert_array_equal(rebuilt.arrays()[name], value)
         assert rebuilt.arrays()[name].dtype == value.dtype
     assert rebuilt.guided.dtype == bool and isinstance(rebuilt.initial_scale, float)
-    np.testing.assert_array_equal(rebuilt.conditional, table.conditional)
+    np.testing.assert_array_equal(rebuilt.conditional, plan.conditional)
 
 
 @pytest.mark.parametrize("positions", [[], [1, 2], [0, 2, 1], [0, 0, 1], [0, 5], [-1, 0]])
@@ -191,13 +191,13 @@ def test_order_is_checked() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"timesteps": np.zeros(2)}, r"timesteps of a table of 3 evaluations must be \[3\]"),
-        ({"guided": np.ones((3, 1), bool)}, r"guided of a table of 3 evaluations must be \[3\]"),
-        ({"landings": np.zeros(4, np.int64)}, r"landings of a table of 3 evaluations must be \[3\]"),
-        ({"conditional": np.ones((3, 3))}, r"conditional of a table of 3 evaluations must be lower triangular"),
-        ({"unconditional": np.zeros((3, 2))}, r"unconditional of a table .* must be lower triangular \[3, 3\]"),
-        ({"state": np.array([1.0, np.nan, 1.0])}, "state weights of a table must be finite"),
-        ({"conditional": np.diag([1.0, np.inf, 1.0])}, "conditional weights of a table must be finite"),
+        ({"timesteps": np.zeros(2)}, r"timesteps of a plan of 3 evaluations must be \[3\]"),
+        ({"guided": np.ones((3, 1), bool)}, r"guided of a plan of 3 evaluations must be \[3\]"),
+        ({"landings": np.zeros(4, np.int64)}, r"landings of a plan of 3 evaluations must be \[3\]"),
+        ({"conditional": np.ones((3, 3))}, r"conditional of a plan of 3 evaluations must be lower triangular"),
+        ({"unconditional": np.zeros((3, 2))}, r"unconditional of a plan .* must be lower triangular \[3, 3\]"),
+        ({"state": np.array([1.0, np.nan, 1.0])}, "state weights of a plan must be finite"),
+        ({"conditional": np.diag([1.0, np.inf, 1.0])}, "conditional weights of a plan must be finite"),
         ({"guided": np.array([True, False, True])}, "an unguided evaluation has no unconditional output to weigh"),
     ],
 )
@@ -209,8 +209,8 @@ def test_tables_are_checked(change: dict[str, Any], message: str) -> None:
 def test_with_guidance_weighs_guided_outputs() -> None:
     recurrence = random_recurrence(6, 1)
     positions, outputs = np.array([0, 2, 5]), np.tril(np.arange(1.0, 10.0).reshape(3, 3))
-    table = with_guidance(recurrence, 3.0, positions, np.array([1.0, 0.5, 2.0]), outputs)
-    np.testing.assert_allclose(table.conditional, 3.0 * outputs)
-    np.testing.assert_allclose(table.unconditional, -2.0 * outputs)
-    np.testing.assert_array_equal(table.landings, [2, 5, 6])
-    np.testing.assert_array_equal(table.input_scale, recurrence.input_scale[[0, 2, 5]])
+    plan = with_guidance(recurrence, 3.0, positions, np.array([1.0, 0.5, 2.0]), outputs)
+    np.testing.assert_allclose(plan.conditional, 3.0 * outputs)
+    np.testing.assert_allclose(plan.unconditional, -2.0 * outputs)
+    np.testing.assert_array_equal(plan.landings, [2, 5, 6])
+    np.testing.assert_array_equal(plan.input_scale, recurrence.input_scale[[0, 2, 5]])
