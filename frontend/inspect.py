@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..ir.analysis.rates import node_rates, parameters_by_rate
+from ..ir.analysis.sites import Sites, find_sites
 from ..ir.cost import flops
 from ..ir.program import Program
 from ..ir.shapes import PROBE_BATCHES
 from ..loop.ports import Rate
-from .rates import node_rates, parameters_by_rate
-from .sites import Sites, find_sites
 
 aten = torch.ops.aten
 DATA_DEPENDENT = frozenset(

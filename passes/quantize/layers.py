@@ -11,7 +11,7 @@ from math import prod
 import torch
 from torch import fx
 
-from ...frontend.sites.walk import rearranges
+from ...ir.analysis.sites.walk import rearranges
 from ...ir.names import module_path
 from ...ir.program import Program, Refusal, Stage, attribute
 from ...loop.errors import UsageError

@@ -15,8 +15,8 @@ import torch
 from torch import fx
 
 from ...calibration.observe import watched_program
-from ...frontend.sites.feed_forward import find_feed_forward
-from ...frontend.sites.site import Site
+from ...ir.analysis.sites.feed_forward import find_feed_forward
+from ...ir.analysis.sites.site import Site
 from ...ir.edit import Copies, add_buffer, module_of
 from ...ir.probe import probe_inputs
 from ...ir.program import Program, Refusal, attribute

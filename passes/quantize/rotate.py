@@ -16,12 +16,12 @@ from functools import partial
 import torch
 from torch import fx
 
+from ...ir.analysis.writers import Heads, find_heads
 from ...ir.edit import Copies, add_buffer, module_of
 from ...ir.program import Program, attribute
 from .algebra.rotations import rotation
 from .inputs import Inputs
 from .layers import Group
-from .writer import Heads, find_heads
 
 Error = Callable[[torch.Tensor, torch.Tensor], float]
 """Output error of rounding a weight [N, M] under the Gram [M, M] of what it reads."""

@@ -20,10 +20,10 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from ...ir.analysis.writers import find_writer
 from ...ir.edit import Copies, add_buffer, copy_graph, finish, module_of
 from ...ir.program import Program, Refusal, Stage, attribute
 from .layers import Group
-from .writer import find_writer
 
 aten = torch.ops.aten
 

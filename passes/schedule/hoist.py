@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from ...frontend.rates import node_rates
 from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
+from ...ir.analysis.rates import node_rates
 from ...ir.edit import extract, replace_by_inputs
 from ...ir.program import Program, Refusal, Stage, slots_of
 from ...ir.shapes import follows_batch

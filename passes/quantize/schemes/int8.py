@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import fx
 
-from ....frontend.sites.walk import ACTIVATIONS, LAYOUT, NORMS
+from ....ir.analysis.sites.walk import ACTIVATIONS, LAYOUT, NORMS
 from ....ir.program import Program
 from ..algebra.buckets import plan_activations
 from ..algebra.gptq import gptq

@@ -10,6 +10,7 @@ import torch
 from programs import component, context_of, operators
 from torch import nn
 
+from stepfold.ir.analysis.writers import find_heads
 from stepfold.ir.program import Program
 from stepfold.passes.base import PassResult
 from stepfold.passes.quantize.algebra.errors import drift
@@ -19,7 +20,6 @@ from stepfold.passes.quantize.layers import Group, Selection, find_groups
 from stepfold.passes.quantize.options import QuantizeOptions
 from stepfold.passes.quantize.quantize import Quantize
 from stepfold.passes.quantize.rotate import Rotation, rotate
-from stepfold.passes.quantize.writer import find_heads
 
 D, HEADS = 24, 3
 Between = Callable[["Attention", torch.Tensor], torch.Tensor]

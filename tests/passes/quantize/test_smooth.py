@@ -9,10 +9,10 @@ import torch
 from programs import calls, component, operators
 from torch import nn
 
+from stepfold.ir.analysis.writers import find_writer
 from stepfold.ir.program import Program, Refusal
 from stepfold.passes.quantize.layers import Group, Selection, find_groups
 from stepfold.passes.quantize.smooth import smooth
-from stepfold.passes.quantize.writer import find_writer
 
 EVERYTHING = Selection(("*",), (), 1)
 D, HEADS = 8, 2

@@ -11,7 +11,7 @@ import torch
 from hoisting import EXACT, assert_same_samples, by_rate, hoist
 from programs import Modulated, calls, component, context_of, denoiser, modulated, operators
 
-from stepfold.frontend.rates import node_rates, parameters_by_rate
+from stepfold.ir.analysis.rates import node_rates, parameters_by_rate
 from stepfold.ir.cost import program_flops
 from stepfold.ir.program import Program, Stage
 from stepfold.loop.errors import StepfoldError, UsageError

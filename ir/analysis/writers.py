@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...frontend.sites.walk import LAYOUT, LINEAR
+from .sites.walk import LAYOUT, LINEAR
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default

@@ -9,7 +9,7 @@ import pytest
 import torch
 from programs import component, denoiser, modulated
 
-from stepfold.frontend.rates import input_roles, node_rates, node_roles, parameters_by_rate, read_values
+from stepfold.ir.analysis.rates import input_roles, node_rates, node_roles, parameters_by_rate, read_values
 from stepfold.ir.edit import copy_graph, finish, output_nodes
 from stepfold.ir.program import Program
 from stepfold.loop.ports import Rate

@@ -10,11 +10,11 @@ import zoo
 from graphs import traced
 from zoo import ZooModel
 
-from stepfold.frontend.sites import Sites, find_sites
-from stepfold.frontend.sites.attention import find_attention
-from stepfold.frontend.sites.feed_forward import find_feed_forward
-from stepfold.frontend.sites.modulate import find_modulate
-from stepfold.frontend.sites.walk import LAYOUT, cone
+from stepfold.ir.analysis.sites import Sites, find_sites
+from stepfold.ir.analysis.sites.attention import find_attention
+from stepfold.ir.analysis.sites.feed_forward import find_feed_forward
+from stepfold.ir.analysis.sites.modulate import find_modulate
+from stepfold.ir.analysis.sites.walk import LAYOUT, cone
 from stepfold.ir.program import Program
 
 Captured = Callable[[ZooModel], Program]

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from ..ir.program import Program, Stage
-from ..loop.ports import Rate
-from ..loop.spec import Role
+from ...loop.ports import Rate
+from ...loop.spec import Role
+from ..program import Program, Stage
 
 aten = torch.ops.aten
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from ...ir.program import Program, Stage
+from ...program import Program, Stage
 from .attention import find_attention
 from .block import find_blocks
 from .feed_forward import find_feed_forward

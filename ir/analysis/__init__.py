@@ -1,0 +1,1 @@
+"""What passes ask of a graph: sites, rates, and which rows write which channels."""
