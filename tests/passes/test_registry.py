@@ -15,7 +15,8 @@ from stepfold.passes.base import Pass
 from stepfold.passes.registry import PASSES, pass_named
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "schedule": {"evaluations": 2, "samples": 4, "search_samples": 2, "moves": 0, "min_psnr": None}
+    "cut": {"bodies": [[1, 1]]},
+    "schedule": {"evaluations": 2, "samples": 4, "search_samples": 2, "moves": 0, "min_psnr": None},
 }
 
 

@@ -1,0 +1,1 @@
+"""Cutting the network into pieces that a schedule can fill each on their own."""
