@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -37,8 +37,9 @@ def installed(module: str) -> bool:
         return False
 
 
-def version_of(distributions: Sequence[str]) -> str | None:
-    """The version of the first of these distributions that is installed."""
+@functools.cache
+def version_of(distributions: tuple[str, ...]) -> str | None:
+    """The version of the first of these distributions that is installed; looked up once a process."""
     for name in distributions:
         try:
             return importlib.metadata.version(name)

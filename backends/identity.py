@@ -46,6 +46,6 @@ def processor() -> dict[str, str]:
     return {
         "system": platform.system(),
         "machine": platform.machine(),
-        "model": told.get("model name", platform.processor()),
+        "model": told.get("model name") or platform.processor(),  # the second one starts a process
         "instructions": " ".join(sorted(instructions.split())),
     }

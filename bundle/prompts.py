@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,16 @@ Array = np.ndarray
 Cleaning = Literal["unescape", "lower", "spaces", "strip"]
 MISSING = "Prompts need the package tokenizers: pip install 'stepfold[prompts]'"
 
+
+def _unescaped(text: str) -> str:
+    """Text without references to characters; what was escaped twice, as pages often are, is freed twice."""
+    from html import unescape  # its table of names takes a while to import, and most bundles need none
+
+    return unescape(unescape(text))
+
+
 CLEANINGS: Mapping[Cleaning, Callable[[str], str]] = {
-    "unescape": lambda text: html.unescape(html.unescape(text)),
+    "unescape": _unescaped,
     "lower": str.lower,
     "spaces": lambda text: re.sub(r"\s+", " ", text),
     "strip": str.strip,

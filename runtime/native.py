@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 
 from ..backends.registry import get
-from ..bundle.cache import cache_folder
 from ..bundle.manifest import Manifest
 from ..bundle.reader import Bundle
 from ..loop.errors import UsageError
@@ -62,6 +61,8 @@ def _is_remembered(manifest: Manifest) -> bool:
 
 def _note(manifest: Manifest) -> Path:
     """The file that remembers a bundle: by its engine and by the digests of all that lies beside its stages."""
+    from ..bundle.cache import cache_folder
+
     folders = {stage.file.rpartition("/")[0] for stage in manifest.stages}
     beside = {name: entry.sha256 for name, entry in manifest.files.items() if name.rpartition("/")[0] in folders}
     parts = [manifest.backend.name, sorted(stage.file for stage in manifest.stages), sorted(beside.items())]

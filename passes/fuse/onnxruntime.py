@@ -73,7 +73,9 @@ class FuseOnnxRuntime(Pass[FuseOptions]):
             changed += found
             stages.append(finish(stage, graph) if found else stage)
         identity = not changed and (not self.options.rules or self._nothing_left(program, refused))
-        return PassResult(program.with_stages(stages), changed, tuple(refused), identity=identity, details={"rules": counts})
+        return PassResult(
+            program.with_stages(stages), changed, tuple(refused), identity=identity, details={"rules": counts}
+        )
 
     def _nothing_left(self, program: Program, refused: Sequence[Refusal]) -> bool:
         """Whether all that the chosen rules look for has its final form: they made it, or the capture has it so.

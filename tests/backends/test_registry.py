@@ -77,8 +77,8 @@ def test_a_module_that_may_not_be_imported_is_not_installed(monkeypatch: pytest.
 
 
 def test_version_of_the_first_that_is_installed() -> None:
-    assert capability.version_of(["no-such-distribution", "numpy"]) == __import__("numpy").__version__
-    assert capability.version_of(["no-such-distribution"]) is None
+    assert capability.version_of(("no-such-distribution", "numpy")) == __import__("numpy").__version__
+    assert capability.version_of(("no-such-distribution",)) is None
 
 
 # -- options

@@ -224,4 +224,3 @@ def hoist_pass() -> Any:
     from stepfold.passes.schedule.hoist import Hoist, HoistOptions
 
     return Hoist(HoistOptions())
-
