@@ -97,7 +97,9 @@ def _number(border: Border, names: Sequence[str]) -> int:
     """The number of a block that is given by number or name."""
     if isinstance(border, str):
         if border not in names:
-            raise UsageError(f"pass cut: option 'bodies': the model has no block {border!r}; {nearest(border, list(names))}")
+            raise UsageError(
+                f"pass cut: option 'bodies': the model has no block {border!r}; {nearest(border, list(names))}"
+            )
         return names.index(border)
     number = border + len(names) if border < 0 else border
     if not 0 <= number < len(names):

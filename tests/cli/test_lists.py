@@ -10,7 +10,7 @@ from stepfold.cli.passes import attributes, describe_options, type_name
 
 def test_passes(stepfold) -> None:
     entries = {entry["name"]: entry for entry in stepfold("passes", "--json").document()["passes"]}
-    assert list(entries) == ["hoist", "quantize", "fuse", "schedule"]
+    assert list(entries) == ["hoist", "cut", "quantize", "fuse", "schedule"]
     assert entries["hoist"]["options"] == {}
     assert entries["quantize"]["options"]["skip"] == {
         "type": "list of str",
@@ -30,7 +30,7 @@ def test_every_option_of_every_pass_is_described(stepfold) -> None:
 def test_passes_as_text(stepfold) -> None:
     everything, one = stepfold("passes").out, stepfold("passes", "schedule").out
     assert "hoist" in everything and "hoist" not in one
-    assert "int | auto" in one and "denoiser calls in the table" in one
+    assert "int | auto" in one and "denoiser calls in the plan" in one
     assert "It has no options." in stepfold("passes", "hoist").out
 
 

@@ -14,6 +14,7 @@ from stepfold.ir.cost import FORMULAS, program_flops, stage_bytes, stage_flops
 from stepfold.ir.edit import add_buffer, copy_graph, finish
 from stepfold.ir.operators import OPERATORS
 from stepfold.ir.program import Program, slots_of
+from stepfold.loop.ports import Rate
 
 X = torch.randn(2, 3, 4)
 IMAGE = torch.randn(2, 4, 6, 6)
@@ -138,11 +139,11 @@ def test_tiny_dit_counts_as_pytorch_does(tiny_program: Program) -> None:
     assert stage_flops(stage) * rows == total > 0
 
 
-def test_program_flops_are_those_of_the_step_stage(tiny_program: Program) -> None:
-    extra = replace(tiny_program.step, name="other", outputs=())
-    assert program_flops(replace(tiny_program, slots=slots_of(extra, tiny_program.step))) == stage_flops(
-        tiny_program.step
-    )
+def test_program_flops_are_those_of_the_computing_slots(tiny_program: Program) -> None:
+    step = tiny_program.step
+    for rate, times in ((Rate.ONCE, 1), (Rate.STEP, 2)):
+        extra = replace(step, name="other", rate=rate, outputs=())
+        assert program_flops(replace(tiny_program, slots=slots_of(extra, step))) == times * stage_flops(step)
 
 
 def test_bytes_by_dtype() -> None:

@@ -84,10 +84,14 @@ def test_drift_needs_the_same_outputs() -> None:
         outputs_drift([np.ones(2)], [])
 
 
-def test_the_step_stage_makes_the_prediction(program: Program) -> None:
+def test_the_computing_slots_run_at_the_rate_of_the_prediction(program: Program) -> None:
     other = replace(program.step, name="other", outputs=(replace(program.step.outputs[0], name="z"),))
-    assert replace(program, slots=slots_of(other, program.step)).step is program.step
-    assert program.step.rate is Rate.STEP
+    once = replace(program, slots=slots_of(replace(other, rate=Rate.ONCE), program.step))
+    assert once.step is program.step and program.step.rate is Rate.STEP
+    both = replace(program, slots=slots_of(other, program.step))
+    assert both.steps == (other, program.step)
+    with pytest.raises(ValueError, match="too many values"):
+        _ = both.step
 
 
 def test_parameters_and_tensors(program: Program) -> None:

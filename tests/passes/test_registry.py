@@ -15,7 +15,6 @@ from stepfold.passes.base import Pass
 from stepfold.passes.registry import PASSES, pass_named
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "cut": {"bodies": [[1, 1]]},
     "schedule": {"evaluations": 2, "samples": 4, "search_samples": 2, "moves": 0, "min_psnr": None},
 }
 
@@ -36,7 +35,12 @@ def test_an_unknown_pass_has_a_neighbour() -> None:
         pass_named("hoists")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in PASSES if kind.idempotent], ids=lambda kind: kind.name)
+ELSEWHERE = ("cut",)  # the tiny DiT has one block, and a cut needs several: tests/passes/cut
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in PASSES if kind.idempotent and kind.name not in ELSEWHERE], ids=lambda kind: kind.name
+)
 def test_a_second_run_changes_nothing(tiny_program: Program, tmp_path: Path, kind: type[Pass[Any]]) -> None:
     options = kind.options_type.model_validate(SETTINGS.get(kind.name, {}))
     result = run(tiny_program, kind(options), kind(options), cache=tmp_path)

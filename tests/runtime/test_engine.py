@@ -54,7 +54,7 @@ def test_other_scales_use_the_unfitted_fold(
     with caplog.at_level(logging.INFO):
         samples = either.sample(NOISE, guidance, class_labels=LABELS)
     np.testing.assert_allclose(samples, tiny.sample(NOISE, LABELS, max(guidance, 1.0), ALL), atol=TOLERANCE)
-    assert f"guidance {guidance:g} has no fitted table: running all 4 grid calls" in caplog.text
+    assert f"guidance {guidance:g} has no fitted plan: running all 4 grid calls" in caplog.text
 
 
 @pytest.mark.parametrize("count", [1, 5])

@@ -35,8 +35,8 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("model", [item for item in zoo.EACH if item.id in COUNTS])
-def test_counts(model: ZooModel, captured: Captured) -> None:
-    sites = find_sites(captured(model))
+def test_counts(model: ZooModel) -> None:
+    sites = find_sites(model.program)
     assert tuple(sites.counts().values()) == COUNTS[model.name], sites.near_misses
 
 
@@ -73,24 +73,24 @@ def test_parts_of_an_attention(reference: Sites) -> None:
 
 
 @pytest.mark.slow
-def test_joint_attention_has_two_linears_for_each(captured: Captured) -> None:
-    site = find_sites(captured(zoo.FLUX)).attention[0]
+def test_joint_attention_has_two_linears_for_each() -> None:
+    site = find_sites(zoo.FLUX.program).attention[0]
     assert [len(site.parts[part]) for part in ("q", "k", "v", "out")] == [2, 2, 2, 2]
 
 
 @pytest.mark.slow
-def test_sites_do_not_share_linears(captured: Captured) -> None:
+def test_sites_do_not_share_linears() -> None:
     """A linear belongs to one attention or one feed-forward."""
     for model in (zoo.SD3, zoo.FLUX, zoo.UNET):
-        sites = find_sites(captured(model))
+        sites = find_sites(model.program)
         owned = [n for s in sites.attention for part in ("q", "k", "v", "out") for n in s.parts[part]]
         owned += [n for s in sites.feed_forward for part in ("up", "down") for n in s.parts[part]]
         assert len(set(owned)) == len(owned)
 
 
 @pytest.mark.slow
-def test_near_miss_of_flux_single_blocks(captured: Captured) -> None:
-    misses = [miss for miss in find_sites(captured(zoo.FLUX)).near_misses if miss.kind == "feed_forward"]
+def test_near_miss_of_flux_single_blocks() -> None:
+    misses = [miss for miss in find_sites(zoo.FLUX.program).near_misses if miss.kind == "feed_forward"]
     assert [miss.name for miss in misses] == ["single_transformer_blocks.0", "single_transformer_blocks.1"]
     assert "it reads aten.scaled_dot_product_attention too" in misses[0].missing
 
