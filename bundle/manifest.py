@@ -343,6 +343,8 @@ class Manifest(Strict):
                 raise ValueError(
                     f"stage {stage.name!r} shares a slot with {variants[0].name!r} and computes something else"
                 )
+        if variants[0].rate is not Rate.STEP and (len(variants) > 1 or slot.by_call is not None):
+            raise ValueError(f"slot {slot.name!r} runs at rate {variants[0].rate}; only one of rate step has variants")
         if any(number >= len(variants) for number in slot.by_call or ()):
             raise ValueError(f"slot {slot.name!r} has {len(variants)} variants; by_call names another")
         return variants

@@ -16,7 +16,7 @@ from torch import fx
 
 from ..backends.capability import version_of
 from ..ir.digest import add_tensor, stage_digest
-from ..ir.program import Program, Stage
+from ..ir.program import Program, Slot, Stage
 from ..loop.recurrence import Recurrence
 
 PACKAGES = ("torch", "diffusers", "transformers", "numpy")
@@ -38,12 +38,19 @@ def origin_of(program: Program) -> dict[str, JsonValue] | None:
         "model": program.model.class_name,
         "weights": program.model.weights_sha256,
         "stages": dict(stages),
+        "slots": [_filling(slot) for slot in program.slots],
         "loop": program.loop.model_dump(mode="json") if program.loop is not None else None,
         "recurrence": recurrence_digest(program.recurrence),
         "values": _values_digest(values),
         "packages": {name: version_of((name,)) for name in PACKAGES},
         "code": own_code(),
     }
+
+
+def _filling(slot: Slot) -> dict[str, JsonValue]:
+    """What fills a slot, and when."""
+    names = list[JsonValue](stage.name for stage in slot.variants)
+    return {"name": slot.name, "variants": names, "by_call": None if slot.by_call is None else list(slot.by_call)}
 
 
 def recurrence_digest(recurrence: Recurrence | None) -> str | None:

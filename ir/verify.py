@@ -52,6 +52,8 @@ def _verify_variants(program: Program, slot: Slot) -> None:
     for stage in slot.variants:
         _require(stage.outputs == slot.outputs, stage, "it shares a slot with stages of other outputs")
         _require(stage.rate is slot.rate, stage, "it shares a slot with stages of another rate")
+    alone = len(slot.variants) == 1 and slot.by_call is None
+    _require(alone or slot.rate is Rate.STEP, slot.original, "only a slot of rate step has several variants")
     if slot.by_call is not None:
         calls = program.recurrence.calls if program.recurrence is not None else 0
         numbered = len(slot.by_call) == calls and set(slot.by_call) <= set(range(len(slot.variants)))

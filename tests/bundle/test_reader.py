@@ -158,6 +158,7 @@ CHANGES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda m: m["slots"][-1].update(by_call=[0, 1, 0, 0]), "slot 'step' has 1 variants; by_call names another"),
     (lambda m: m["slots"][-1].update(variants=["step", "other"]), "slot 'step': there is no stage 'other'"),
     (lambda m: m["slots"][-1].update(variants=["step", m["stages"][0]["name"]]), "and computes something else"),
+    (lambda m: m["slots"][0].update(by_call=[0] * 4), "only one of rate step has variants"),
     (lambda m: m["slots"].reverse(), "expected each stage in one slot, in the order of the slots"),
     (lambda m: m["slots"].pop(), "expected each stage in one slot, in the order of the slots"),
     (lambda m: m["files"]["schedule.json"].update(bytes=10**30), "files.schedule.json.bytes"),

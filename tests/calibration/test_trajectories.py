@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from stepfold.calibration.conditions import sample_request
 from stepfold.calibration.trajectories import BATCH, Trajectories, first, part, slices, trajectories
-from stepfold.ir.program import ModelIdentity, Program, Stage, slots_of
+from stepfold.ir.program import ModelIdentity, Program, Slot, Stage, slots_of
 from stepfold.loop.driver import Request
 from stepfold.loop.noise import SampleSet
 from stepfold.loop.ports import BoundProgram
@@ -184,6 +184,15 @@ def test_other_versions_and_other_code_make_them_again(
     engine = Counter()
     run(program_of(), tmp_path, engine)
     assert engine.calls > 0
+
+
+def test_what_fills_the_slots_at_each_call_is_part_of_the_key(tmp_path: Path) -> None:
+    stages = (step_of(torch.nn.ReLU()), replace(step_of(torch.nn.ReLU()), name="step_1"))
+    for by_call in ((0, 1) * (STEPS // 2) + (0,) * (STEPS % 2), (0,) * STEPS):
+        engine = Counter()
+        run(changed(program_of(), slots=(Slot("step", stages, by_call),)), tmp_path, engine)
+        assert engine.calls > 0
+    assert len(kept(tmp_path)) == 2
 
 
 def test_a_graph_that_holds_something_unknown_is_not_kept(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from programs import modulated, samples_of
+from programs import component, modulated, samples_of
 
 from stepfold.ir.cost import program_flops, stage_flops
 from stepfold.ir.edit import add_buffer, copy_graph, finish
@@ -117,6 +117,14 @@ def test_variants_compute_the_same_values_at_one_rate(program: Program) -> None:
         verify(parts.with_stage(other))
     with pytest.raises(StepfoldError, match="shares a slot with stages of another rate"):
         verify(parts.with_stage(replace(late, rate=Rate.ONCE)))
+
+
+def test_only_a_computing_slot_has_variants() -> None:
+    layer = component(torch.nn.Linear(4, 4), torch.randn(2, 4))
+    (slot,) = layer.slots
+    two = replace(slot, variants=(slot.original, replace(slot.original, name="other")))
+    with pytest.raises(StepfoldError, match="only a slot of rate step has several variants"):
+        verify(replace(layer, slots=(two,)))
 
 
 def test_two_stages_of_one_name_are_refused(program: Program) -> None:
