@@ -1,10 +1,10 @@
-"""`tables.safetensors`: the recurrence, the folded tables and the values that depend on the timestep only.
+"""`tables.safetensors`: the recurrence, the fitted plans and the values that depend on the timestep only.
 
 | key | what |
 |---|---|
-| `recurrence/...` | the sampler over S calls; folding it with any guidance scale gives an unfitted table |
-| `full/...` | that table with the guidance left open: its weights are those of guided outputs |
-| `scale=<scale>/...` | the fitted table of one guidance scale; 1.0 for a loop without guidance |
+| `recurrence/...` | the sampler over S calls; folding it with any guidance scale gives an unfitted plan |
+| `full/...` | that plan with the guidance left open: its weights are those of guided outputs |
+| `scale=<scale>/...` | the fitted plan of one guidance scale; 1.0 for a loop without guidance |
 | `values/<name>` | [S, ...] a value of rate `timestep` for every grid call |
 | `constants/<name>` | a tensor that was baked in at capture, to compare an argument with |
 """
@@ -31,7 +31,7 @@ class Tables:
 
     Attributes:
         recurrence: the sampler, None for a component.
-        fitted: guidance scale -> table; key 1.0 for a loop without guidance.
+        fitted: guidance scale -> plan; key 1.0 for a loop without guidance.
         values: name -> [S, ...], values of rate `timestep` for every grid call.
         constants: name -> tensor baked in at capture; the manifest has the constants that are no tensors.
     """
@@ -48,8 +48,8 @@ class Tables:
         if self.recurrence is not None:
             found |= _prefixed("recurrence", _recurrence_arrays(self.recurrence))
             found |= _prefixed("full", fold(self.recurrence).arrays())
-        for scale, table in self.fitted.items():
-            found |= _prefixed(f"{SCALE}{float(scale)!r}", table.arrays())
+        for scale, plan in self.fitted.items():
+            found |= _prefixed(f"{SCALE}{float(scale)!r}", plan.arrays())
         return found
 
     @classmethod
@@ -71,7 +71,7 @@ class Tables:
                 if group.startswith(SCALE)
             }
         except (KeyError, ValueError, IndexError, TypeError) as error:
-            raise BundleError(f"{TABLES}: expected complete tables; received an unusable one: {error}.") from error
+            raise BundleError(f"{TABLES}: expected complete plans; received an unusable one: {error}.") from error
         tables = cls(recurrence, fitted, groups.get("values", {}), groups.get("constants", {}))
         tables.check()
         return tables
@@ -81,10 +81,10 @@ class Tables:
         S = self.recurrence.calls if self.recurrence is not None else 0
         if self.recurrence is not None and not _finite(_recurrence_arrays(self.recurrence)):
             raise BundleError(f"{TABLES}: the recurrence has values that are not finite.")
-        for scale, table in self.fitted.items():
-            reason = _misfit(table, S)
+        for scale, plan in self.fitted.items():
+            reason = _misfit(plan, S)
             if reason is not None:
-                raise BundleError(f"{TABLES}: the table of guidance scale {scale} {reason}.")
+                raise BundleError(f"{TABLES}: the plan of guidance scale {scale} {reason}.")
         for name, value in self.values.items():
             if value.shape[:1] != (S,):
                 raise BundleError(f"{TABLES}: values/{name} must have {S} rows; received shape {list(value.shape)}.")
@@ -92,10 +92,10 @@ class Tables:
             raise BundleError(f"{TABLES}: the values of the calls are not all finite.")
 
 
-def _misfit(table: Plan, S: int) -> str | None:
-    """Why a table cannot drive a loop of S calls, or None."""
-    N = table.evaluations
-    positions = table.positions
+def _misfit(plan: Plan, S: int) -> str | None:
+    """Why a plan cannot drive a loop of S calls, or None."""
+    N = plan.evaluations
+    positions = plan.positions
     if (
         positions.dtype.kind != "i"
         or N == 0
@@ -104,7 +104,7 @@ def _misfit(table: Plan, S: int) -> str | None:
         or positions[-1] >= S
     ):
         return f"needs positions that ascend from 0 below {S}; received {positions.tolist()}"
-    if not _finite(table.arrays()):
+    if not _finite(plan.arrays()):
         return "has values that are not finite"
     return None
 

@@ -20,7 +20,7 @@ from ..ir.program import Program
 from ..loop.driver import LoopRun, Request
 from ..loop.errors import StepfoldError
 from ..loop.metrics import drift
-from ..loop.plan import Plan, fold
+from ..loop.plan import fold
 from .arrangement import arranged
 from .branches import guided, one_of_two
 from .images import LEAST_DB, pipeline_images, unit_images, worst
@@ -152,24 +152,24 @@ class _Beside:
         self._name, self._batch, self._on_step = type(run.pipeline).__name__, run.batch, on_step
         self._program, self._loop, self._bound = program, program.loop, program.bind()
         scale = program.loop.guidance.scales[0] if program.loop.guidance else None
-        self._table: Plan = fold(program.recurrence, scale)
+        self._plan = fold(program.recurrence, scale)
         self._run: LoopRun | None = None
         self._wanted = np.zeros(0)
         self._parted: str | None = None
 
     def __call__(self, recorded: Recording, step: Step) -> None:
         """Make the same step."""
-        k, table, step = recorded.taken, self._table, arranged(step, self._batch)
+        k, plan, step = recorded.taken, self._plan, arranged(step, self._batch)
         latent = _array(one_of_two(step.sample, self._batch))
         if self._run is None:
-            self._run = LoopRun(self._bound, self._loop, self._request(latent / table.initial_scale), table)
-        if k < table.evaluations:
+            self._run = LoopRun(self._bound, self._loop, self._request(latent / plan.initial_scale), plan)
+        if k < plan.evaluations:
             self._run.evaluate(k)
-            self._run.advance(k, table)
+            self._run.advance(k, plan)
         self._wanted = _array(one_of_two(step.result, self._batch))
         if self._parted is None and worst(self._run.latent, self._wanted) < LEAST_DB:
             self._parted = self._where(k, step, latent)
-        self._on_step(k + 1, table.evaluations)
+        self._on_step(k + 1, plan.evaluations)
 
     def latents(self) -> tuple[Array, Array]:
         """Those of the program and of the pipeline after the last step."""
@@ -201,12 +201,12 @@ class _Beside:
     def _where(self, k: int, step: Step, latent: Array) -> str:
         """Which branch differs at the pipeline's own latent; the update, where none does."""
         assert self._run is not None
-        where = f"step {k + 1} of {self._table.evaluations}"
+        where = f"step {k + 1} of {self._plan.evaluations}"
         text = (
             f"proof: expected latents within {LEAST_DB:g} dB of those of {self._name}; they part at {where} "
             f"({worst(self._run.latent, self._wanted):.1f} dB): "
         )
-        if k >= self._table.evaluations:
+        if k >= self._plan.evaluations:
             return f"{text}the pipeline makes a step that the folded loop does not have."
         theirs = guided(step, self._batch, where)
         here = self._run.fork()

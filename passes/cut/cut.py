@@ -62,12 +62,13 @@ class Cut(Pass[CutOptions]):
         """Find the blocks of each body and cut.
 
         Raises:
-            UsageError: a body names a block that the model lacks, or does not lie after the one before it.
+            UsageError: a body names a block that the model lacks, or does not lie after the one before it; the network
+                is cut already, into others.
         """
+        bodies = self._bodies(_blocks(program))
         if len(program.computing) > 1:
+            _require_same([[block.name for block in body] for body in bodies], program)
             return PassResult(program, 0, identity=True, details=_details(program))
-        blocks = _blocks(program)
-        bodies = self._bodies(blocks)
         made = cut(program, [[node for block in body for node in block.nodes] for body in bodies])
         if isinstance(made, Refusal):
             return PassResult(program, 0, (made,))
@@ -90,7 +91,18 @@ class Cut(Pass[CutOptions]):
 
 
 def _blocks(program: Program) -> tuple[Site, ...]:
-    return tuple(site for slot in program.computing for site in find_blocks(slot.original.graph.graph).sites)
+    return find_blocks(*(slot.original.graph.graph for slot in program.computing)).sites
+
+
+def _require_same(wanted: list[list[str]], program: Program) -> None:
+    """Raise UsageError unless the blocks of each body of a cut program are the wanted ones."""
+    bodies = [slot.original.graph.graph for slot in program.computing if ".body" in slot.name]
+    blocks = _blocks(program)
+    found = [[block.name for block in blocks if block.nodes[0].graph is body] for body in bodies]
+    if found != wanted:
+        raise UsageError(
+            f"pass cut: expected the bodies of the cut before it, {found}; received {wanted}. Name all bodies in one cut."
+        )
 
 
 def _number(border: Border, names: Sequence[str]) -> int:

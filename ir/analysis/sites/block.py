@@ -5,16 +5,18 @@ from __future__ import annotations
 from torch import fx
 
 from .site import Found, Site
-from .walk import sorter
 
 
-def find_blocks(graph: fx.Graph) -> Found:
+def find_blocks(*graphs: fx.Graph) -> Found:
     """Modules whose path ends in a number, of which a list holds several: `transformer_blocks.0`, `down_blocks.1`.
 
     Only the outermost ones count, and single layers of PyTorch are no blocks.
+
+    Args:
+        *graphs: graphs of one network, in the order in which they run.
     """
     members: dict[str, list[fx.Node]] = {}
-    for node in graph.nodes:
+    for node in [node for graph in graphs for node in graph.nodes]:
         path = _outermost(node)
         if path:
             members.setdefault(path, []).append(node)
@@ -22,8 +24,7 @@ def find_blocks(graph: fx.Graph) -> Found:
     for path in members:
         family = path.rpartition(".")[0]
         families[family] = families.get(family, 0) + 1
-    ordered = sorter(graph)
-    sites = [Site("block", p, ordered(nodes)) for p, nodes in members.items() if families[p.rpartition(".")[0]] > 1]
+    sites = [Site("block", p, tuple(nodes)) for p, nodes in members.items() if families[p.rpartition(".")[0]] > 1]
     return Found(tuple(sites))
 
 

@@ -177,6 +177,13 @@ def test_a_second_cut_changes_nothing(chain: Program) -> None:
     assert [record.outcome for record in result.records] == ["changed", "identity"]
 
 
+def test_a_second_cut_into_other_bodies_is_refused(chain: Program) -> None:
+    once = pieces_of(chain, (1, 1), (3, 3)).program
+    assert pieces_of(once, ("blocks.1", "blocks.1"), (3, 3)).identity
+    with pytest.raises(UsageError, match=r"the bodies of the cut before it, .*blocks\.1.*; received .*blocks\.2"):
+        pieces_of(once, (1, 2))
+
+
 class Crossed(Chain):
     """The second block reads what the fourth computes."""
 
