@@ -129,7 +129,7 @@ def calls(stage: Stage) -> list[fx.Node]:
 
 
 def samples_of(program: Program, bound: BoundProgram | None = None, count: int = 5, seed: int = 3) -> np.ndarray:
-    """What the whole loop makes of seeded noise, conditions in turn."""
+    """What the whole loop makes of seeded noise, conditions in turn; where requests bring the other branch, it is zeros."""
     assert program.loop is not None and program.recurrence is not None
     guidance = program.loop.guidance
     conditions = {
@@ -139,8 +139,7 @@ def samples_of(program: Program, bound: BoundProgram | None = None, count: int =
     }
     unconditional = None
     if guidance is not None:
-        assert isinstance(guidance.unconditional, dict)
-        values = guidance.unconditional
+        values = guidance.unconditional if isinstance(guidance.unconditional, dict) else {}
         unconditional = {name: np.full_like(value, values.get(name, 0)) for name, value in conditions.items()}
     request = Request(noise(seed, (count, *program.loop.latent.shape)), conditions, unconditional)
     table = fold(program.recurrence, guidance.scales[0] if guidance else None)
