@@ -13,7 +13,6 @@ from importlib import import_module
 from inspect import signature
 from math import prod
 from pathlib import Path
-from shlex import quote
 from shutil import copyfile
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -49,6 +48,7 @@ CONFIG = Expected(
 )
 WEIGHTS = Expected("a whole safetensors file of weights", hint="Download it again.")
 INDEX = Expected("a safetensors index")
+SIGNS_OF_SHELLS = "\"'$`\\!"
 NAMED = 4  # how many weights a message names
 FLOATS = ("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2")
 
@@ -146,15 +146,22 @@ def _no_weights(folder: Path) -> str:
     named = [path for path in pickles if path.name.startswith(PICKLED_STEMS)] or pickles
     plain = [path for path in named if path.name.count(".") == 1] or named
     stem = STEMS[0] if plain[0].name.startswith(STEMS[0]) else STEMS[1]
+    files = ", ".join(_shell_literal(str(path)) for path in plain)
     script = (
         "import torch; from safetensors.torch import save_file; save_file({k: v.clone().contiguous() for f in "
-        f"{[str(path) for path in plain]} for k, v in torch.load(f, weights_only=True, map_location='cpu').items()}}, "
-        f"{str(folder / stem) + '.safetensors'!r}, {{'format': 'pt'}})"
+        f"[{files}] for k, v in torch.load(f, weights_only=True, map_location='cpu').items()}}, "
+        f"{_shell_literal(f'{folder / stem}.safetensors')}, {{'format': 'pt'}})"
     )
     return (
         f"{folder}: the weights are pickled ({', '.join(path.name for path in pickles[:NAMED])}), and loading them can "
-        f"run any code; expected safetensors. If you trust the file, convert it once: python -c {quote(script)}"
+        f'run any code; expected safetensors. If you trust the file, convert it once: python -c "{script}"'
     )
+
+
+def _shell_literal(text: str) -> str:
+    """A literal of Python that means the same between the double quotes of a shell, whatever is in the text."""
+    escaped = "".join(f"\\x{ord(sign):02x}" if sign in SIGNS_OF_SHELLS else sign for sign in text)
+    return "'" + "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in escaped) + "'"
 
 
 def read_model(folder: Path, class_name: str, library: str, files: WeightFiles) -> torch.nn.Module:

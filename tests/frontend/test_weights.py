@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shlex
 import subprocess
 import sys
@@ -113,17 +114,20 @@ def test_the_library_reads_what_was_found(folder: Path, edit: Callable[[Path], N
         torch.testing.assert_close(after[name], value, rtol=1e-3, atol=1e-4)  # half precision has 11 bits
 
 
-@pytest.mark.parametrize("stem", ["pytorch_model", "diffusion_pytorch_model"])
-def test_the_remedy_for_pickles_works_to_the_letter(tmp_path: Path, stem: str) -> None:
-    folder = tmp_path / "it's a model"
+@pytest.mark.parametrize(("stem", "shell"), [("pytorch_model", True), ("diffusion_pytorch_model", False)])
+def test_the_remedy_for_pickles_works_to_the_letter(tmp_path: Path, stem: str, shell: bool) -> None:
+    """In a shell, and as the words between the double quotes, whatever signs of shells the folder is named with."""
+    folder = tmp_path / 'it\'s a "model" of $HOME, `true` \\n!'
     folder.mkdir()
     value = torch.arange(3.0)
     torch.save({"a": value, "tied": value}, folder / f"{stem}.bin")
     torch.save({"step": 1}, folder / "training_state.bin")
     with pytest.raises(UsageError, match="pickled") as caught:
         find_weights(folder)
-    command = shlex.split(str(caught.value).partition("convert it once: ")[2])
-    assert command[0] == "python"
-    subprocess.run([sys.executable, *command[1:]], check=True, timeout=120)
+    remedy = str(caught.value).partition("convert it once: python -c ")[2]
+    code = re.fullmatch('"([^"]*)"', remedy)
+    assert code is not None
+    command = ["sh", "-c", f"{shlex.quote(sys.executable)} -c {remedy}"] if shell else [sys.executable, "-c", code[1]]
+    subprocess.run(command, check=True, timeout=120)
     assert find_weights(folder).entries.keys() == {"a", "tied"}
     assert find_weights(folder).files[0].name == f"{stem.removeprefix('pytorch_')}.safetensors"
