@@ -100,12 +100,13 @@ def prepare(
     missing = missing_packages("eager")
     if missing is not None:
         raise UsageError(f"--reference: running a checkpoint {missing}")
-    bundle_work, shared = work.of_bundles(bundles), work.shared_loop(bundles)
+    bundle_work, shared = replace(work.of_bundles(bundles), call=work.shared_call(bundles)), work.shared_loop(bundles)
     message = {
         "do": "prepare",
         "checkpoint": str(checkpoint),
         "baselines": [baseline.name for baseline in baselines],
         "loop": None if shared is None else shared.model_dump(mode="json"),
+        "call": describe(bundle_work)["call"],
         "folder": str(folder),
     }
     try:
@@ -129,10 +130,12 @@ def prepare(
 
 def inspected(workers: Workers, prepared: Prepared) -> dict[str, Any] | None:
     """Rates and sites of the checkpoint for the page; None when it cannot be captured here."""
+    told = describe(prepared.work)
     message = {
         "do": "inspect",
         "checkpoint": str(prepared.checkpoint),
-        "loop": describe(prepared.work)["loop"],
+        "loop": told["loop"],
+        "call": told["call"],
     }
     try:
         return workers.once("inspect", message)

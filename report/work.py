@@ -13,6 +13,7 @@ from ..bundle.reader import Bundle
 from ..loop.classes import class_conditions, class_input
 from ..loop.errors import StepfoldError, UsageError
 from ..loop.noise import noise as seeded_noise
+from ..loop.pipeline_call import PipelineCall
 from ..loop.ports import InputPort
 from ..loop.spec import LoopSpec
 
@@ -30,12 +31,14 @@ class Work:
         inputs: what the model is called with.
         example: name -> [B, ...] recorded values, for inputs that are neither noise nor a class.
         unconditional: name -> [B, ...] recorded conditions of the other guidance branch.
+        call: what the pipeline was called with, where that is not its own defaults.
     """
 
     loop: LoopSpec | None
     inputs: tuple[InputPort, ...]
     example: Mapping[str, Array]
     unconditional: Mapping[str, Array] = field(default_factory=dict)
+    call: PipelineCall | None = None
 
     @property
     def guidance(self) -> float | None:
@@ -102,11 +105,18 @@ def shared_loop(bundles: Sequence[Bundle]) -> LoopSpec | None:
     return loops[0] if all(loop == loops[0] for loop in loops) else None
 
 
+def shared_call(bundles: Sequence[Bundle]) -> PipelineCall | None:
+    """What the pipeline of all bundles was called with; None where they differ, or it was left its defaults."""
+    calls = [bundle.manifest.call for bundle in bundles]
+    return calls[0] if all(call == calls[0] for call in calls) else None
+
+
 def _of_bundle(bundle: Bundle) -> Work:
     probe = bundle.probe()
     constants = bundle.tables().constants
     inputs = tuple(port for port in bundle.manifest.input_ports() if port.name not in constants)
-    return Work(bundle.manifest.loop, inputs, probe.inputs if probe is not None else {}, other_branch(bundle))
+    manifest, example = bundle.manifest, probe.inputs if probe is not None else {}
+    return Work(manifest.loop, inputs, example, other_branch(bundle), manifest.call)
 
 
 def _signature(work: Work) -> str:

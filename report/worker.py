@@ -5,9 +5,9 @@ It reads one JSON request a line from standard input and answers on standard out
 
 | do | other keys | answer |
 |---|---|---|
-| `prepare` | checkpoint, baselines, loop, folder | class, weights_sha256, loop, tables, reasons |
-| `inspect` | checkpoint, loop | what `inspect --json` says |
-| `build` | artifact, checkpoint, loop, folder, source, threads | file size of what was built |
+| `prepare` | checkpoint, baselines, loop, call, folder | class, weights_sha256, loop, tables, reasons |
+| `inspect` | checkpoint, loop, call | what `inspect --json` says |
+| `build` | artifact, checkpoint, loop, call, folder, source, threads | file size of what was built |
 | `open` | row, threads | evaluations, size_bytes |
 | `sample` | request, start, stop, out | seconds of the call alone |
 | `finish` | | peak_memory_bytes |
@@ -70,12 +70,13 @@ class Service:
     def _prepare(self, message: Message) -> Answer:
         from .baselines.prepare import prepare
 
-        return prepare(Path(message["checkpoint"]), message["baselines"], message["loop"], Path(message["folder"]))
+        checkpoint, folder = Path(message["checkpoint"]), Path(message["folder"])
+        return prepare(checkpoint, message["baselines"], message["loop"], folder, message["call"])
 
     def _inspect(self, message: Message) -> Answer:
         from .baselines.prepare import inspect
 
-        return inspect(Path(message["checkpoint"]), message["loop"])
+        return inspect(Path(message["checkpoint"]), message["loop"], message["call"])
 
     def _build(self, message: Message) -> Answer:
         from .baselines.build import build

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...bundle.manifest import InputEntry
+from ...loop.pipeline_call import PipelineCall
 from ...loop.spec import LoopSpec
 from ...loop.writing import temporary_sibling
 from ..work import Work
@@ -71,12 +72,14 @@ def work_of(message: Mapping[str, Any]) -> Work:
     loop = message["loop"]
     inputs = tuple(InputEntry.model_validate(entry).input_port() for entry in message["inputs"])
     example = work.read_all(Path(message["example"])) if message.get("example") else {}
-    return Work(None if loop is None else LoopSpec.model_validate(loop), inputs, example)
+    call = None if message["call"] is None else PipelineCall.model_validate(message["call"])
+    return Work(None if loop is None else LoopSpec.model_validate(loop), inputs, example, call=call)
 
 
 def describe(model_work: Work) -> dict[str, Any]:
-    """Loop and inputs of a work as JSON."""
+    """Loop, inputs and call of a work as JSON."""
     return {
+        "call": None if model_work.call is None else model_work.call.model_dump(mode="json"),
         "loop": None if model_work.loop is None else model_work.loop.model_dump(mode="json"),
         "inputs": [InputEntry.of_input(port).model_dump(mode="json") for port in model_work.inputs],
     }
@@ -90,7 +93,7 @@ def _build(
     if artifact == "onnxruntime":
         from .onnx_engines import export
 
-        export(Path(message["checkpoint"]), model_work.loop, target)
+        export(Path(message["checkpoint"]), model_work, target)
     elif artifact.startswith("onnxruntime-int8"):
         from . import onnx_engines
 

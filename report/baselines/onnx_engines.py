@@ -9,14 +9,14 @@ import numpy as np
 
 from ...loop.errors import StepfoldError
 from ...loop.ports import StageCallable
-from ...loop.spec import LoopSpec
+from ..work import Work
 
 Array = np.ndarray
 MODEL = "model.onnx"
 LARGEST_PROTOBUF_BYTES = 2_000_000_000  # weights beyond it must lie in a file beside the model
 
 
-def export(checkpoint: Path, loop: LoopSpec | None, folder: Path) -> None:
+def export(checkpoint: Path, model_work: Work, folder: Path) -> None:
     """Export the network with `torch.onnx.export`, the batch dynamic, to `model.onnx`.
 
     Raises:
@@ -26,7 +26,7 @@ def export(checkpoint: Path, loop: LoopSpec | None, folder: Path) -> None:
 
     from .torch_engines import module_of
 
-    module, example = module_of(checkpoint, loop)
+    module, example = module_of(checkpoint, model_work)
     batch = len(next(iter(example.values())))
     dynamic = [{0: torch.export.Dim.AUTO} if value.ndim and len(value) == batch else None for value in example.values()]
     with torch.no_grad():

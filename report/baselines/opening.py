@@ -35,7 +35,7 @@ def _denoiser(row: Mapping[str, Any], model_work: Work, threads: int) -> tuple[S
     if engine in FILELESS:
         from .torch_engines import open_module
 
-        return open_module(Path(row["checkpoint"]), model_work.loop, threads, compiled=engine == "compile")
+        return open_module(Path(row["checkpoint"]), model_work, threads, compiled=engine == "compile")
     folder = Path(row["artifact"])
     if engine.startswith("onnxruntime"):
         from .onnx_engines import MODEL, open_session

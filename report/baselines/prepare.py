@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from ...frontend.schedulers import scheduler_class
 from ...frontend.solvers import solver_recurrence
 from ...loop.errors import StepfoldError, UsageError
+from ...loop.pipeline_call import PipelineCall
 from ...loop.plan import Plan, fold
 from ...loop.solvers import AB2
 from ...loop.spec import LoopSpec
@@ -21,7 +22,13 @@ from .torch_engines import load
 REFERENCE = "reference"  # the table of the loop as the checkpoint says
 
 
-def prepare(checkpoint: Path, baselines: Sequence[str], loop: Mapping[str, Any] | None, folder: Path) -> dict[str, Any]:
+def prepare(
+    checkpoint: Path,
+    baselines: Sequence[str],
+    loop: Mapping[str, Any] | None,
+    folder: Path,
+    call: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Read a checkpoint and write a table for the reference and for each baseline.
 
     Args:
@@ -30,6 +37,7 @@ def prepare(checkpoint: Path, baselines: Sequence[str], loop: Mapping[str, Any] 
         loop: the one the bundles were made for, which may differ from that of the checkpoint (`optimize --loop`);
             None takes that of the checkpoint.
         folder: where the tables go.
+        call: what the bundles say that their pipeline was called with; None leaves it its defaults.
 
     Returns:
         class, weights_sha256, loop, `tables`: name -> file, and `reasons`: name -> why it has none.
@@ -42,7 +50,7 @@ def prepare(checkpoint: Path, baselines: Sequence[str], loop: Mapping[str, Any] 
         if baseline.solver_class not in (None, AB2):
             scheduler_class(str(baseline.solver_class))
     bundles_loop = LoopSpec.model_validate(loop) if loop is not None else None
-    loaded = load(checkpoint, bundles_loop)
+    loaded = load(checkpoint, bundles_loop, _call(call))
     spec = bundles_loop or loaded.loop
     tables, reasons = {}, {}
     for index, baseline in enumerate([Baseline(REFERENCE, "eager"), *parsed]):
@@ -64,7 +72,7 @@ def prepare(checkpoint: Path, baselines: Sequence[str], loop: Mapping[str, Any] 
     }
 
 
-def inspect(checkpoint: Path, loop: Mapping[str, Any] | None) -> dict[str, Any]:
+def inspect(checkpoint: Path, loop: Mapping[str, Any] | None, call: Mapping[str, Any] | None) -> dict[str, Any]:
     """Rates and sites of a checkpoint, as `inspect --json` tells them.
 
     Raises:
@@ -73,7 +81,12 @@ def inspect(checkpoint: Path, loop: Mapping[str, Any] | None) -> dict[str, Any]:
     """
     from ...frontend.inspect import inspect_program
 
-    return inspect_program(load(checkpoint, None if loop is None else LoopSpec.model_validate(loop)).capture())
+    spec = None if loop is None else LoopSpec.model_validate(loop)
+    return inspect_program(load(checkpoint, spec, _call(call)).capture())
+
+
+def _call(document: Mapping[str, Any] | None) -> PipelineCall | None:
+    return None if document is None else PipelineCall.model_validate(document)
 
 
 def table_of(baseline: Baseline, loop: LoopSpec | None) -> Plan | None:

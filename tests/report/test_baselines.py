@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pipelines
 import pytest
 
 from stepfold.bundle.reader import read
 from stepfold.loop.errors import StepfoldError, UsageError
 from stepfold.loop.metrics import drift, psnr
+from stepfold.loop.pipeline_call import PipelineCall
+from stepfold.loop.spec import LoopSpec
 from stepfold.report import work
-from stepfold.report.baselines.build import build, chain, describe
+from stepfold.report.baselines.build import build, chain, describe, work_of
 from stepfold.report.baselines.names import parse
 from stepfold.report.baselines.opening import open_baseline
 from stepfold.report.baselines.prepare import prepare, read_table
@@ -249,6 +253,24 @@ def test_a_component_has_no_steps_and_no_loop_states(tmp_path: Path) -> None:
         table_of(parse("eager@5"), None)
     with pytest.raises(StepfoldError, match="calibrated on states of a loop; a component has none"):
         quantize(tmp_path, tmp_path, Work(None, (), {}), None, 1, lambda done, total: None)
+
+
+def test_a_pipeline_is_called_as_its_bundles_were(compiled_bundle: Path, tmp_path: Path) -> None:
+    """Steps, guidance and size of the call; bundles that were made with different ones leave the pipeline its own."""
+    from stepfold.report.baselines.torch_engines import module_of
+
+    folder = pipelines.stable_diffusion(tmp_path / "pipeline")
+    call = PipelineCall(steps=3, guidance=1.0, height=8, width=24)
+    loop = prepare(folder, [], None, tmp_path, call.model_dump(mode="json"))["loop"]
+    assert (loop["sampler"]["steps"], loop["guidance"], loop["latent"]["shape"]) == (3, None, [4, 4, 12])
+    told = Work(LoopSpec.model_validate(loop), (), {}, call=call)
+    again = work_of({**describe(told), "example": None})
+    assert again.call == call
+    assert module_of(folder, again)[1]["sample"].shape == (2, 4, 4, 12)
+    plain = read(compiled_bundle)
+    called = replace(plain, manifest=plain.manifest.model_copy(update={"call": call}))
+    assert work.shared_call([called, called]) == call and work.of_bundles([called]).call == call
+    assert work.shared_call([called, plain]) is None
 
 
 def test_a_checkpoint_without_loop_yaml_takes_the_loop_of_the_bundle(
