@@ -101,7 +101,7 @@ def load_pipeline(
         weights_sha256=weights_hash(denoiser),
         config=read_config(path / role),
         unconditional=inferred.unconditional,
-        around=_around(run),
+        around=_around(run, guided=inferred.loop.guidance is not None),
         run=run,
     )
 
@@ -119,14 +119,20 @@ def _with_nothing(denoiser: torch.nn.Module, inferred: Inferred) -> Inferred:
     )
 
 
-def _around(run: PipelineRun) -> Around | None:
-    """What surrounds the loop, where stepfold knows pipelines of this class."""
+def _around(run: PipelineRun, guided: bool) -> Around | None:
+    """What surrounds the loop, where stepfold knows pipelines of this class.
+
+    Raises:
+        UsageError: the call does to prompts what no bundle does.
+    """
     name = type(run.pipeline).__name__
     if name not in SURROUNDINGS:
         logger.info("%s: prompts and images of this pipeline are not compiled, only its denoiser", name)
         return None
     surroundings = SURROUNDINGS[name](run.pipeline, run.arguments)
     prompts, negative = (run.arguments.get(argument) for argument in ("prompt", "negative_prompt"))
+    if prompts is not None:
+        surroundings.require_one_encoding(guided)
     told = negative is not None or surroundings.unprompted == "empty"
     if prompts is not None and told and not isinstance(negative, list):
         negative = [negative or ""] * run.batch

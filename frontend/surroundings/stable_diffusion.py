@@ -19,13 +19,17 @@ class StableDiffusionSurroundings(Surroundings):
         if not self.has("tokenizer", "text_encoder"):
             return None
         prompt = Prompt("tokenizer", self.pipeline.tokenizer.model_max_length)
-        return Text({"input_ids": prompt}, _Encoder(self.pipeline))
+        return Text({"input_ids": prompt}, _Encoder(self.pipeline, self.skipped))
 
 
 class _Encoder(torch.nn.Module):
-    def __init__(self, pipeline: Any):
+    def __init__(self, pipeline: Any, skipped: int):
         super().__init__()
         self.text_encoder = pipeline.text_encoder
+        self.skipped = skipped
 
     def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"encoder_hidden_states": self.text_encoder(input_ids)[0]}
+        if not self.skipped:
+            return {"encoder_hidden_states": self.text_encoder(input_ids)[0]}
+        layers = self.text_encoder(input_ids, output_hidden_states=True).hidden_states
+        return {"encoder_hidden_states": self.text_encoder.text_model.final_layer_norm(layers[-1 - self.skipped])}

@@ -26,7 +26,7 @@ class StableDiffusion3Surroundings(Surroundings):
         prompts = {"input_ids": Prompt("tokenizer", length), "input_ids_2": Prompt("tokenizer_2", length)}
         if self.has("tokenizer_3", "text_encoder_3"):
             prompts["input_ids_3"] = Prompt("tokenizer_3", behind)
-        return Text(prompts, _Encoder(self.pipeline, behind))
+        return Text(prompts, _Encoder(self.pipeline, behind, 2 + self.skipped))
 
     def decoder(self, latent: tuple[int, ...]) -> Decoder:
         """From latents [B, C, H, W]."""
@@ -34,8 +34,9 @@ class StableDiffusion3Surroundings(Surroundings):
 
 
 class _Encoder(torch.nn.Module):
-    def __init__(self, pipeline: Any, length: int):
+    def __init__(self, pipeline: Any, length: int, layer: int):
         super().__init__()
+        self.layer = layer  # from the end
         self.text_encoder = pipeline.text_encoder
         self.text_encoder_2 = pipeline.text_encoder_2
         self.text_encoder_3 = pipeline.text_encoder_3
@@ -46,7 +47,7 @@ class _Encoder(torch.nn.Module):
     ) -> dict[str, torch.Tensor]:
         first = self.text_encoder(input_ids, output_hidden_states=True)
         second = self.text_encoder_2(input_ids_2, output_hidden_states=True)
-        clip = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        clip = torch.cat([each.hidden_states[-self.layer] for each in (first, second)], dim=-1)
         behind = self._behind(clip, input_ids_3)
         clip = pad(clip, (0, behind.shape[-1] - clip.shape[-1]))
         return {

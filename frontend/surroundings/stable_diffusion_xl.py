@@ -29,7 +29,7 @@ class StableDiffusionXLSurroundings(Surroundings):
             name: Prompt(tokenizer, getattr(self.pipeline, tokenizer).model_max_length)
             for name, tokenizer in names.items()
         }
-        return Text(prompts, _Encoder(self.pipeline))
+        return Text(prompts, _Encoder(self.pipeline, 2 + self.skipped))
 
     def decoder(self, latent: tuple[int, ...]) -> Decoder:
         """From latents [B, C, H, W]; mean and deviation of each channel, where the autoencoder has them."""
@@ -37,8 +37,9 @@ class StableDiffusionXLSurroundings(Surroundings):
 
 
 class _Encoder(torch.nn.Module):
-    def __init__(self, pipeline: Any):
+    def __init__(self, pipeline: Any, layer: int):
         super().__init__()
+        self.layer = layer  # from the end
         self.text_encoder = pipeline.text_encoder
         self.text_encoder_2 = pipeline.text_encoder_2
 
@@ -46,6 +47,6 @@ class _Encoder(torch.nn.Module):
         first = self.text_encoder(input_ids, output_hidden_states=True)
         second = self.text_encoder_2(input_ids_2, output_hidden_states=True)
         return {
-            "encoder_hidden_states": torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1),
+            "encoder_hidden_states": torch.cat([each.hidden_states[-self.layer] for each in (first, second)], dim=-1),
             "added_cond_kwargs.text_embeds": second[0],
         }

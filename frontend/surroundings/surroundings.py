@@ -8,6 +8,7 @@ what the pipeline really gave its denoiser (`capture_around`).
 from __future__ import annotations
 
 import inspect
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from ...bundle.manifest import Unprompted
 from ...bundle.prompts import Cleaning
 from ...loop.errors import UsageError
 from ...loop.values import LARGEST_FACTOR
+
+OF_ONE_ENCODER = re.compile(r"(negative_)?prompt_\d")
+"""Arguments of calls that give one of several text encoders a prompt of its own."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,34 @@ class Surroundings(ABC):
         """An argument of the call, its default where nobody gave it."""
         given = self.arguments.get(name)
         return inspect.signature(self.pipeline.__call__).parameters[name].default if given is None else given
+
+    @property
+    def skipped(self) -> int:
+        """How many of the last layers of CLIP encoders the call leaves out, besides those that the family does."""
+        return self.arguments.get("clip_skip") or 0
+
+    def require_one_encoding(self, guided: bool) -> None:
+        """Refuse a call whose prompts are not all encoded in one way, as those of a bundle are.
+
+        Args:
+            guided: whether there is another branch, whose prompts no pipeline skips layers for.
+
+        Raises:
+            UsageError: an encoder has a prompt of its own, or layers are skipped for one of two branches.
+        """
+        own = [name for name, value in self.arguments.items() if value is not None and OF_ONE_ENCODER.fullmatch(name)]
+        if own:
+            raise UsageError(
+                f"--call {own[0]}: expected one prompt for all text encoders, which is what a bundle takes; received one "
+                "for one of them. Leave it out."
+            )
+        skipped = self.arguments.get("clip_skip")
+        if guided and skipped:
+            raise UsageError(
+                f"--call clip_skip: expected none with two branches, because a bundle encodes both in one way; received "
+                f"{skipped}, and {type(self.pipeline).__name__} skips layers for the prompt, not for the negative one. "
+                "Leave it out, or compile one branch with --guidance 1."
+            )
 
     def has(self, *components: str) -> bool:
         """Whether the folder has all of these components."""

@@ -12,6 +12,7 @@ import numpy as np
 import pipelines
 import pytest
 import torch
+import transformers
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from safetensors.torch import save_file
 
@@ -242,6 +243,37 @@ def test_latents_that_noise_is_added_to_are_not_decoded(tmp_path: Path, caplog: 
     assert not row["in_bundle"] and "decode_noise_scale=0.0" in row["reason"]
     within = pipelines.ltx(tmp_path / "within", decoder_inject_noise=(True, False))
     assert load_checkpoint(within).around.surroundings.undecoded == "its autoencoder adds noise within its decoder"
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"])
+def test_layers_are_skipped_as_the_pipeline_does(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the only branch; of two, pipelines skip them in one."""
+    if not hasattr(transformers.CLIPTextModel, "text_model"):  # transformers 5, where diffusers 0.42 looks for it still
+        monkeypatch.setattr(transformers.CLIPTextModel, "text_model", property(lambda self: self), raising=False)
+    folder, skipped = MAKERS[name](tmp_path / "pipeline"), {"clip_skip": 1}
+    checkpoint = load_checkpoint(folder, call=PipelineCall(steps=2, guidance=1.0, arguments=skipped))
+    assert checkpoint.around is not None and checkpoint.around.prompts is not None
+    surroundings, prompts = checkpoint.around.surroundings, list(checkpoint.around.prompts)
+    text, plain = surroundings.text(), type(surroundings)(surroundings.pipeline).text()
+    assert text is not None and plain is not None
+    numbers = {
+        name: getattr(surroundings.pipeline, prompt.tokenizer)(
+            prompts, padding="max_length", max_length=prompt.length, truncation=True, return_tensors="pt"
+        ).input_ids
+        for name, prompt in text.prompts.items()
+    }
+    with torch.no_grad():
+        received, without = (each.encoder(**numbers)["encoder_hidden_states"] for each in (text, plain))
+    torch.testing.assert_close(received, checkpoint.kwargs["encoder_hidden_states"])
+    assert not torch.allclose(received, without)
+    with pytest.raises(UsageError, match=f"--call clip_skip: expected none with two branches.* {name} skips layers"):
+        load_checkpoint(folder, call=PipelineCall(steps=2, arguments=skipped))
+
+
+def test_a_prompt_for_one_of_the_encoders_is_refused(tmp_path: Path) -> None:
+    folder = pipelines.sdxl(tmp_path / "sdxl")
+    with pytest.raises(UsageError, match="--call prompt_2: expected one prompt for all text encoders"):
+        load_checkpoint(folder, call=PipelineCall(steps=2, arguments={"prompt_2": "rain"}))
 
 
 def test_embeddings_leave_no_prompts(loaded: Any) -> None:
