@@ -160,6 +160,14 @@ def add_buffer(graph: fx.GraphModule, name: str, tensor: torch.Tensor) -> str:
     return free
 
 
+def set_weight(graph: fx.GraphModule, target: str, tensor: torch.Tensor) -> None:
+    """Put a tensor in the place of the weight of this attribute name, in a copy that shares its other weights."""
+    parent, _, name = target.rpartition(".")
+    owner = graph.get_submodule(parent)
+    delattr(owner, name)
+    owner.register_buffer(name, tensor)
+
+
 def _placeholders(stage: Stage) -> list[fx.Node]:
     return [node for node in stage.graph.graph.nodes if node.op == "placeholder"]
 
