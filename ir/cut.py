@@ -65,7 +65,7 @@ def _names(base: str, bodies: int) -> list[str]:
 def _segments(stage: Stage, bodies: Sequence[Collection[fx.Node]]) -> Segments | Refusal:
     """The piece of each node: as late as what reads it allows, so that little crosses the borders."""
     nodes = list(stage.graph.graph.nodes)
-    own = {node: 2 * i + 1 for i, body in enumerate(bodies) for node in _closed(nodes, body)}
+    own = {node: 2 * i + 1 for i, body in enumerate(bodies) for node in enclosed(nodes, body)}
     found: dict[fx.Node, int] = {}
     for node in reversed(nodes):
         readers = [found[user] for user in node.users]
@@ -84,7 +84,7 @@ def _segments(stage: Stage, bodies: Sequence[Collection[fx.Node]]) -> Segments |
     return {node.name: number for node, number in found.items()}
 
 
-def _closed(nodes: Sequence[fx.Node], body: Collection[fx.Node]) -> set[fx.Node]:
+def enclosed(nodes: Sequence[fx.Node], body: Collection[fx.Node]) -> set[fx.Node]:
     """The nodes of a body, and what lies on a way from one of them to another."""
     after, before = set[fx.Node](body), set[fx.Node](body)
     for node in nodes:

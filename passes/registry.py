@@ -10,11 +10,12 @@ from ..loop.extensions import Extensions
 from .base import Pass
 from .cut.cut import Cut
 from .fuse.onnxruntime import FuseOnnxRuntime
+from .prune.prune import Prune
 from .quantize.quantize import Quantize
 from .schedule.hoist import Hoist
 from .schedule.schedule import SearchSchedule
 
-PASSES: tuple[type[Pass[Any]], ...] = (Hoist, Cut, Quantize, FuseOnnxRuntime, SearchSchedule)
+PASSES: tuple[type[Pass[Any]], ...] = (Hoist, Prune, Cut, Quantize, FuseOnnxRuntime, SearchSchedule)
 
 OTHERS: Extensions[type[Pass[Any]]] = Extensions(
     "stepfold.passes", "pass", lambda found: isinstance(found, type) and issubclass(found, Pass)

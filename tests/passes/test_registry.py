@@ -58,12 +58,12 @@ def test_every_pass_names_its_phase() -> None:
     assert None not in phases and phases == sorted(phase for phase in phases if phase is not None)
 
 
-def test_only_the_schedule_is_not_idempotent() -> None:
-    """A second search starts from what the first one found good enough."""
-    assert [kind.name for kind in PASSES if not kind.idempotent] == ["schedule"]
+def test_which_passes_are_not_idempotent() -> None:
+    """A second prune removes a share of what the first one left, a second search starts from what was good enough."""
+    assert [kind.name for kind in PASSES if not kind.idempotent] == ["prune", "schedule"]
 
 
-@pytest.mark.parametrize("name", ["hoist", "schedule"])
+@pytest.mark.parametrize("name", ["hoist", "prune", "schedule"])
 def test_passes_on_the_loop_do_not_apply_to_a_component(tmp_path: Path, name: str) -> None:
     program = component(torch.nn.Linear(3, 4), torch.randn(2, 3))
     kind = pass_named(name)
