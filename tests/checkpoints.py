@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -64,3 +65,30 @@ def load_captured(patch: pytest.MonkeyPatch, checkpoint: Path, program: Program)
         return captured if path == checkpoint and not any(more.values()) else real(path, **more)
 
     patch.setattr(load, "load_checkpoint", loaded)
+
+
+class Remembered:
+    """Loads and captures each folder once for each call; to stand in for `load_checkpoint` where tests share a folder.
+
+    Programs never change, so what one command captured serves the next as well.
+    """
+
+    def __init__(self) -> None:
+        from stepfold.frontend import load
+
+        self._load = load.load_checkpoint
+        self._kept: dict[tuple[Path, str], Any] = {}
+
+    def __call__(self, path: Path, **more: Any) -> Any:
+        asked = {name: value for name, value in more.items() if value is not None and getattr(value, "given", True)}
+        key = path, repr(sorted(asked.items()))
+        if key not in self._kept:
+            loaded = self._load(path, **more)
+            for name in ("capture", "capture_ends"):
+                object.__setattr__(loaded, name, cache(getattr(loaded, name)))
+            self._kept[key] = loaded
+        return self._kept[key]
+
+    def stand_in(self, patch: pytest.MonkeyPatch) -> None:
+        """Commands load with this as long as the patch holds."""
+        patch.setattr("stepfold.frontend.load.load_checkpoint", self)

@@ -13,6 +13,7 @@ import pipelines
 import pytest
 import torch
 from commands import NOT_OF_THE_CORE, command
+from conditions import TEXTS, encoded
 from safetensors.numpy import save_file
 
 from stepfold.bundle import read
@@ -120,6 +121,16 @@ def test_what_is_drawn_is_what_the_pipeline_draws(built: Built, tmp_path: Path) 
         assert received.shape == wanted.shape and drift(received, wanted) < LARGEST_DRIFT, negative
         seen.append(received)
     assert drift(seen[0], seen[1]) > LARGEST_DRIFT, "the negative prompt has a say"
+
+
+def test_prompts_become_the_conditions_of_the_pipeline(built: Built) -> None:
+    """Another number of prompts than it was captured with: none, one that is cut, and one that some clean."""
+    pipeline = getattr(diffusers, built.family.pipeline).from_pretrained(built.folder)
+    wanted = encoded(pipeline, TEXTS)
+    with load(built.bundle) as engine:
+        received = engine.ends.conditions(TEXTS)
+    for name, value in wanted.items():
+        np.testing.assert_allclose(received[name], value, rtol=1e-4, atol=2e-5, err_msg=name)
 
 
 def test_saved_embeddings_draw_what_the_prompt_draws(built: Built, tmp_path: Path) -> None:

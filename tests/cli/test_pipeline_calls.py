@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pipelines
 import pytest
+from checkpoints import Remembered
 
 from stepfold.frontend.load import load_checkpoint
 from stepfold.frontend.overview import overview
@@ -85,7 +86,11 @@ def test_a_bundle_is_called_with_nothing(stepfold, read_only_bundle: Path) -> No
 
 
 @pytest.mark.slow
-def test_the_manifest_keeps_the_call_and_the_store_fits_it(stepfold, folder: Path, tmp_path: Path) -> None:
+def test_the_manifest_keeps_the_call_and_the_store_fits_it(
+    stepfold, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Remembered().stand_in(monkeypatch)
+    monkeypatch.setattr("stepfold.runtime.quality.HELD_OUT", 2)
     (tmp_path / "plain.yaml").write_text("passes: [hoist]\n")
     call = ("--steps", 4, "--guidance", 1, "--call", "guidance_rescale=0.0")
     calibrated = stepfold("calibrate", folder, "--out", tmp_path / "store", "--samples", 2, *call)

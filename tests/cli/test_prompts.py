@@ -15,6 +15,7 @@ import numpy as np
 import pipelines
 import pytest
 import torch
+from checkpoints import Remembered
 from commands import NOT_OF_THE_CORE, command
 
 from stepfold.bundle import read, write_manifest
@@ -38,10 +39,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundle(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def remembered() -> Remembered:
+    return Remembered()
+
+
+@pytest.fixture(scope="module")
+def bundle(folder: Path, remembered: Remembered, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Float32 and all 28 steps."""
     out = tmp_path_factory.mktemp("bundle") / "sd3"
-    document = optimize(Job(folder, out, recipe={"passes": ["hoist"]}), lambda task, done, total: None)
+    with pytest.MonkeyPatch.context() as patch:
+        remembered.stand_in(patch)
+        patch.setattr("stepfold.runtime.quality.HELD_OUT", 2)
+        document = optimize(Job(folder, out, recipe={"passes": ["hoist"]}), lambda task, done, total: None)
     assert document["stages"]
     return out
 
@@ -63,8 +72,14 @@ def test_images_are_those_of_the_pipeline(folder: Path, bundle: Path, tmp_path: 
 
 
 def test_a_checkpoint_takes_prompts_too(
-    folder: Path, bundle: Path, stepfold: Callable[..., Any], tmp_path: Path
+    folder: Path,
+    bundle: Path,
+    remembered: Remembered,
+    stepfold: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    remembered.stand_in(monkeypatch)
     for model, name in ((folder, "a"), (bundle, "b")):
         words = ["generate", str(model), "--prompt", PROMPT, "--prompt", "a dog", "--seed", "5"]
         assert stepfold(*words, "--npy", str(tmp_path / f"{name}.npy")).code == 0

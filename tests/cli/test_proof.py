@@ -12,7 +12,7 @@ import changed
 import pipelines
 import pytest
 import torch
-from checkpoints import HOIST
+from checkpoints import HOIST, Remembered
 
 from stepfold.backends.onnxruntime import lower as onnxruntime_lower
 from stepfold.frontend import pipeline
@@ -30,8 +30,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield changed.folder(tmp_path_factory.mktemp("changed") / "pipeline")
 
 
+@pytest.fixture(scope="module")
+def remembered() -> Remembered:
+    return Remembered()
+
+
 @pytest.mark.slow
-def test_the_proof_is_told_everywhere(stepfold: Any, folder: Path, tmp_path: Path) -> None:
+def test_the_proof_is_told_everywhere(
+    stepfold: Any, folder: Path, tmp_path: Path, remembered: Remembered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remembered.stand_in(monkeypatch)
     result = stepfold("optimize", folder, "--out", tmp_path / "json", "--recipe", HOIST, "--json")
     assert result.code == 0, result.err
     proof = result.document()["proof"]
@@ -69,9 +77,10 @@ def test_a_wrong_capture_leaves_nothing(
 
 @pytest.mark.slow
 def test_a_decoder_that_the_engine_gets_wrong_leaves_nothing(
-    stepfold: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stepfold: Any, folder: Path, tmp_path: Path, remembered: Remembered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An operator that the denoiser does not have, so that all but the decoder is right."""
+    remembered.stand_in(monkeypatch)
     monkeypatch.setenv("STEPFOLD_CACHE", str(tmp_path / "cache"))
     target = torch.ops.aten.group_norm.default
     right = onnxruntime_lower.LOWERINGS[target]

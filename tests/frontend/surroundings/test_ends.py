@@ -13,6 +13,7 @@ import pipelines
 import pytest
 import torch
 import transformers
+from conditions import CONDITIONS, TEXTS, encoded
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from safetensors.torch import save_file
 
@@ -36,35 +37,8 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "PixArtSigmaPipeline": lambda folder: pipelines.pixart(folder, "PixArtSigmaPipeline"),
     "DiTPipeline": pipelines.dit,
 }
-TEXTS = ["a cat", "", "a prompt that is longer than all of the tokens", "  A Cat\n on a &amp;lt;mat&amp;gt;  "]
-CALLS: dict[str, dict[str, Any]] = {
-    "StableDiffusion3Pipeline": {"prompt_2": None, "prompt_3": None},
-    "FluxPipeline": {"prompt_2": None},
-    "StableDiffusionPipeline": {
-        "device": "cpu",
-        "num_images_per_prompt": 1,
-        "do_classifier_free_guidance": False,
-    },
-    "StableDiffusionXLPipeline": {"do_classifier_free_guidance": False},
-    "PixArtAlphaPipeline": {"do_classifier_free_guidance": False, "max_sequence_length": 120},
-    "PixArtSigmaPipeline": {"do_classifier_free_guidance": False, "max_sequence_length": 300},
-    "WanPipeline": {"do_classifier_free_guidance": False, "max_sequence_length": 32},
-    "CogVideoXPipeline": {"do_classifier_free_guidance": False, "max_sequence_length": 32},
-    "LTXPipeline": {"do_classifier_free_guidance": False, "max_sequence_length": 32},
-}
-"""Arguments of `encode_prompt`."""
-CONDITIONS = {
-    "StableDiffusion3Pipeline": {"encoder_hidden_states": 0, "pooled_projections": 2},
-    "FluxPipeline": {"encoder_hidden_states": 0, "pooled_projections": 1},
-    "StableDiffusionPipeline": {"encoder_hidden_states": 0},
-    "StableDiffusionXLPipeline": {"encoder_hidden_states": 0, "added_cond_kwargs.text_embeds": 2},
-    "PixArtAlphaPipeline": {"encoder_hidden_states": 0, "encoder_attention_mask": 1},
-    "PixArtSigmaPipeline": {"encoder_hidden_states": 0, "encoder_attention_mask": 1},
-    "WanPipeline": {"encoder_hidden_states": 0},
-    "CogVideoXPipeline": {"encoder_hidden_states": 0},
-    "LTXPipeline": {"encoder_hidden_states": 0, "encoder_attention_mask": 1},
-}
-"""Place of each condition in what `encode_prompt` returns."""
+IN_BUNDLES = ("PixArtAlphaPipeline", "WanPipeline", "CogVideoXPipeline", "LTXPipeline")
+"""Families whose ends tests/cli/test_families.py compares with the pipeline after they were compiled."""
 
 
 @pytest.fixture(scope="module")
@@ -92,22 +66,20 @@ def test_every_family_is_tried() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CONDITIONS)
+@pytest.mark.parametrize("name", [name for name in CONDITIONS if name not in IN_BUNDLES])
 def test_prompts_become_the_conditions_of_the_pipeline(name: str, loaded: Any) -> None:
     """Another number of prompts than it was captured with: none, one that is cut, and one that some clean."""
     checkpoint, ends = loaded(name)
     pipeline = checkpoint.around.surroundings.pipeline
-    with torch.no_grad():
-        wanted = pipeline.encode_prompt(TEXTS, **CALLS[name])
-    expected = {condition: wanted[place] for condition, place in CONDITIONS[name].items()}
+    expected = encoded(pipeline, TEXTS)
     received = dict(zip(ends.text.outputs, ends.text.bind().evaluate(token_numbers(ends, TEXTS)), strict=True))
     assert received.keys() == expected.keys()
     for key, value in expected.items():
-        np.testing.assert_allclose(received[key], value.numpy(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(received[key], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", [name for name in MAKERS if name not in IN_BUNDLES])
 def test_latents_become_the_images_of_the_pipeline(name: str, loaded: Any) -> None:
     """Another number than it was captured with; judged by the pipeline's own code, which is given the latents."""
     checkpoint, ends = loaded(name)
