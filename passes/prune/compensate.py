@@ -73,7 +73,7 @@ def covariance(layer: Layer, moments: Moments) -> torch.Tensor:
 
 
 def regression(C: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """[P, S] what the kept channels S say about the removed ones P: C_PS (C_SS + l I)^-1."""
+    """[removed, kept] what the kept channels S say about the removed ones P: C_PS (C_SS + l I)^-1."""
     inner = C[kept][:, kept]
     damped = inner + DAMPING * inner.diagonal().mean() * torch.eye(len(inner), dtype=C.dtype)
     return torch.linalg.solve(damped, C[kept][:, ~kept]).T
