@@ -74,9 +74,9 @@ class _History:
                 total += np.float32(weights[j]) * value[:rows]
         return sums
 
-    def forget(self, read: Callable[[int], bool]) -> None:
-        """Drop the outputs of evaluations that nothing will read."""
-        self.kept = {j: outputs for j, outputs in self.kept.items() if not read(j)}
+    def keep(self, wanted: Callable[[int], bool]) -> None:
+        """Drop the outputs of evaluations that are not wanted any more."""
+        self.kept = {j: outputs for j, outputs in self.kept.items() if wanted(j)}
 
 
 class LoopRun:
@@ -86,7 +86,7 @@ class LoopRun:
     calls them one at a time, because it solves for the update after it has seen the outputs.
     """
 
-    def __init__(self, program: BoundProgram, loop: LoopSpec, request: Request, plan: Plan):
+    def __init__(self, program: BoundProgram, loop: LoopSpec, request: Request, plan: Plan, keep: int = 0):
         """Start at the scaled noise and compute everything whose rate is below `step`.
 
         Args:
@@ -95,11 +95,13 @@ class LoopRun:
             request: B samples.
             plan: positions, timesteps, input scales, branches and cells of the evaluations; the weights of its updates
                 are not read.
+            keep: how many of the newest outputs of a slot are kept whether or not the plan reads them, with guidance and
+                without; a fit chooses their weights later.
 
         Raises:
             ValueError: the plan has guided evaluations and the request no unconditional conditions.
         """
-        self._program, self._loop, self._plan = program, loop, plan
+        self._program, self._loop, self._plan, self._keep = program, loop, plan, keep
         self.batch = len(request.noise)
         self.latent = request.noise * np.float32(plan.initial_scale)
         self.history: dict[int, tuple[Array, Array | None]] = {}
@@ -108,7 +110,8 @@ class LoopRun:
         self._times = as_timesteps(plan.timesteps, self._timestep_dtype())  # [N]
         self._conditions = request.branches
         self._rows, self._inverse = request.distinct
-        self._slots = {slot.name: _History() for slot in program.slots if slot.name in plan.cells}
+        self._computing = program.computing
+        self._slots = {slot.name: _History() for slot in self._computing if slot.name in plan.cells}
         self._fixed: dict[str, Array] = {}  # rate once: [R, ...]
         self._by_call: dict[str, Array] = {}  # rate once×timestep: [N, R, ...]
         self._tables = {name: table[plan.positions] for name, table in program.tables.items()}  # [N, ...]
@@ -116,17 +119,32 @@ class LoopRun:
 
     def evaluate(self, k: int) -> tuple[Array, Array | None]:
         """Outputs of evaluation k: the conditional [B, ...] and the unconditional [B, ...] or None."""
-        guided = bool(self._plan.guided[k])
-        rows = self.batch * (2 if guided else 1)
+        rows = self._rows_at(k)
         values = self._step_values(k, rows)
-        for slot in self._program.slots:
-            if slot.rate is Rate.STEP:
-                outputs = self._filled(slot, k, values, rows)
-                values.update(zip((port.name for port in slot.outputs), outputs, strict=True))
+        for slot in self._computing:
+            self._fill(slot, k, values, rows)
         prediction = values[self._program.outputs[0]]
-        result = (prediction[: self.batch], prediction[self.batch :] if guided else None)
+        result = (prediction[: self.batch], prediction[self.batch :] if rows > self.batch else None)
         self.history[k] = result
         return result
+
+    def computed(self, name: str, k: int) -> Sequence[Array]:
+        """The outputs [rows, ...] that the original of a slot computes at evaluation k; the run stays where it is."""
+        twin, rows = self.fork(), self._rows_at(k)
+        values = twin._step_values(k, rows)
+        for slot in self._computing:
+            if slot.name == name:
+                return slot.variants[0].call(_pick(slot.variants[0].inputs, values))
+            twin._fill(slot, k, values, rows)
+        raise KeyError(name)
+
+    def outputs(self, name: str) -> Mapping[int, Sequence[Array]]:
+        """The outputs of a slot that are still kept: evaluation -> [rows, ...] for each output."""
+        return self._slots[name].kept
+
+    def follow(self, plan: Plan) -> None:
+        """Go on along a plan of the same evaluations whose cells differ at those to come."""
+        self._plan = plan
 
     def update(self, state: float, conditional: Array, unconditional: Array) -> None:
         """x <- state x + sum_j conditional_j c_j + unconditional_j u_j over the outputs still in the history."""
@@ -173,10 +191,26 @@ class LoopRun:
         else:
             stage = slot.variants[number]
             outputs = stage.call(_pick(stage.inputs, values))
-            if cell.last_reader(k) > k:
-                history.kept[k] = outputs
-        history.forget(lambda j: cell.last_reader(j) <= k)
+            history.kept[k] = outputs
+        newest = self._newest(history)
+        history.keep(lambda j: cell.last_reader(j) > k or j in newest)
         return outputs
+
+    def _newest(self, history: _History) -> set[int]:
+        """The newest evaluations of a slot that are kept for a fit: those with guidance, and those without."""
+        if not self._keep:
+            return set()
+        guided = [j for j in history.kept if self._plan.guided[j]]
+        others = [j for j in history.kept if not self._plan.guided[j]]
+        return {*guided[-self._keep :], *others[-self._keep :]}
+
+    def _fill(self, slot: BoundSlot, k: int, values: dict[str, Array], rows: int) -> None:
+        """Add the outputs of a computing slot at evaluation k to the values."""
+        outputs = self._filled(slot, k, values, rows)
+        values.update(zip((port.name for port in slot.outputs), outputs, strict=True))
+
+    def _rows_at(self, k: int) -> int:
+        return self.batch * (2 if self._plan.guided[k] else 1)
 
     def _step_values(self, k: int, rows: int) -> dict[str, Array]:
         select = self._inverse[:rows]

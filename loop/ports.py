@@ -166,6 +166,11 @@ class BoundProgram:
         return tuple(stage for slot in self.slots for stage in slot.variants)
 
     @property
+    def computing(self) -> tuple[BoundSlot, ...]:
+        """The slots that a plan fills at each evaluation, in order."""
+        return tuple(slot for slot in self.slots if slot.rate is Rate.STEP)
+
+    @property
     def by_call(self) -> bool:
         """Whether an evaluation has to know its grid call, for the tables or for what fills the slots."""
         return bool(self.tables) or any(slot.by_call is not None for slot in self.slots)

@@ -8,30 +8,28 @@ arXiv 2403.01329, without gradients).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import takewhile
 
 import numpy as np
 
 from ...calibration.trajectories import Trajectories
 from ...loop.driver import LoopRun, run_loop
-from ...loop.plan import Plan, fold
+from ...loop.plan import Plan, fold, guides
 from ...loop.ports import BoundProgram
 from ...loop.recurrence import Array, Recurrence
 from ...loop.spec import LoopSpec
+from .methods import METHODS
+from .methods.method import Normal, Seen
+from .outline import Outline, fillable
 from .terms import Term, Terms, basis, forget, prior_weights, row
 
 RIDGE = 1e-7
 """Ridge of the least squares, relative to the mean square of the terms; pulls towards the unfitted update."""
 
-
-@dataclass(frozen=True)
-class Outline:
-    """Which calls are evaluated, and on which of them both guidance branches run."""
-
-    positions: tuple[int, ...]
-    unguided: frozenset[int] = frozenset()
+REACH = max(method.reach for method in METHODS.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +57,7 @@ class Trace:
     def shared(self, outline: Outline) -> int:
         """How many evaluations of an outline are those of this fit: each is at a position the updates before it aimed at."""
         alike = (
-            mine == other and (mine in self.outline.unguided) == (other in outline.unguided)
+            mine == other and self.outline.at(mine) == outline.at(other)
             for mine, other in zip(self.outline.positions, outline.positions, strict=False)
         )
         return sum(1 for _ in takewhile(bool, alike))
@@ -73,6 +71,7 @@ class Fitter:
     ):
         """Fit with the outputs of `bound` against the latents of `data`."""
         self.bound, self.loop, self.recurrence, self.scale, self.data = bound, loop, recurrence, scale, data
+        self._slots = [slot.name for slot in fillable(bound.computing)]
 
     def fit(self, outline: Outline, terms: Terms) -> Fit:
         """Solve for every update of an outline, one after the other, in the closed loop."""
@@ -88,9 +87,9 @@ class Fitter:
     def _fit(self, outline: Outline, terms: Terms, like: Trace | None, keep: Callable[[list[LoopRun]], None]) -> Fit:
         """Fit an outline; `keep` sees the runs after each evaluation that is not taken from another fit."""
         prior = fold(self.recurrence, self.scale, outline.positions, order=1)
-        plan = _with_branches(prior, outline)
+        plan = self._plan(prior, outline)
         N, known = plan.evaluations, 0 if like is None else like.shared(outline)
-        runs = self.runs(plan)
+        runs = self.runs(plan, keep=REACH if self._slots else 0)
         state, conditional, unconditional = np.ones(N), np.zeros((N, N)), np.zeros((N, N))
         first = max(0, known - 1)  # the update after the last evaluation that both have aims elsewhere
         if like is not None and known:
@@ -98,11 +97,13 @@ class Fitter:
             state[:first] = before.state[:first]
             conditional[:first, :first] = before.conditional[:first, :first]
             unconditional[:first, :first] = before.unconditional[:first, :first]
+            plan = _reweighed(plan, {name: cell.weights[:known, :known] for name, cell in before.cells.items()})
             for run, stand in zip(runs, like.stands[first], strict=True):
                 run.stand_where(stand)
         for k in range(first, N):
-            for run in runs:
-                if k >= known:
+            if k >= known:
+                plan = self._weighed(runs, plan, outline, k)
+                for run in runs:
                     run.evaluate(k)
             keep(runs)
             target = self.data.latents[plan.landings[k]]
@@ -113,12 +114,41 @@ class Fitter:
             for run in runs:
                 run.update(state[k], conditional[k], unconditional[k])
                 forget(run, k, plan.guided, terms)
-        fitted = replace(plan, state=state, conditional=conditional, unconditional=unconditional)
+        cells = {name: cell for name, cell in plan.cells.items() if cell.variant.any()}
+        fitted = replace(plan, state=state, conditional=conditional, unconditional=unconditional, cells=cells)
         return Fit(fitted, np.concatenate([run.latent for run in runs]))
 
-    def runs(self, plan: Plan) -> list[LoopRun]:
-        """The samples of the data at the start of a plan's loop, in batches."""
-        return [LoopRun(self.bound, self.loop, piece, plan) for piece in self.data.pieces]
+    def _plan(self, prior: Plan, outline: Outline) -> Plan:
+        """The prior's positions with the outline's branches and cells; weights are left to the fit."""
+        guided = self.guided(outline)
+        zero = np.zeros_like(prior.conditional)
+        cells = outline.cells(self._slots, guided)
+        return replace(prior, guided=guided, conditional=zero, unconditional=zero, cells=cells)
+
+    def guided(self, outline: Outline) -> Array:
+        """[N] whether both guidance branches run at each evaluation of an outline."""
+        return np.asarray([guides(self.scale) and one not in outline.unguided for one in outline.positions], bool)
+
+    def _weighed(self, runs: Sequence[LoopRun], plan: Plan, outline: Outline, k: int) -> Plan:
+        """The plan with the weights of what evaluation k does not compute; the runs follow it.
+
+        Slots are taken in order, so that each method sees what the slots before leave to it.
+        """
+        for name in plan.cells:
+            method = METHODS.get(outline.reused(name).get(k, ""))
+            if method is not None:
+                anchors = outline.anchors(name, plan.guided, k, method.reach)
+                seen = Seen(int(plan.positions[k]), plan.positions[anchors], lambda: _normal(runs, name, k, anchors))
+                weights = np.zeros((1, plan.evaluations))
+                weights[0, anchors] = method.weights(seen)
+                plan = _reweighed(plan, {name: weights}, k)
+                for run in runs:
+                    run.follow(plan)
+        return plan
+
+    def runs(self, plan: Plan, keep: int = 0) -> list[LoopRun]:
+        """The samples of the data at the start of a plan's loop, in batches; `keep` as `LoopRun` takes it."""
+        return [LoopRun(self.bound, self.loop, piece, plan, keep) for piece in self.data.pieces]
 
     def samples(self, plan: Plan, data: Trajectories | None = None) -> Array:
         """The samples a plan makes from the noise of `data`."""
@@ -144,8 +174,25 @@ class Fitter:
         return start_weights + np.linalg.solve(normalized + RIDGE * np.eye(m), residual) / scale
 
 
-def _with_branches(plan: Plan, outline: Outline) -> Plan:
-    """The prior's positions with the outline's branches; weights are left to the fit."""
-    guided = plan.guided & ~np.isin(plan.positions, list(outline.unguided))
-    zero = np.zeros_like(plan.conditional)
-    return replace(plan, guided=guided, conditional=zero, unconditional=zero)
+def _reweighed(plan: Plan, weights: Mapping[str, Array], start: int = 0) -> Plan:
+    """The plan with other weights of its cells in the rows from `start` on, one for each row [m, up to N] that is given."""
+    cells = dict(plan.cells)
+    for name, rows in weights.items():
+        changed = cells[name].weights.copy()
+        changed[start : start + len(rows), : rows.shape[1]] = rows
+        cells[name] = replace(cells[name], weights=changed)
+    return replace(plan, cells=cells)
+
+
+def _normal(runs: Sequence[LoopRun], name: str, k: int, anchors: Sequence[int]) -> Normal:
+    """Normal equations of a slot at evaluation k; each of its outputs counts by its own mean square."""
+    m = len(anchors)
+    sums: dict[int, Array] = {}  # output -> inner products [m + 1, m + 1] of the anchors and the target
+    for run in runs:
+        target = run.computed(name, k)
+        for i, wanted in enumerate(target):
+            known = [run.outputs(name)[j][i][: len(wanted)] for j in anchors]
+            columns = np.stack([one.ravel() for one in (*known, wanted)]).astype(np.float64)
+            sums[i] = sums.get(i, 0) + columns @ columns.T
+    total = sum((one / max(one[m, m], 1e-30) for one in sums.values()), np.zeros((m + 1, m + 1)))
+    return Normal(total[:m, :m], total[:m, m])

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from ...loop.errors import nearest
 from ..base import Options
+from .methods import METHODS
+from .outline import FITTED
 
 MINIMUM_VALIDATION = 64
 """A budget is met when the lower 95 % bound of the mean over at least so many validation samples meets it."""
@@ -28,6 +31,7 @@ class ScheduleOptions(Options):
         outputs: newest guided outputs an update may weigh.
         directions: newest guidance directions an update may weigh beside them.
         moves: random moves of positions that are tried for one number of evaluations.
+        fill: methods that may fill a body of a cut at an evaluation that does not compute it.
     """
 
     evaluations: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
@@ -38,3 +42,12 @@ class ScheduleOptions(Options):
     outputs: int = Field(default=3, ge=1, le=8)
     directions: int = Field(default=2, ge=0, le=8)
     moves: int = Field(default=64, ge=0, le=10_000)
+    fill: tuple[str, ...] = (FITTED,)
+
+    @field_validator("fill")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in METHODS:
+                raise ValueError(f"there is no method {name!r}; {nearest(name, list(METHODS))}")
+        return value

@@ -1,8 +1,9 @@
-"""The search of one plan: fewest evaluations within a budget, then fewest of them with both guidance branches."""
+"""The search of one plan: fewest evaluations within a budget, then the least that has to be computed at each of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import numpy as np
 
@@ -11,9 +12,11 @@ from ...loop.errors import GateError, UsageError
 from ...loop.plan import Plan, guides
 from ...loop.ports import BoundProgram
 from ..base import Context
-from .fit import Outline
+from .costs import Costs
 from .options import ScheduleOptions
+from .outline import Outline, fillable
 from .positions import WARPS, Positions, moved, warped, without_one
+from .savings import Menu, Savings
 from .trials import POLISHED, Candidate, Trials, choice
 
 KEPT_WARPS = 4
@@ -27,6 +30,9 @@ RIVAL_DB = 0.5
 
 SCORE_DB = 1.0
 """How far the score of the few search samples may be wrong about the many."""
+
+MORE = 3
+"""How many evaluations more than the fewest are tried where an evaluation may leave out a part of the network."""
 
 LADDER = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 15, 17, 20, 25, 30, 40, 50, 65, 80, 100)
 """Numbers of evaluations the search tries first."""
@@ -74,7 +80,7 @@ class ScheduleSearch:
             raise UsageError("schedule: evaluations `auto` needs a budget: set min_psnr or a number of evaluations.")
         else:
             fewest = self._fewest(self._budget)
-            best = self._thinned(fewest, self._budget) or self._best(fewest.plan.evaluations)
+            best = self._cheaper(fewest, self._budget) or self._best(fewest.plan.evaluations)
         if self._budget is not None and not best.low >= self._budget:
             raise self._missed(self._budget)
         return best
@@ -88,12 +94,11 @@ class ScheduleSearch:
         Raises:
             GateError: no plan meets the budget.
         """
-        unguided = frozenset() if not guides(self._scale) else frozenset(plan.positions[~plan.guided].tolist())
-        outline = Outline(tuple(plan.positions.tolist()), unguided)
+        outline = Outline.of(plan, guides(self._scale))
         self.trials.polished(outline)
         self.trials.unfitted(outline.positions)
         self.trials.measure(plan, "as it was")
-        as_cheap = [one for one in self.trials.tried if np.array_equal(one.plan.guided, plan.guided)]
+        as_cheap = [one for one in self.trials.tried if one.cheap_like(plan)]
         best = choice(as_cheap, self._budget)
         if self._budget is None or best.low >= self._budget:
             return best, False
@@ -170,35 +175,38 @@ class ScheduleSearch:
             found.append(self.trials.polished(outline))
             reach = RIVAL_DB
 
-    def _thinned(self, best: Candidate, budget: float) -> Candidate | None:
-        """The plan without the unconditional branch at as many evaluations as the budget allows, if at any.
+    def _cheaper(self, best: Candidate, budget: float) -> Candidate | None:
+        """The cheapest plan that leaves out branches, and bodies of a cut, where the budget allows it, if any does.
 
-        The fit weighs the guidance directions that remain instead of those that are left out. It has to meet the
-        budget alone: only what is shipped is polished.
+        The fit weighs what remains instead of what is left out. It has to meet the budget alone: only what is shipped
+        is polished. Where bodies may be left out, a few evaluations more may cost less.
         """
-        positions = tuple(best.plan.positions.tolist())
-        if not best.plan.guided.all() or len(positions) > POLISHED:
+        found: tuple[Outline, Candidate] | None = None
+        N = best.plan.evaluations
+        if N > POLISHED:
             return None
-        spare = best.low - budget + SCORE_DB
-        for outline in reversed(self._sparser(positions, self._score(positions) - spare)):
-            fit = self.trials.fitted(outline)
-            if fit.low >= budget:
-                return choice([fit, self.trials.polished(outline)], budget)
-        return None
+        savings = Savings(self.trials.score, self.trials.guided, self._costs, self._menus)
+        for evaluations in range(N, min(self._calls, N + (MORE if self._menus else 0)) + 1):
+            full = Outline(self._refined.get(evaluations) or self._best_warp(evaluations))
+            spare = (best if evaluations == N else self.trials.fitted(full)).low - budget + SCORE_DB
+            for outline in reversed(savings.outlines(full, self._score(full.positions) - spare)):
+                if savings.cost(outline) >= savings.cost(found[0] if found else Outline(self._refined[N])):
+                    break
+                fit = self.trials.fitted(outline)
+                if fit.low >= budget:
+                    found = outline, fit
+                    break
+        return None if found is None else choice([found[1], self.trials.polished(found[0])], budget)
 
-    def _sparser(self, positions: Positions, least: float) -> list[Outline]:
-        """Outlines with one, two, ... evaluations of one branch only, as long as their scores on the search samples last.
+    @cached_property
+    def _costs(self) -> Costs:
+        return self.trials.costs()
 
-        Evaluations lose the branch in the order in which the loop misses it least.
-        """
-        order = sorted(positions, key=lambda one: self.trials.score(Outline(positions, frozenset([one]))), reverse=True)
-        outlines = []
-        for count in range(1, len(order)):
-            outline = Outline(positions, frozenset(order[:count]))
-            if self.trials.score(outline) < least:
-                break
-            outlines.append(outline)
-        return outlines
+    @cached_property
+    def _menus(self) -> list[Menu]:
+        """What may fill each slot beside its original."""
+        slots = fillable(self.trials.computing)
+        return [Menu(slot.name, (*range(1, len(slot.variants)), *self._options.fill)) for slot in slots]
 
     def _best_warp(self, evaluations: int) -> Positions:
         """The best warped grid; once the grids of all warps were compared, only those of the best are tried.

@@ -14,10 +14,13 @@ from ...ir.program import Program
 from ...loop.metrics import lower_bound, psnr
 from ...loop.noise import SampleSet
 from ...loop.plan import Plan, fold, guides
-from ...loop.ports import BoundProgram
+from ...loop.ports import BoundProgram, BoundSlot
+from ...loop.recurrence import Array
 from ..base import Context
-from .fit import Fit, Fitter, Outline, Trace
+from .costs import Costs
+from .fit import Fit, Fitter, Trace
 from .options import ScheduleOptions
+from .outline import Outline, fillable
 from .polish import polish
 from .positions import Positions
 from .terms import Terms
@@ -40,8 +43,12 @@ class Candidate:
 
     @property
     def thinned(self) -> bool:
-        """Whether some evaluations run both guidance branches and others one."""
-        return bool(self.plan.guided.any() and not self.plan.guided.all())
+        """Whether some evaluations run one guidance branch and others both, or do not compute everything."""
+        return bool(self.plan.cells or (self.plan.guided.any() and not self.plan.guided.all()))
+
+    def cheap_like(self, plan: Plan) -> bool:
+        """Whether it costs what another plan does: the same branches, and the same cells."""
+        return np.array_equal(self.plan.guided, plan.guided) and same_cells(self.plan, plan)
 
     def row(self) -> dict[str, Any]:
         """For the record."""
@@ -50,10 +57,23 @@ class Candidate:
             "evaluations": self.plan.evaluations,
             "positions": [int(p) for p in self.plan.positions],
             "unguided": [int(p) for p in self.plan.positions[~self.plan.guided]],
+            **({"reused": _reused(self.plan)} if self.plan.cells else {}),
             "validation_psnr_db": round(self.mean, 3),
             "validation_low_db": round(self.low, 3),
             "calibration_psnr_db": round(self.calibration, 3),
         }
+
+
+def same_cells(one: Plan, other: Plan) -> bool:
+    """Whether two plans fill their slots alike."""
+    return one.cells.keys() == other.cells.keys() and all(
+        np.array_equal(cell.variant, other.cells[name].variant) for name, cell in one.cells.items()
+    )
+
+
+def _reused(plan: Plan) -> dict[str, list[int]]:
+    """The positions at which something else than the original fills each slot."""
+    return {name: [int(p) for p in plan.positions[cell.variant != 0]] for name, cell in plan.cells.items()}
 
 
 def choice(candidates: Iterable[Candidate], budget: float | None) -> Candidate:
@@ -94,12 +114,29 @@ class Trials:
         self._polished: dict[Outline, Candidate] = {}
         self._model: Trace | None = None
 
+    def guided(self, outline: Outline) -> Array:
+        """[N] whether both guidance branches run at each evaluation of an outline."""
+        return self._full.guided(outline)
+
+    @property
+    def computing(self) -> tuple[BoundSlot, ...]:
+        """The slots that a plan fills at each evaluation."""
+        return self._full.bound.computing
+
+    def costs(self) -> Costs:
+        """What evaluations cost: measured where they may be filled in several ways, their branches counted elsewhere."""
+        fitter = self._full
+        if not fillable(self.computing):
+            return Costs.counted(self.computing)
+        plan = fold(self.recurrence, self._scale)
+        return Costs.measured(fitter.bound, fitter.loop, fitter.data.pieces[0], plan)
+
     def score(self, outline: Outline) -> float:
         """Mean PSNR of the closed-loop fit on the search samples."""
         if outline not in self.scores:
             trace = self._quick.traced(outline, self._terms, self._model)
             self.scores[outline] = float(psnr(trace.fit.samples, self._quick.data.latents[-1]).mean())
-            if not outline.unguided and self._is_model(outline):
+            if not (outline.unguided or outline.fills) and self._is_model(outline):
                 self._model = trace
         return self.scores[outline]
 
@@ -138,8 +175,8 @@ class Trials:
     def measure(self, plan: Plan, origin: str, calibration: float = float("nan")) -> Candidate:
         """Quality on the validation samples, for the record; a plan that was measured before is not run again."""
         for known in self.tried:
-            same = np.array_equal(known.plan.guided, plan.guided)
-            if same and known.origin == origin and np.array_equal(known.plan.positions, plan.positions):
+            same = known.origin == origin and known.cheap_like(plan)
+            if same and np.array_equal(known.plan.positions, plan.positions):
                 return known
         values = psnr(self._full.samples(plan, self._validation), self._validation.latents[-1])
         candidate = Candidate(plan, origin, float(values.mean()), lower_bound(values), calibration)

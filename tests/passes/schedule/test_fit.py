@@ -14,7 +14,8 @@ from stepfold.calibration.trajectories import Trajectories, first, trajectories
 from stepfold.loop.noise import SampleSet
 from stepfold.loop.plan import fold
 from stepfold.loop.recurrence import Recurrence
-from stepfold.passes.schedule.fit import Fitter, Outline
+from stepfold.passes.schedule.fit import Fitter
+from stepfold.passes.schedule.outline import Outline
 from stepfold.passes.schedule.positions import warped
 from stepfold.passes.schedule.terms import Terms
 

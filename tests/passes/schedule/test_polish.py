@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from stepfold.calibration.trajectories import Trajectories, trajectories
 from stepfold.loop.metrics import psnr
 from stepfold.loop.noise import SampleSet
-from stepfold.passes.schedule.fit import Fit, Fitter, Outline
+from stepfold.passes.schedule.fit import Fit, Fitter
+from stepfold.passes.schedule.outline import Outline
 from stepfold.passes.schedule.polish import Normal, polish
 from stepfold.passes.schedule.positions import warped
 from stepfold.passes.schedule.terms import Terms

@@ -18,8 +18,9 @@ from stepfold.loop.errors import GateError, UsageError
 from stepfold.loop.metrics import lower_bound
 from stepfold.loop.plan import Plan, fold
 from stepfold.passes.base import PassResult
-from stepfold.passes.schedule.fit import Fitter, Outline
+from stepfold.passes.schedule.fit import Fitter
 from stepfold.passes.schedule.options import ScheduleOptions
+from stepfold.passes.schedule.outline import Outline
 from stepfold.passes.schedule.positions import WARPS, warped
 from stepfold.passes.schedule.schedule import SearchSchedule
 from stepfold.passes.schedule.search import KEPT_WARPS, ScheduleSearch
