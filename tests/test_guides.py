@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 WITH_A_BUNDLE = ["pipelines.md"]
 """Run by the tests that have the bundle: tests/cli/test_prompts.py."""
+OF_THE_REPOSITORY = ["guides/write-a-schedule-method.md"]
+"""Show files of the repository as they are."""
 RUNNABLE = ["python.md", "loop.md", "calibration.md", "guides/write-a-pass.md", "guides/add-a-backend.md"]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"# (\w+/[\w/]+\.py)\n")
@@ -84,7 +86,16 @@ def test_page_runs(name: str, package: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_every_page_with_python_is_run() -> None:
     pages = [path for path in DOCS.rglob("*.md") if blocks(path.read_text(), "python")]
-    assert sorted(path.relative_to(DOCS).as_posix() for path in pages) == sorted(RUNNABLE + WITH_A_BUNDLE)
+    assert sorted(path.relative_to(DOCS).as_posix() for path in pages) == sorted(
+        RUNNABLE + WITH_A_BUNDLE + OF_THE_REPOSITORY
+    )
+
+
+@pytest.mark.parametrize("name", OF_THE_REPOSITORY)
+def test_files_are_shown_as_they_are(name: str) -> None:
+    for block in blocks((DOCS / name).read_text(), "python"):
+        assert block.file is not None
+        assert block.text.partition("\n")[2] in (ROOT / block.file).read_text()
 
 
 def test_wrong_code_is_found(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
