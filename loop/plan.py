@@ -122,6 +122,11 @@ class Plan:
         """How many evaluations run both branches."""
         return int(self.guided.sum())
 
+    def same_as(self, other: Plan) -> bool:
+        """Whether two plans are equal, number by number."""
+        mine, theirs = self.arrays(), other.arrays()
+        return mine.keys() == theirs.keys() and all(np.array_equal(mine[name], theirs[name]) for name in mine)
+
     def last_reader(self, j: int) -> int:
         """The last update that reads the outputs of evaluation j; the ring may drop them afterwards."""
         used = np.nonzero((self.conditional[:, j] != 0) | (self.unconditional[:, j] != 0))[0]

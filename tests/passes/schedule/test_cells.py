@@ -181,6 +181,12 @@ def test_values_that_are_no_numbers_repeat_the_newest_output(data: Trajectories)
     assert list(one.fit(reusing(4), TERMS).plan.cells[BODY].weights[2]) == [0, 1, 0, 0, 0, 0]
 
 
+def test_two_methods_at_the_same_places_are_two_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = Search(tmp_path, monkeypatch).search.trials
+    plans = [trials.fitted(reusing(4, 8, by=by)).plan for by in METHODS]
+    assert len({plan.cells[BODY].weights.tobytes() for plan in plans}) == len(METHODS)
+
+
 # -- costs
 
 
