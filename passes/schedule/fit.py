@@ -138,7 +138,8 @@ class Fitter:
             method = METHODS.get(outline.reused(name).get(k, ""))
             if method is not None:
                 anchors = outline.anchors(name, plan.guided, k, method.reach)
-                seen = Seen(int(plan.positions[k]), plan.positions[anchors], lambda: _normal(runs, name, k, anchors))
+                normal = partial(_normal, runs, name, k, anchors)
+                seen = Seen(int(plan.positions[k]), plan.positions[anchors], normal)
                 weights = np.zeros((1, plan.evaluations))
                 weights[0, anchors] = method.weights(seen)
                 plan = _reweighed(plan, {name: weights}, k)
