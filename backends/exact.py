@@ -13,7 +13,7 @@ from torch import fx
 
 from ..ir import operators  # noqa: F401  (registers the stepfold:: operators)
 from ..ir.edit import add_buffer, copy_graph, finish
-from ..ir.operators import UNSIGNED_ZERO
+from ..ir.operators.qlinear import UNSIGNED_ZERO
 from ..ir.pairs import saturates
 from ..ir.program import Stage, attribute
 

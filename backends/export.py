@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..ir.operators import RECORDS
 from ..ir.program import Stage
 from ..ir.shapes import example
 from ..loop.errors import StepfoldError
@@ -17,19 +18,30 @@ Lowerings = Mapping[Any, Callable[..., Any]]
 
 
 def lowered(stage: Stage, lowerings: Lowerings) -> fx.GraphModule:
-    """The stage's graph with every operator that has a lowering replaced; weights are shared, not copied.
+    """The stage's graph with every operator replaced that the engine has a lowering of; weights are shared, not copied.
+
+    A `stepfold::` operator without one is replaced by its portable form.
 
     Raises:
-        StepfoldError: a `stepfold::` operator has none.
+        StepfoldError: it has no portable form.
     """
     graph = fx.GraphModule(stage.graph, copy.deepcopy(stage.graph.graph))
     for node in graph.graph.nodes:
-        if node.op == "call_function" and node.target in lowerings:
-            node.target = lowerings[node.target]
+        form = _form(node, lowerings)
+        if form is not None:
+            node.target = form
         elif getattr(node.target, "namespace", None) == "stepfold":
             raise StepfoldError(f"stage {stage.name}: {where(node)}: {node.target} has no lowering for this engine.")
     graph.recompile()
     return graph
+
+
+def _form(node: fx.Node, lowerings: Lowerings) -> Callable[..., Any] | None:
+    """What takes the place of a node's operator, if anything does."""
+    if node.op != "call_function":
+        return None
+    record = RECORDS.get(node.target)
+    return lowerings.get(node.target) or (None if record is None else record.portable)
 
 
 def where(node: fx.Node) -> str:

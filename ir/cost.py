@@ -8,6 +8,7 @@ from math import prod
 import torch
 from torch import fx
 
+from .operators import RECORDS
 from .program import Program, Slot, Stage
 from .shapes import PROBE_BATCHES
 
@@ -16,7 +17,7 @@ aten = torch.ops.aten
 
 def flops(node: fx.Node) -> int:
     """FLOPs of one node at the probe batch; only operators that multiply matrices count."""
-    formula = FORMULAS.get(node.target)
+    formula = _formula(node)
     return formula(node) if formula else 0
 
 
@@ -48,13 +49,18 @@ def stage_depth(stage: Stage) -> int:
     longest: dict[fx.Node, int] = {}
     for node in stage.graph.graph.nodes:
         before = max((longest[source] for source in node.all_input_nodes), default=0)
-        longest[node] = before + (node.target in FORMULAS)
+        longest[node] = before + (_formula(node) is not None)
     return max(longest.values(), default=0)
 
 
 def stage_bytes(stage: Stage) -> int:
     """Bytes of the weights a stage holds."""
     return sum(tensor.numel() * tensor.element_size() for tensor in stage.tensors().values())
+
+
+def _formula(node: fx.Node) -> Callable[[fx.Node], int] | None:
+    record = RECORDS.get(node.target)
+    return FORMULAS.get(node.target) if record is None else record.flops
 
 
 def _shape(value: object) -> torch.Size:
@@ -102,4 +108,4 @@ FORMULAS: dict[object, Callable[[fx.Node], int]] = {
     aten.conv_transpose3d.input: _transposed_convolution,
     aten.scaled_dot_product_attention.default: _attention,
 }
-"""FLOPs by operator; `stepfold.ir.operators` adds its own."""
+"""FLOPs by ATen operator; those of stepfold bring theirs (`stepfold.ir.operators`)."""

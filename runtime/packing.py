@@ -42,9 +42,6 @@ if TYPE_CHECKING:
     from ..passes.recipe import Recipe
     from .workshop import Workshop
 
-COUPLING = "stepfold.quantize_dynamic.default"
-"""The operator whose scale is that of a whole batch."""
-
 
 def pack(
     folder: Path,
@@ -126,7 +123,9 @@ def batch_invariant(stages: Iterable[Stage]) -> bool:
     Args:
         stages: stages as the engine computes them; one that gives a scale to each token has no such operator.
     """
-    return not any(str(node.target) == COUPLING for stage in stages for node in stage.graph.graph.nodes)
+    from ..ir.operators import couples_batch
+
+    return not any(couples_batch(node) for stage in stages for node in stage.graph.graph.nodes)
 
 
 def summary(path: Path, manifest: Manifest, program: Program, shop: Workshop, seconds: float) -> dict[str, Any]:

@@ -21,7 +21,14 @@ WITH_A_BUNDLE = ["pipelines.md"]
 """Run by the tests that have the bundle: tests/cli/test_prompts.py."""
 OF_THE_REPOSITORY = ["guides/write-a-schedule-method.md"]
 """Show files of the repository as they are."""
-RUNNABLE = ["python.md", "loop.md", "calibration.md", "guides/write-a-pass.md", "guides/add-a-backend.md"]
+RUNNABLE = [
+    "python.md",
+    "loop.md",
+    "calibration.md",
+    "guides/write-a-pass.md",
+    "guides/write-an-operator.md",
+    "guides/add-a-backend.md",
+]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"# (\w+/[\w/]+\.py)\n")
 

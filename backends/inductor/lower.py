@@ -17,11 +17,10 @@ import torch
 from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
 from ...bundle.manifest import PortEntry
-from ...ir import blocked, operators, rotary
+from ...ir.operators import RECORDS
 from ...ir.program import Stage
 from ...loop.errors import StepfoldError, UsageError
 from ..export import export_again, lowered
-from ..onnx.decoded import DECODED
 from ..onnx.precision import at_precision
 from ..ports import first_line
 from .description import ObjectDescription
@@ -41,25 +40,10 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def _reference(definition: Any) -> Callable[..., Any]:
-    """The function that an operator was defined with; tracing through it leaves ATen operators."""
-    return definition._init_fn
-
-
 LOWERINGS: dict[Any, Callable[..., Any]] = {
-    **DECODED,
-    **{
-        definition._opoverload: _reference(definition)
-        for definition in (
-            operators.quantize_dynamic,
-            operators.quantize_static,
-            operators.qlinear,
-            operators.attention,
-            rotary.rotary,
-            blocked.blocked_linear,
-        )
-    },
+    overload: record.reference for overload, record in RECORDS.items() if record.portable is None
 }
+"""Integer layers are computed in floats, see `_warn_of_float`."""
 
 
 def prepare(stage: Stage, options: InductorOptions) -> Stage:

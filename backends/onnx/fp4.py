@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ...ir.decoded import NVFP4_BLOCK
 from ...ir.edit import add_buffer, copy_graph
+from ...ir.operators.nvfp4 import NVFP4_BLOCK
 from ...ir.program import Stage, attribute
 
 FP4, FP8 = torch.float4_e2m1fn_x2, torch.float8_e4m3fn  # two FP4 numbers are one element to PyTorch

@@ -18,43 +18,8 @@ from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
 from ...ir.edit import copy_graph, finish
 from ...ir.program import Stage
 
-LEVELS = 127
 QUANTIZE = torch.ops.stepfold.quantize_dynamic.default
 QLINEAR = torch.ops.stepfold.qlinear.default
-
-
-@torch.library.custom_op("stepfold::group_qlinear", mutates_args=())
-def group_qlinear(
-    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, group: int
-) -> torch.Tensor:
-    """`sum over groups g of s_g (round(x_g / s_g) weight_g) weight_scale + bias` with `s_g = max|x_g| / 127`.
-
-    Args:
-        x: [..., M] float32.
-        weight: [M, N] int8.
-        weight_scale: [N] float32.
-        bias: [N] float32 or None.
-        group: features that share a scale; the last group of a token may have fewer.
-
-    Returns:
-        [..., N] float32.
-    """
-    result = x.new_zeros((*x.shape[:-1], weight.shape[1]))
-    for part, rows in zip(x.split(group, dim=-1), weight.split(group, dim=0), strict=True):
-        scale = part.abs().amax(dim=-1, keepdim=True) / LEVELS
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        result = result + (torch.round(part / scale) @ rows.to(x.dtype)) * scale
-    result = result * weight_scale
-    return result if bias is None else result + bias
-
-
-@group_qlinear.register_fake
-def _(
-    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, group: int
-) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[1]))
-
-
 GROUP_QLINEAR = torch.ops.stepfold.group_qlinear.default
 
 

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from ...ir import operators
+from ...ir.operators.qlinear import UNSIGNED_ZERO
 from ...ir.program import Stage
 from ...loop.errors import StepfoldError
 from ..exact import with_unsigned_weights
 from ..export import where
 from ..onnx.attention import masked_attention_by_products
 from ..onnx.blocks import matmul_nbits
-from ..onnx.decoded import DECODED
 from ..onnx.emit import emit
 from ..onnx.share import share  # noqa: F401  (see Backend.share)
 from ..quantizers import in_floats
@@ -49,7 +48,7 @@ def _qlinear(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """The contrib operator, because MatMul + Add between Q/DQ pairs becomes a slow float Gemm."""
-    zero_code = operators.UNSIGNED_ZERO if weight.dtype is torch.uint8 else 0
+    zero_code = UNSIGNED_ZERO if weight.dtype is torch.uint8 else 0
     weight_zero = torch.full((weight.shape[1],), zero_code, dtype=weight.dtype)
     inputs = (q, weight, scale, weight_scale, zero, weight_zero, *(() if bias is None else (bias,)))
     return torch.onnx.ops.symbolic(
@@ -114,7 +113,6 @@ ON_CPU_ONLY = (
 """Operators whose form here has no kernel for GPUs."""
 
 LOWERINGS: dict[Any, Callable[..., Any]] = {
-    **DECODED,
     torch.ops.stepfold.quantize_dynamic.default: _quantize_dynamic,
     torch.ops.stepfold.quantize_static.default: _quantize_static,
     torch.ops.stepfold.qlinear.default: _qlinear,

@@ -10,10 +10,11 @@ from typing import Any
 
 import onnx
 import torch
+from torch import fx
 
 from ...ir.names import module_path
+from ...ir.operators import RECORDS
 from ...ir.program import Stage, attribute
-from ...ir.rotary import rotary
 from ...loop.errors import StepfoldError
 from ..exact import in_two_layers
 from ..export import where
@@ -84,10 +85,8 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
     GROUP_QLINEAR: _group_qlinear,
     BLOCKED_LINEAR: matmul_nbits,
     torch.ops.stepfold.attention.default: _attention,
-    torch.ops.stepfold.rotary.default: rotary._init_fn,
 }
 INTEGER_LAYERS = (torch.ops.stepfold.qlinear.default, GROUP_QLINEAR)
-WEIGHTS = {torch.ops.stepfold.qlinear.default: 3, GROUP_QLINEAR: 1, BLOCKED_LINEAR: 1}  # which argument it is
 
 
 EXACT_FORM = "two layers whose codes add up"
@@ -215,9 +214,9 @@ def _require_quantized(stage: Stage, path: Path, group: int | None, options: Ope
     import openvino
 
     modules = {
-        str(node.args[WEIGHTS[node.target]].target): module_path(node)
+        _weight_of(node): module_path(node)
         for node in stage.graph.graph.nodes
-        if node.target in WEIGHTS
+        if node.target in (*INTEGER_LAYERS, BLOCKED_LINEAR)
     }
     if not modules:
         return
@@ -227,6 +226,11 @@ def _require_quantized(stage: Stage, path: Path, group: int | None, options: Ope
     compiled = core.compile_model(model, "CPU", settings)
     _require_blocks(stage, modules, compiled, blocked_sites(model), settings, group or 0)
     _require_integers(stage, modules, compiled, integer_sites(model), settings, group or GROUP_STEP)
+
+
+def _weight_of(node: fx.Node) -> str:
+    """The name of the weight that a quantized layer reads."""
+    return str(node.args[RECORDS[node.target].weight].target)  # type: ignore[index, union-attr]
 
 
 def _require_integers(
@@ -239,7 +243,7 @@ def _require_integers(
 ) -> None:
     """Raise StepfoldError where a layer with weights in 8 bits is not a product of integers."""
     layers = [node for node in stage.graph.graph.nodes if node.target in INTEGER_LAYERS]
-    weights = {str(node.args[WEIGHTS[node.target]].target) for node in layers}
+    weights = {_weight_of(node) for node in layers}
     found = float_sites(compiled, sites, settings, group)
     found |= {weight: "it is not in the model" for weight in _lost(stage, weights, {site.weight for site in sites})}
     if found:

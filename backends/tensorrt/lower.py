@@ -13,12 +13,11 @@ from torch import fx
 from ...bundle.manifest import PortEntry
 from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
 from ...ir.program import Stage, attribute
-from ...ir.rotary import rotary
 from ...loop.errors import StepfoldError
 from ..export import where
 from ..onnx.attention import attention_by_products, products
 from ..onnx.blocks import BLOCKED_LINEAR, block_size, dequantized_blocks, rounds, with_signed_blocks
-from ..onnx.decoded import PAIRS, decode_codebook
+from ..onnx.decoded import PAIRS
 from ..onnx.emit import emit
 from ..onnx.fp4 import DECODE as DECODE_FP4
 from ..onnx.fp4 import LOWERINGS as FP4
@@ -73,12 +72,10 @@ def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, head
 LOWERINGS: dict[Any, Callable[..., Any]] = {
     **PAIRS,
     **FP4,
-    torch.ops.stepfold.decode_codebook.default: decode_codebook,
     torch.ops.stepfold.quantize_static.default: _quantize_static,
     torch.ops.stepfold.qlinear.default: _qlinear,
     BLOCKED_LINEAR: dequantized_blocks,
     torch.ops.stepfold.attention.default: _attention,
-    torch.ops.stepfold.rotary.default: rotary._init_fn,
     aten.scaled_dot_product_attention.default: attention_by_products,
 }
 

@@ -6,14 +6,13 @@ What Torch-TensorRT saves on its own is a pickled module; only the plan and a de
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...bundle.manifest import PortEntry
-from ...ir import operators, rotary
 from ...ir.program import Stage
 from ...loop.errors import StepfoldError
 from ...loop.ports import Port
@@ -28,11 +27,6 @@ from .options import TorchTensorrtOptions
 
 MIB = 1 << 20
 
-# Operators whose definition is all ATen. Quantized layers have no form here: it would be one in floats.
-LOWERINGS: dict[Any, Callable[..., Any]] = {
-    definition._opoverload: definition._init_fn for definition in (operators.attention, rotary.rotary)
-}
-
 
 def prepare(stage: Stage, options: TorchTensorrtOptions) -> Stage:
     """The stage as the engine computes it, still executable in PyTorch."""
@@ -45,7 +39,7 @@ def lower(stage: Stage, folder: Path, *, options: TorchTensorrtOptions) -> Path:
     Raises:
         StepfoldError: an operator has no form for this engine, or building fails.
     """
-    exported = export_again(stage, lowered(prepare(stage, options), LOWERINGS))
+    exported = export_again(stage, lowered(prepare(stage, options), {}))
     plan = _convert(stage, exported, options)
     path = folder / f"{stage.name}.engine"
     path.write_bytes(plan)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
+from ...ir.operators import RECORDS
 from ...ir.program import Program, Refusal, Stage
 from ...ir.variants import alone, numbers_at, put_back, split
 from ...loop.errors import UsageError
@@ -26,13 +26,7 @@ from .schemes.blocks import Int4, Int8Weights
 from .sequence import realized_in_sequence
 from .smooth import smooth
 
-QUANTIZED = (
-    torch.ops.stepfold.qlinear.default,
-    torch.ops.stepfold.blocked_linear.default,
-    torch.ops.stepfold.decode_fp8.default,
-    torch.ops.stepfold.decode_nvfp4.default,
-    torch.ops.stepfold.decode_codebook.default,
-)
+QUANTIZED = frozenset(overload for overload, record in RECORDS.items() if record.weight is not None)
 FASTEST = {"openvino": "symmetric", "tensorrt": "symmetric"}
 """Activations of `int8` by engine, where others than `dynamic` ones are fastest, or the only ones."""
 FLOATS_ONLY = ("torch_tensorrt",)

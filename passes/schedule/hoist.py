@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import fx
 
-from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
 from ...ir.analysis.rates import node_rates
 from ...ir.edit import extract, replace_by_inputs
+from ...ir.operators import couples_batch
 from ...ir.program import Program, Refusal, Stage, slots_of
 from ...ir.shapes import follows_batch
 from ...loop.errors import UsageError
@@ -56,7 +56,7 @@ class Hoist(Pass[HoistOptions]):
                 "quantize in the recipe."
             )
         nodes = [node for stage in program.stages for node in stage.graph.graph.nodes]
-        if any(node.target is torch.ops.stepfold.quantize_dynamic.default for node in nodes):
+        if any(map(couples_batch, nodes)):
             raise UsageError(
                 "hoist: expected a program without dynamic quantization, whose scales are those of a whole batch; "
                 "received a quantized one. Put hoist before quantize in the recipe."

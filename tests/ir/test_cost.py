@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from stepfold.ir.cost import FORMULAS, program_flops, stage_bytes, stage_flops
+from stepfold.ir.cost import program_flops, stage_bytes, stage_flops
 from stepfold.ir.edit import add_buffer, copy_graph, finish
-from stepfold.ir.operators import OPERATORS
+from stepfold.ir.operators import RECORDS
 from stepfold.ir.program import Program, slots_of
 from stepfold.loop.ports import Rate
 
@@ -127,9 +127,10 @@ def test_fused_attention_counts_as_the_attention_it_replaces() -> None:
 
 
 def test_operators_that_multiply_matrices_have_a_formula() -> None:
-    counted = {operator for operator in OPERATORS if operator in FORMULAS}
+    counted = {overload for overload, record in RECORDS.items() if record.flops is not None}
     stepfold = torch.ops.stepfold
-    assert counted == {stepfold.qlinear.default, stepfold.blocked_linear.default, stepfold.attention.default}
+    layers = {stepfold.qlinear.default, stepfold.group_qlinear.default, stepfold.blocked_linear.default}
+    assert counted == {*layers, stepfold.attention.default}
 
 
 def test_tiny_dit_counts_as_pytorch_does(tiny_program: Program) -> None:

@@ -1,7 +1,5 @@
 """Each stepfold:: operator against the formula of its specification, written in NumPy."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from stepfold.ir.operators import OPERATORS
+from stepfold.ir.operators import RECORDS, Operator
+from stepfold.ir.operators.record import Arguments
 
 stepfold = torch.ops.stepfold
 ATTENTION = 1e-6  # float32, sums of a few terms
@@ -215,48 +214,27 @@ def test_codebook_by_hand() -> None:
     assert received.tolist() == [[30.0, 40.0, 10.0, 20.0]]
 
 
-ZERO = torch.tensor(3, dtype=torch.uint8)
-WEIGHT, WEIGHT_SCALE = torch.randint(-127, 128, (4, 6), dtype=torch.int8), torch.rand(6)
-Q = torch.randint(0, 256, (2, 3, 4), dtype=torch.uint8)
-BLOCKS = torch.randint(0, 256, (6, 2, 8), dtype=torch.uint8)
-EXAMPLES: dict[Callable, list[tuple]] = {
-    stepfold.quantize_dynamic.default: [(torch.randn(2, 3, 4),), (torch.zeros(5),), (-torch.rand(2, 4),)],
-    stepfold.quantize_static.default: [(torch.randn(2, 3, 4), torch.tensor(0.1), ZERO)],
-    stepfold.qlinear.default: [
-        (Q, torch.tensor(0.1), ZERO, WEIGHT, WEIGHT_SCALE, torch.rand(6)),
-        (Q[0], torch.tensor(0.1), ZERO, WEIGHT, WEIGHT_SCALE, None),
-    ],
-    stepfold.attention.default: [
-        (torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(2, 3, 8), 2, 0.5),
-        (torch.randn(2, 3, 8), torch.randn(2, 5, 8), torch.randn(2, 5, 4), 2, 0.5),
-    ],
-    stepfold.rotary.default: [
-        (torch.randn(2, 3, 5, 4), torch.randn(3, 2), torch.randn(3, 2), False),
-        (torch.randn(2, 5, 3, 4), torch.randn(3, 2), torch.randn(3, 2), True),
-    ],
-    stepfold.blocked_linear.default: [
-        (torch.randn(2, 3, 32), BLOCKS, torch.rand(6, 2), None, torch.rand(6), 4, 16, True),
-        (torch.randn(2, 32), BLOCKS, torch.rand(6, 2), BLOCKS[:, 0, :1], None, 4, 16, False),
-    ],
-    stepfold.round_fp8.default: [(torch.randn(2, 3, 4), torch.tensor(0.1))],
-    stepfold.decode_fp8.default: [(torch.randn(6, 4).to(torch.float8_e4m3fn), torch.rand(6))],
-    stepfold.round_nvfp4.default: [(torch.randn(2, 3, 32), torch.tensor(0.01))],
-    stepfold.decode_nvfp4.default: [
-        (BLOCKS.flatten(1), torch.rand(6, 2).to(torch.float8_e4m3fn), torch.tensor(0.01)),
-    ],
-    stepfold.decode_codebook.default: [(BLOCKS[:, 0] % 5, torch.randn(5, 4), torch.rand(6))],
-}
+EXAMPLES = [
+    pytest.param(record, arguments, id=f"{record.reference.__name__}-{i}")
+    for record in RECORDS.values()
+    for i, arguments in enumerate(record.examples())
+]
 
 
-def test_every_operator_has_an_example() -> None:
-    assert set(EXAMPLES) == set(OPERATORS)
+def test_every_operator_shows_what_it_does() -> None:
+    assert all(record.examples() for record in RECORDS.values())
 
 
-@pytest.mark.parametrize(("operator", "index"), [(o, i) for o, given_ in EXAMPLES.items() for i in range(len(given_))])
-def test_schema_and_fake_kernel_agree_with_the_reference(operator, index: int) -> None:
+@pytest.mark.parametrize(("record", "arguments"), EXAMPLES)
+def test_schema_and_fake_kernel_agree_with_the_reference(record: Operator, arguments: Arguments) -> None:
     """PyTorch's own check: shapes and dtypes of the fake kernel, no aliasing, no mutation."""
-    arguments = EXAMPLES[operator][index]
     eighths = any(getattr(argument, "dtype", None) is torch.float8_e4m3fn for argument in arguments)
     # the check for mutation multiplies its arguments, which PyTorch cannot do in FP8
     checks = ("test_faketensor",) if eighths else ("test_schema", "test_faketensor")
-    torch.library.opcheck(operator, arguments, test_utils=checks)
+    torch.library.opcheck(record.overload, tuple(arguments), test_utils=checks)
+
+
+@pytest.mark.parametrize(("record", "arguments"), EXAMPLES)
+def test_the_portable_form_computes_the_same(record: Operator, arguments: Arguments) -> None:
+    if record.portable is not None:
+        torch.testing.assert_close(record.portable(*arguments), record.overload(*arguments))

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 
 from ....ir.blocked import pack_bits
-from ....ir.decoded import NVFP4_BLOCK
 from ....ir.floats import E2M1, E4M3
+from ....ir.operators.nvfp4 import NVFP4_BLOCK
 from ..algebra.grids import FP8_CHANNEL, NVFP4, Quantized
 from ..algebra.int8 import positive
 from ..algebra.smoothing import exponent_scale
