@@ -28,5 +28,12 @@ def option_problem(kind: type[Options], owner: str, error: ValidationError) -> s
         valid = list(kind.model_fields)
         return f"unknown option {option!r}; {nearest(option, valid) if valid else f'this {owner} has no options.'}"
     same = [item for item in error.errors() if item["loc"][:1] == first["loc"][:1]]  # the members of a union
-    expected = " or ".join(dict.fromkeys(item["msg"].removeprefix("Input should be ") for item in same))
+    expected = " or ".join(dict.fromkeys(_expected(item["msg"]) for item in same))
     return f"option {option!r}: expected {expected}; received {first['input']!r}."
+
+
+def _expected(message: str) -> str:
+    """What an option should be, by pydantic or by a validator that raises `ValueError("expected ...")`."""
+    for prefix in ("Input should be ", "Value error, ", "expected "):
+        message = message.removeprefix(prefix)
+    return message

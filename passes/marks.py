@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import fx
 
-Owner = Literal["fuse", "quantize"]
+Owner = Literal["attend", "fuse", "quantize"]
 
 
 def key_of(owner: Owner) -> str:

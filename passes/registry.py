@@ -7,6 +7,7 @@ from typing import Any
 
 from ..loop.errors import UsageError, nearest
 from ..loop.extensions import Extensions
+from .attend.sparsify import SparsifyAttention
 from .base import Pass
 from .cut.cut import Cut
 from .fuse.onnxruntime import FuseOnnxRuntime
@@ -15,7 +16,15 @@ from .quantize.quantize import Quantize
 from .schedule.hoist import Hoist
 from .schedule.schedule import SearchSchedule
 
-PASSES: tuple[type[Pass[Any]], ...] = (Hoist, Prune, Cut, Quantize, FuseOnnxRuntime, SearchSchedule)
+PASSES: tuple[type[Pass[Any]], ...] = (
+    Hoist,
+    Prune,
+    Cut,
+    Quantize,
+    SparsifyAttention,
+    FuseOnnxRuntime,
+    SearchSchedule,
+)
 
 OTHERS: Extensions[type[Pass[Any]]] = Extensions(
     "stepfold.passes", "pass", lambda found: isinstance(found, type) and issubclass(found, Pass)

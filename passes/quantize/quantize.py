@@ -9,9 +9,9 @@ import torch
 
 from ...ir.operators import RECORDS
 from ...ir.program import Program, Refusal, Stage
-from ...ir.variants import alone, numbers_at, put_back, split
-from ...loop.errors import UsageError
+from ...ir.variants import alone, numbers_at, put_back
 from ..base import Context, Pass, PassResult, Phase
+from ..part import chosen_part
 from .inputs import Inputs, known_inputs
 from .layers import LINEAR, Group, Selection, find_groups, groups_of, named, quantized_layers, require_matches
 from .options import CHOOSING, QuantizeOptions
@@ -89,7 +89,7 @@ class Quantize(Pass[QuantizeOptions]):
             return Quantize(chosen).run(program, context)
         scheme = SCHEMES[self.options.scheme](self.options)
         require_matches(self._selection, (*program.stages, *context.original.stages))
-        program, numbers = self._chosen(program)
+        program, numbers = chosen_part(program, self.options.part, self.name)
         several, done = len(numbers_at(program)) > 1, dict[str, _Done]()
         for number in numbers:
             part = alone(program, number)
@@ -116,26 +116,6 @@ class Quantize(Pass[QuantizeOptions]):
             for stage, own in wanted
             for name, way in quantized_layers(stage, self._selection).items()
         ]
-
-    def _chosen(self, program: Program) -> tuple[Program, list[int]]:
-        """The program with variants of their own for the calls of the part, and the numbers of those.
-
-        Raises:
-            UsageError: a part of a component, or one without a call of the loop.
-        """
-        if self.options.part == (0.0, 1.0):
-            return program, numbers_at(program)
-        if program.recurrence is None:
-            raise UsageError("pass quantize: option 'part': expected a model with a loop; received a component.")
-        total = program.recurrence.calls
-        calls = range(*(round(end * total) for end in self.options.part))
-        if not calls:
-            raise UsageError(
-                f"pass quantize: option 'part': expected at least one of the {total} calls of the loop between "
-                f"{self.options.part[0]:g} and {self.options.part[1]:g}; received none. Widen it."
-            )
-        program = split(program, calls)
-        return program, numbers_at(program, calls)
 
     def _options_read(self, scheme: Scheme) -> dict[str, object]:
         """The options that had a say."""

@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from ...loop.errors import nearest
 from ..base import Options
 from .methods import METHODS
 from .outline import FITTED
@@ -49,5 +48,5 @@ class ScheduleOptions(Options):
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
             if name not in METHODS:
-                raise ValueError(f"there is no method {name!r}; {nearest(name, list(METHODS))}")
+                raise ValueError(f"expected methods: {', '.join(METHODS)}")
         return value

@@ -277,5 +277,5 @@ def test_a_plan_with_cells_is_fitted_again_as_it_is(tmp_path: Path, monkeypatch:
 
 
 def test_a_method_that_there_is_not() -> None:
-    with pytest.raises(ValidationError, match="there is no method 'fited'; did you mean 'fitted'"):
+    with pytest.raises(ValidationError, match="expected methods: fitted, repeat, forecast"):
         ScheduleOptions.model_validate({"fill": ["fited"]})
