@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import JsonValue, ValidationError
 
@@ -26,6 +26,7 @@ from .tensorrt.options import TensorrtOptions
 from .torch_tensorrt.options import TorchTensorrtOptions
 
 NO_OPTIONS = Options()
+Activations = Literal["dynamic", "symmetric"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Backend:
         device: it runs on where no other is asked for.
         package: package that holds its modules; None for the one of its name beside this module.
         native: whether a stage is code that this process loads and runs, with all rights of the user.
+        activations: form of 8-bit activations that integer layers are fastest with; None where the engine has no form for
+            quantized layers.
         options: how stages are lowered and run. An engine that has options is registered with their defaults, and its
             `lower` and `open_session` take them as the keyword `options`; one without takes no such keyword.
     """
@@ -47,6 +50,7 @@ class Backend:
     options: Options = NO_OPTIONS
     device: str = "cpu"
     native: bool = False
+    activations: Activations | None = "dynamic"
     package: str | None = None
 
     @property
@@ -187,9 +191,9 @@ class Backend:
 
 BACKENDS = (
     Backend("onnxruntime", ".onnx", OnnxruntimeOptions()),
-    Backend("openvino", ".xml", OpenvinoOptions()),
-    Backend("tensorrt", ".engine", TensorrtOptions(), "cuda"),
-    Backend("torch_tensorrt", ".engine", TorchTensorrtOptions(), "cuda"),
+    Backend("openvino", ".xml", OpenvinoOptions(), activations="symmetric"),
+    Backend("tensorrt", ".engine", TensorrtOptions(), "cuda", activations="symmetric"),
+    Backend("torch_tensorrt", ".engine", TorchTensorrtOptions(), "cuda", activations=None),
     Backend("inductor", ".so", InductorOptions(), native=True),
 )
 

@@ -25,7 +25,7 @@ from evaluations import compiled
 from stepfold.backends.onnxruntime.lower import LOWERINGS
 from stepfold.frontend.load import load_checkpoint
 from stepfold.ir.program import Program
-from stepfold.passes.fuse.onnxruntime import FuseOptions
+from stepfold.passes.fuse.fuse import FuseOptions
 from stepfold.report.bench import bench
 
 STEPS = 4

@@ -49,6 +49,7 @@ class Context:
         engine: lowers a program and opens it: the callables that will be deployed.
         reference: opens the original program, the loop that reference trajectories are made with.
         engine_name: the backend, and what its artifacts depend on.
+        activations: form of 8-bit activations that the engine is fastest with; None where it has none for quantized layers.
         seed: seed of the three sets of samples.
         cache: where reference trajectories and statistics are kept between runs.
         min_psnr: a quality budget given by the user, which wins over the recipe's.
@@ -69,6 +70,7 @@ class Context:
     quality: Callable[[Program], float] | None = None
     progress: Progress = silent
     fitted_on: Literal["engine", "reference"] = "engine"
+    activations: Literal["dynamic", "symmetric"] | None = "dynamic"
 
 
 @dataclass(frozen=True)

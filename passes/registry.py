@@ -10,10 +10,10 @@ from ..loop.extensions import Extensions
 from .attend.sparsify import SparsifyAttention
 from .base import Pass
 from .cut.cut import Cut
-from .fuse.onnxruntime import FuseOnnxRuntime
+from .fuse.fuse import Fuse
+from .hoist.hoist import Hoist
 from .prune.prune import Prune
 from .quantize.quantize import Quantize
-from .schedule.hoist import Hoist
 from .schedule.schedule import SearchSchedule
 
 PASSES: tuple[type[Pass[Any]], ...] = (
@@ -22,7 +22,7 @@ PASSES: tuple[type[Pass[Any]], ...] = (
     Cut,
     Quantize,
     SparsifyAttention,
-    FuseOnnxRuntime,
+    Fuse,
     SearchSchedule,
 )
 

@@ -211,6 +211,7 @@ def make_context(
         calibration=calibration,
         progress=progress,
         fitted_on="engine" if shop.runs else "reference",
+        activations=shop.backend.activations,
     )
     return replace(context, quality=lambda program: quality_of_pass(program, shop.measured(program), context))
 

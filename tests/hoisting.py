@@ -11,7 +11,7 @@ from stepfold.ir.verify import verify
 from stepfold.loop.metrics import drift
 from stepfold.loop.ports import Rate
 from stepfold.passes.base import PassResult
-from stepfold.passes.schedule.hoist import Hoist, HoistOptions
+from stepfold.passes.hoist.hoist import Hoist, HoistOptions
 
 EXACT = 1e-5  # relative L2 of samples, the tolerance of float32
 

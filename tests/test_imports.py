@@ -103,7 +103,33 @@ def violations(file: str, source: str) -> list[str]:
     return wrong
 
 
+ENGINES = {"onnxruntime", "openvino", "tensorrt", "torch_tensorrt", "inductor"}
+
+
+def engines_named(file: str, source: str) -> list[str]:
+    """Where a file names an engine, in a string of its own or as a module that it imports."""
+    found = [f"{item}" for item in imports(file, source) if ENGINES & set(item.module.split(".")[1:])]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and node.value in ENGINES:
+            found.append(f"{file}:{node.lineno}: {node.value!r}")
+    return found
+
+
 SOURCES = {name: (ROOT / file).read_text() for name, file in modules().items()}
+
+
+@pytest.mark.parametrize("file", sorted(file for file in modules().values() if file.startswith("passes/")))
+def test_passes_name_no_engine(file: str) -> None:
+    """What differs from engine to engine is said by the backend, and comes in the context."""
+    assert engines_named(file, (ROOT / file).read_text()) == []
+
+
+def test_an_engine_is_found_by_its_name() -> None:
+    source = 'from ..backends.openvino.lower import lower\nif context.engine_name == "tensorrt":\n    pass\n'
+    assert [found.split(": ")[1] for found in engines_named("passes/a.py", source)] == [
+        "stepfold.backends.openvino.lower.lower",
+        "'tensorrt'",
+    ]
 
 
 @pytest.mark.parametrize("file", sorted(modules().values()))

@@ -27,10 +27,6 @@ from .sequence import realized_in_sequence
 from .smooth import smooth
 
 QUANTIZED = frozenset(overload for overload, record in RECORDS.items() if record.weight is not None)
-FASTEST = {"openvino": "symmetric", "tensorrt": "symmetric"}
-"""Activations of `int8` by engine, where others than `dynamic` ones are fastest, or the only ones."""
-FLOATS_ONLY = ("torch_tensorrt",)
-"""Engines that have no form for quantized layers."""
 WEIGHTS_ONLY: Mapping[str, type[Scheme]] = {"int8": Int8Weights, "int4": Int4}
 
 
@@ -80,12 +76,11 @@ class Quantize(Pass[QuantizeOptions]):
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Quantize every accepted site."""
-        if context.engine_name in FLOATS_ONLY:
+        if context.activations is None:
             reason = f"{context.engine_name} has no form for quantized layers"
             return PassResult(program, 0, (Refusal("every layer", reason),))
         if self.options.activations == "auto":
-            fastest = FASTEST.get(context.engine_name, "dynamic")
-            chosen = self.options.model_copy(update={"activations": fastest})
+            chosen = self.options.model_copy(update={"activations": context.activations})
             return Quantize(chosen).run(program, context)
         scheme = SCHEMES[self.options.scheme](self.options)
         require_matches(self._selection, (*program.stages, *context.original.stages))

@@ -20,9 +20,9 @@ from stepfold.calibration.plan import CalibrationPlan, Settings, make_plan
 from stepfold.ir.program import Program
 from stepfold.loop.errors import StepfoldError
 from stepfold.loop.noise import SampleSet
+from stepfold.passes.hoist.hoist import Hoist, HoistOptions
 from stepfold.passes.quantize.options import QuantizeOptions
 from stepfold.passes.quantize.quantize import Quantize
-from stepfold.passes.schedule.hoist import Hoist, HoistOptions
 
 Array = np.ndarray
 SAMPLES = 6

@@ -21,7 +21,7 @@ from stepfold.calibration.run import prepare
 from stepfold.ir.program import Program, slots_of
 from stepfold.loop.errors import UsageError
 from stepfold.loop.ports import Rate
-from stepfold.passes.schedule.hoist import Hoist, HoistOptions
+from stepfold.passes.hoist.hoist import Hoist, HoistOptions
 
 FLOAT = 4
 

@@ -20,10 +20,10 @@ from stepfold.calibration.read import Calibration, SiteStatistics, open_finished
 from stepfold.ir.names import module_path
 from stepfold.ir.program import ModelIdentity
 from stepfold.loop.errors import StepfoldError, UsageError
+from stepfold.passes.hoist.hoist import Hoist, HoistOptions
 from stepfold.passes.manager import Step, run_passes
 from stepfold.passes.quantize.options import QuantizeOptions
 from stepfold.passes.quantize.quantize import Quantize
-from stepfold.passes.schedule.hoist import Hoist, HoistOptions
 
 SAMPLES = 20
 

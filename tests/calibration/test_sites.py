@@ -12,9 +12,9 @@ from programs import component, context_of
 
 from stepfold.calibration.sites import Watched, watched_values
 from stepfold.ir.program import Program
+from stepfold.passes.hoist.hoist import Hoist, HoistOptions
 from stepfold.passes.quantize.options import QuantizeOptions
 from stepfold.passes.quantize.quantize import Quantize
-from stepfold.passes.schedule.hoist import Hoist, HoistOptions
 
 
 def found(program: Program, gram_width: int = 100) -> dict[str, Watched]:

@@ -10,7 +10,7 @@ from programs import Program, component, context_of, modulated
 from stepfold.calibration.conditions import sample_request
 from stepfold.calibration.stage_inputs import step_inputs
 from stepfold.loop.noise import SampleSet
-from stepfold.passes.schedule.hoist import Hoist, HoistOptions
+from stepfold.passes.hoist.hoist import Hoist, HoistOptions
 
 SET = SampleSet("calibration", 0, 3)
 

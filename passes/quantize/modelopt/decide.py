@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from ....backends.onnx.emit import Lowerings
 from ....calibration.stage_inputs import SAMPLES, step_inputs
 from ....ir.program import Program
 from ....loop.noise import SampleSet
@@ -19,7 +18,6 @@ def decide(
     program: Program,
     python: Path,
     quantizer: Quantizer,
-    lowerings: Lowerings,
     seed: int = 0,
     progress: Callable[[str, int, int], None] = lambda task, done, total: None,
 ) -> dict[str, LinearDecision]:
@@ -29,7 +27,6 @@ def decide(
         program: program whose layers are still in floats; a smoothed one gives better decisions.
         python: interpreter of the environment, see `environment.find`.
         quantizer: what to do; `excluded` has names of nodes.
-        lowerings: lowerings to standard ONNX operators, see `emit_floats`.
         seed: seed of the calibration samples.
         progress: called with (task, done, total).
 
@@ -45,7 +42,7 @@ def decide(
     for stage in program.steps:
         with tempfile.TemporaryDirectory(prefix="stepfold-modelopt-") as name:
             model, result = Path(name) / "float.onnx", Path(name) / "quantized.onnx"
-            layers = emit_floats(stage, model, lowerings)
+            layers = emit_floats(stage, model)
             if set(layers) <= set(quantizer.excluded):
                 continue
             read = [{port.name: batch[port.name] for port in stage.inputs} for batch in batches]

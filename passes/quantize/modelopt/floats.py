@@ -8,7 +8,7 @@ from typing import Any
 import onnx
 import torch
 
-from ....backends.onnx.emit import Lowerings, emit
+from ....backends.onnx.emit import emit
 from ....ir.edit import copy_graph
 from ....ir.program import Stage
 from ....loop.errors import StepfoldError
@@ -17,17 +17,16 @@ LINEAR = torch.ops.aten.linear.default
 NAME = "stepfold.node"  # key of the metadata that carries a name through the exporter
 
 
-def emit_floats(stage: Stage, path: Path, lowerings: Lowerings) -> list[str]:
+def emit_floats(stage: Stage, path: Path) -> list[str]:
     """Write the stage with each linear layer as `MatMul` (and `Add`), the MatMul named as the layer's node.
 
     The exporter names nodes after its own graph, in which linear layers are counted anew. So the name goes along as
-    metadata of the node, and becomes the name of the node afterwards: quantizers keep names and drop metadata.
+    metadata of the node, and becomes the name of the node afterwards: quantizers keep names and drop metadata. Operators of
+    stepfold take their portable form, because modelopt wants standard ONNX.
 
     Args:
         stage: stage without quantized layers.
         path: the `.onnx` file.
-        lowerings: lowerings as for `emit`; what they make has to be standard ONNX, because modelopt takes other
-            operators for TensorRT plugins.
 
     Returns:
         The names, in the order of the graph.
@@ -41,7 +40,7 @@ def emit_floats(stage: Stage, path: Path, lowerings: Lowerings) -> list[str]:
         if node.target is LINEAR:
             node.target, node.kwargs = _named_linear, {**node.kwargs, "name": node.name}
     graph.recompile()
-    emit(Stage(stage.name, stage.rate, graph, stage.inputs, stage.outputs), path, lowerings)
+    emit(Stage(stage.name, stage.rate, graph, stage.inputs, stage.outputs), path, {})
     _rename(path, names)
     return names
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from ....backends.onnxruntime.lower import LOWERINGS
 from ....ir.program import Program
 from ....loop.errors import StepfoldError
 from ..algebra.smoothing import exponent_scale
@@ -56,7 +55,7 @@ class Modelopt(Scheme):
         chosen = {layer.node.name for group in groups for layer in group.layers}
         every = [node.name for stage in program.steps for node in stage.graph.graph.nodes if node.target is LINEAR]
         quantizer = Quantizer(self.options.format, excluded=tuple(name for name in every if name not in chosen))
-        decisions = decide(program, find(context.cache), quantizer, LOWERINGS, context.seed, context.progress)
+        decisions = decide(program, find(context.cache), quantizer, context.seed, context.progress)
         missing = sorted(chosen - decisions.keys())
         if missing:
             raise StepfoldError(f"modelopt: expected a decision for every chosen layer; none came for {missing[0]}.")

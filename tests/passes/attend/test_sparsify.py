@@ -25,9 +25,9 @@ from stepfold.ir.verify import verify
 from stepfold.loop.errors import StepfoldError, UsageError
 from stepfold.loop.metrics import drift
 from stepfold.passes.attend.sparsify import SparsifyAttention, SparsifyOptions
+from stepfold.passes.hoist.hoist import Hoist
 from stepfold.passes.manager import Step
 from stepfold.passes.recipe import load_recipe
-from stepfold.passes.schedule.hoist import Hoist
 from stepfold.runtime.workshop import workshop
 
 SAME = 1e-5

@@ -228,6 +228,6 @@ def test_a_network_without_blocks_or_loop(chain: Program) -> None:
 
 
 def hoist_pass() -> Any:
-    from stepfold.passes.schedule.hoist import Hoist, HoistOptions
+    from stepfold.passes.hoist.hoist import Hoist, HoistOptions
 
     return Hoist(HoistOptions())

@@ -19,7 +19,7 @@ from stepfold.ir.program import Program
 from stepfold.ir.verify import verify
 from stepfold.passes.base import PassResult
 from stepfold.passes.fuse.attention import FuseAttention
-from stepfold.passes.fuse.onnxruntime import FuseOnnxRuntime, FuseOptions
+from stepfold.passes.fuse.fuse import Fuse, FuseOptions
 from stepfold.passes.fuse.rules import apply_rule
 
 H, K, T = 2, 4, 5
@@ -48,7 +48,7 @@ def cross(x: torch.Tensor, keys: torch.Tensor, **options: Any) -> torch.Tensor:
 
 
 def fuse(program: Program, **options: Any) -> PassResult:
-    return FuseOnnxRuntime(FuseOptions.model_validate(options)).run(program, context_of(program, Path("unused")))
+    return Fuse(FuseOptions.model_validate(options)).run(program, context_of(program, Path("unused")))
 
 
 def fused_call(result: PassResult) -> Any:

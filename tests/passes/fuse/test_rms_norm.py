@@ -13,7 +13,7 @@ from programs import component, context_of, operators
 from stepfold.ir.probe import outputs_drift, probe_outputs
 from stepfold.ir.program import Program
 from stepfold.passes.base import PassResult
-from stepfold.passes.fuse.onnxruntime import FuseOnnxRuntime, FuseOptions
+from stepfold.passes.fuse.fuse import Fuse, FuseOptions
 
 D = 6
 X = torch.randn(2, 3, D, generator=torch.Generator().manual_seed(0))
@@ -21,7 +21,7 @@ WEIGHT = torch.linspace(0.5, 2, D)
 
 
 def fuse(program: Program) -> PassResult:
-    return FuseOnnxRuntime(FuseOptions(rules=("rms_norm",))).run(program, context_of(program, Path("unused")))
+    return Fuse(FuseOptions(rules=("rms_norm",))).run(program, context_of(program, Path("unused")))
 
 
 def root(x: torch.Tensor, *dimensions: int) -> torch.Tensor:

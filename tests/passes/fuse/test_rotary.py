@@ -20,7 +20,7 @@ from stepfold.ir.probe import outputs_drift, probe_outputs
 from stepfold.ir.program import Program, reference
 from stepfold.ir.verify import verify
 from stepfold.passes.base import PassResult
-from stepfold.passes.fuse.onnxruntime import FuseOnnxRuntime, FuseOptions
+from stepfold.passes.fuse.fuse import Fuse, FuseOptions
 
 T, H, K = 5, 2, 6
 X = torch.randn(2, T, H, K, generator=torch.Generator().manual_seed(0))
@@ -46,7 +46,7 @@ class Rotated(torch.nn.Module):
 
 
 def fuse(program: Program) -> PassResult:
-    return FuseOnnxRuntime(FuseOptions(rules=("rotary",))).run(program, context_of(program, Path("unused")))
+    return Fuse(FuseOptions(rules=("rotary",))).run(program, context_of(program, Path("unused")))
 
 
 def doubled(x: torch.Tensor, c: torch.Tensor, s: torch.Tensor, tokens: int = 1) -> torch.Tensor:

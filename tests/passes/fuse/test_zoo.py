@@ -11,7 +11,7 @@ from zoo import FLUX, QWENIMAGE, SD3, WAN, ZooModel
 
 from stepfold.ir.probe import outputs_drift, probe_outputs
 from stepfold.ir.program import Program
-from stepfold.passes.fuse.onnxruntime import FuseOnnxRuntime, FuseOptions
+from stepfold.passes.fuse.fuse import Fuse, FuseOptions
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +21,7 @@ MASKED = ("attention", "it has a mask")
 def fused(model: ZooModel) -> tuple[Program, Program, dict[str, int], Counter]:
     """The program before and after, the counts of the rules, and why what is not fused was refused."""
     before = model.program
-    result = FuseOnnxRuntime(FuseOptions()).run(before, context_of(before, Path("unused")))
+    result = Fuse(FuseOptions()).run(before, context_of(before, Path("unused")))
     refused = Counter((refusal.site.partition(":")[0], refusal.reason) for refusal in result.refused)
     return before, result.program, result.details["rules"], refused
 

@@ -10,7 +10,7 @@ from quantizing import quantize
 
 from stepfold.ir.program import Program
 from stepfold.passes.base import PassResult
-from stepfold.passes.schedule.hoist import Hoist, HoistOptions
+from stepfold.passes.hoist.hoist import Hoist, HoistOptions
 
 
 @pytest.fixture(scope="session")

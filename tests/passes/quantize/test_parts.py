@@ -21,12 +21,12 @@ from stepfold.ir.verify import verify as verify_program
 from stepfold.loop.errors import StepfoldError, UsageError
 from stepfold.loop.metrics import drift
 from stepfold.passes.base import PassResult
+from stepfold.passes.hoist.hoist import Hoist, HoistOptions
 from stepfold.passes.manager import Step, run_passes
 from stepfold.passes.quantize.algebra import buckets
 from stepfold.passes.quantize.options import QuantizeOptions
 from stepfold.passes.quantize.quantize import Quantize
 from stepfold.passes.recipe import load_recipe
-from stepfold.passes.schedule.hoist import Hoist, HoistOptions
 from stepfold.runtime.compiler import Job, optimize
 from stepfold.runtime.engine import open_stage
 from stepfold.runtime.unoptimized import load_unoptimized

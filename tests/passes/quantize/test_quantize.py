@@ -11,16 +11,17 @@ import torch
 from programs import component, context_of, denoiser, operators, samples_of
 from quantizing import BLOCK, SITES, counted, quantize, sites
 
+from stepfold.backends.registry import get
 from stepfold.ir.program import Program, Refusal
 from stepfold.loop.errors import StepfoldError, UsageError
 from stepfold.loop.metrics import drift
 from stepfold.passes.base import PassResult
+from stepfold.passes.hoist.hoist import Hoist, HoistOptions
 from stepfold.passes.manager import Step, run_passes
 from stepfold.passes.quantize.algebra.grids import INT8_CHANNEL, Quantized
 from stepfold.passes.quantize.algebra.int8 import to_products
 from stepfold.passes.quantize.options import QuantizeOptions
 from stepfold.passes.quantize.quantize import Quantize
-from stepfold.passes.schedule.hoist import Hoist, HoistOptions
 
 LAST = "the last layer: nothing after it damps its error"
 
@@ -29,7 +30,7 @@ LAST = "the last layer: nothing after it damps its error"
     ("engine", "form"), [("openvino", "symmetric"), ("tensorrt", "symmetric"), ("onnxruntime", "dynamic")]
 )
 def test_activations_are_those_that_the_engine_is_fastest_with(hoisted: Program, engine: str, form: str) -> None:
-    context = context_of(hoisted, Path("unused"), engine_name=engine)
+    context = context_of(hoisted, Path("unused"), activations=get(engine).activations)
     result = quantize(hoisted, context, activations="auto")
     assert result.details["activations"] == form and result.details["sites"] == SITES
 

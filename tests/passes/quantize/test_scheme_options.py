@@ -122,7 +122,7 @@ def test_a_layer_that_stays_in_floats_is_not_measured(growing: tuple[Program, Pr
 
 def test_an_engine_without_a_form_for_quantized_layers_gets_none(growing: tuple[Program, Program]) -> None:
     program, _ = growing
-    context = replace(context_of(program, Path("unused")), engine_name="torch_tensorrt")
+    context = replace(context_of(program, Path("unused")), engine_name="torch_tensorrt", activations=None)
     optional = Step(Quantize(QuantizeOptions(activations="auto")), optional=True)
     (record,) = run_passes(program, [optional], context).records
     assert record.outcome == "identity" and record.refused[0].reason.startswith("torch_tensorrt has no form")

@@ -23,6 +23,7 @@ from stepfold.ir.program import Program
 from stepfold.loop.errors import GateError
 from stepfold.loop.metrics import drift
 from stepfold.passes.base import Context, PassResult
+from stepfold.passes.hoist.hoist import Hoist, HoistOptions
 from stepfold.passes.quantize import inputs as inputs_module
 from stepfold.passes.quantize.inputs import Inputs, Measured, Need, known_inputs
 from stepfold.passes.quantize.layers import Selection, find_groups
@@ -30,7 +31,6 @@ from stepfold.passes.quantize.options import QuantizeOptions
 from stepfold.passes.quantize.scheme import RoundingScheme
 from stepfold.passes.quantize.schemes import SCHEMES, mixed
 from stepfold.passes.quantize.schemes.int8 import Int8
-from stepfold.passes.schedule.hoist import Hoist, HoistOptions
 from stepfold.runtime.packing import batch_invariant
 from stepfold.runtime.workshop import workshop
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from programs import Program, component, modulated
 
-from stepfold.backends.onnxruntime.lower import LOWERINGS
 from stepfold.backends.onnxruntime.session import open_session
 from stepfold.loop.errors import StepfoldError
 from stepfold.passes.quantize.modelopt import floats
@@ -41,7 +40,7 @@ def test_products_have_the_names_of_the_layers(case: str, tmp_path: Path) -> Non
     stage = program.step
     wanted = [node.name for node in stage.graph.graph.nodes if node.target is LINEAR]
     path = tmp_path / "float.onnx"
-    assert emit_floats(stage, path, LOWERINGS) == wanted
+    assert emit_floats(stage, path) == wanted
     model = onnx.load(str(path))
     assert [node.name for node in model.graph.node if node.op_type == "MatMul"] == wanted
     stored = {item.name: list(item.dims) for item in model.graph.initializer}
@@ -57,7 +56,7 @@ def test_products_have_the_names_of_the_layers(case: str, tmp_path: Path) -> Non
 def test_the_stage_is_untouched(tmp_path: Path) -> None:
     stage = component(Rows(), torch.randn(2, 4)).step
     before = [str(node.target) for node in stage.graph.graph.nodes]
-    emit_floats(stage, tmp_path / "float.onnx", LOWERINGS)
+    emit_floats(stage, tmp_path / "float.onnx")
     assert [str(node.target) for node in stage.graph.graph.nodes] == before
 
 
@@ -73,4 +72,4 @@ def test_a_layer_that_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(
         StepfoldError, match=r"float.onnx: expected one product for each linear layer; missing: linear\."
     ):
-        emit_floats(stage, tmp_path / "float.onnx", LOWERINGS)
+        emit_floats(stage, tmp_path / "float.onnx")

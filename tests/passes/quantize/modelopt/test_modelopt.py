@@ -10,7 +10,7 @@ import pytest
 import torch
 from programs import Program, component, context_of
 
-from stepfold.backends.onnxruntime.lower import LOWERINGS, lower
+from stepfold.backends.onnxruntime.lower import lower
 from stepfold.backends.onnxruntime.session import open_session
 from stepfold.calibration.conditions import sample_request
 from stepfold.calibration.stage_inputs import SAMPLES, step_inputs
@@ -21,6 +21,7 @@ from stepfold.loop.metrics import drift
 from stepfold.loop.noise import SampleSet
 from stepfold.loop.plan import fold
 from stepfold.loop.ports import BoundProgram
+from stepfold.passes.hoist.hoist import Hoist, HoistOptions
 from stepfold.passes.quantize.modelopt.decide import decide
 from stepfold.passes.quantize.modelopt.environment import find
 from stepfold.passes.quantize.modelopt.floats import emit_floats
@@ -29,7 +30,6 @@ from stepfold.passes.quantize.modelopt.realize import realize
 from stepfold.passes.quantize.modelopt.run import Mode, Quantizer, quantize_onnx
 from stepfold.passes.quantize.options import QuantizeOptions
 from stepfold.passes.quantize.quantize import Quantize
-from stepfold.passes.schedule.hoist import Hoist, HoistOptions
 
 pytestmark = pytest.mark.slow
 USER_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stepfold"
@@ -64,7 +64,7 @@ class FeedForward(torch.nn.Module):
 def test_decisions_of_every_mode(python: Path, mode: Mode, dtype: str, error: float) -> None:
     """Both layers are decided, and the codes stand for the weights to within what the format allows."""
     program = component(FeedForward(), torch.randn(2, 16, 128))
-    decisions = decide(program, python, Quantizer(mode), LOWERINGS)
+    decisions = decide(program, python, Quantizer(mode))
     layers = {node.name: node for node in program.step.graph.graph.nodes if node.target is LINEAR}
     assert list(decisions) == list(layers)
     for name, decision in decisions.items():
@@ -100,7 +100,7 @@ def last_layer(program: Program) -> str:
 def test_int8_of_the_reference_checkpoint(python: Path, hoisted: Program, tmp_path: Path) -> None:
     """Over the full loop on held-out seeds: within 2 % of our int8, and the same in our operators as in Q/DQ form."""
     model, result = tmp_path / "float.onnx", tmp_path / "quantized.onnx"
-    emit_floats(hoisted.step, model, LOWERINGS)
+    emit_floats(hoisted.step, model)
     batches = step_inputs(hoisted, SampleSet("calibration", 0, SAMPLES))
     quantize_onnx(model, result, batches, python, Quantizer("int8", excluded=(last_layer(hoisted),)))
     decisions = read_decisions(result)

@@ -36,7 +36,7 @@ class FuseOptions(Options):
     rules: tuple[Literal["rms_norm", "rotary", "attention"], ...] = ("rms_norm", "rotary", "attention")
 
 
-class FuseOnnxRuntime(Pass[FuseOptions]):
+class Fuse(Pass[FuseOptions]):
     """Put operators together into the ones that are fast on ONNX Runtime.
 
     Norms by the root of the mean square and rotary embeddings become one operator each; attention takes its head split

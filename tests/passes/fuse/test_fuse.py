@@ -16,9 +16,9 @@ from stepfold.ir.program import Program
 from stepfold.loop.errors import StepfoldError
 from stepfold.loop.metrics import drift
 from stepfold.passes.base import PassResult
-from stepfold.passes.fuse.onnxruntime import RULES, FuseOnnxRuntime, FuseOptions
+from stepfold.passes.fuse.fuse import RULES, Fuse, FuseOptions
+from stepfold.passes.hoist.hoist import Hoist, HoistOptions
 from stepfold.passes.manager import Step, run_passes
-from stepfold.passes.schedule.hoist import Hoist, HoistOptions
 
 H, K, T = 2, 4, 3
 D = H * K
@@ -28,12 +28,12 @@ NOTHING = "the program has neither attention nor rotary embeddings nor norms to 
 
 
 def fuse(program: Program, **options: Any) -> PassResult:
-    return FuseOnnxRuntime(FuseOptions.model_validate(options)).run(program, context_of(program, Path("unused")))
+    return Fuse(FuseOptions.model_validate(options)).run(program, context_of(program, Path("unused")))
 
 
 def outcome(program: Program, optional: bool = False, **options: Any) -> tuple[str, str | None]:
     """What the manager records, and the reason that it has for it."""
-    step = Step(FuseOnnxRuntime(FuseOptions.model_validate(options)), optional)
+    step = Step(Fuse(FuseOptions.model_validate(options)), optional)
     (record,) = run_passes(program, [step], context_of(program, Path("unused"))).records
     return record.outcome, record.details.get("reason")
 

@@ -17,10 +17,10 @@ from stepfold.ir.program import Program, Stage
 from stepfold.loop.errors import StepfoldError, UsageError
 from stepfold.loop.ports import Rate
 from stepfold.passes.base import PassResult
+from stepfold.passes.hoist.hoist import Hoist, HoistOptions
 from stepfold.passes.manager import Step, run_passes
 from stepfold.passes.quantize.options import QuantizeOptions
 from stepfold.passes.quantize.quantize import Quantize
-from stepfold.passes.schedule.hoist import Hoist, HoistOptions
 
 
 @pytest.fixture(scope="module")

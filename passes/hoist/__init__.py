@@ -1,0 +1,1 @@
+"""Values computed at the rate at which they change."""
