@@ -12,7 +12,7 @@ from ..loop.classes import check_unconditional
 from ..loop.errors import UsageError
 from ..loop.pipeline_call import PipelineCall
 from ..loop.ports import InputPort, Port, Rate
-from ..loop.spec import LoopSpec, Role, Strict
+from ..loop.spec import LoopSpec, Role, Strict, Values
 from ..loop.values import DTYPES, MOST_DIMENSIONS, ArrayLike, Size
 from .prompts import Cleaning
 
@@ -169,11 +169,19 @@ class PsnrEntry(Strict):
 
 
 class QualityEntry(Strict):
-    """How close the bundle's samples are to those of the full loop."""
+    """How close the bundle's samples are to those of the full loop.
+
+    Attributes:
+        psnr_db: mean, worst and lower bound of the mean; of pixels its peak is 2, of latents the range of the reference.
+        samples: number of samples.
+        set: set of the samples.
+        of: what was compared.
+    """
 
     psnr_db: PsnrEntry
     samples: Count
     set: str
+    of: Values = "pixels"
 
 
 class ProofEntry(Strict):

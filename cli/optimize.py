@@ -197,7 +197,8 @@ def quality_line(quality: Mapping[str, Any] | None) -> str:
     if quality is None:
         return "Quality: not measured; the model has no loop."
     figures = quality["psnr_db"]
+    what = "latent PSNR" if quality.get("of") == "latents" else "PSNR"
     return (
-        f"Quality: {figures['mean']:.2f} dB PSNR against the full loop (worst {figures['min']:.2f}, lower 95 % bound "
+        f"Quality: {figures['mean']:.2f} dB {what} against the full loop (worst {figures['min']:.2f}, lower 95 % bound "
         f"of the mean {figures['low']:.2f}) over {quality['samples']} {quality['set']} samples."
     )

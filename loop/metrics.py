@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+
+from .spec import Values
 
 Array = np.ndarray
 DATA_RANGE = (-1.0, 1.0)
@@ -38,6 +42,11 @@ def range_psnr(samples: Array, reference: Array) -> Array:
     peak = np.maximum(wanted.max(axis=1) - wanted.min(axis=1), np.finfo(np.float32).tiny)
     relative = ((rows - wanted) ** 2).mean(axis=1) / peak**2
     return -10.0 * np.log10(np.nan_to_num(np.maximum(relative, SMALLEST_MSE / 4.0), nan=1.0))
+
+
+def sample_psnr(kind: Values) -> Callable[[Array, Array], Array]:
+    """The PSNR that fits what samples are: `psnr` of pixels, `range_psnr` of latents."""
+    return psnr if kind == "pixels" else range_psnr
 
 
 def drift(values: Array, reference: Array) -> float:

@@ -93,10 +93,29 @@ class GuidanceSpec(Strict):
         return self.scale.values if isinstance(self.scale, GuidanceValues) else (self.scale,)
 
 
+Values = Literal["pixels", "latents"]
+IMAGE_CHANNELS = (1, 3)
+"""Of images in gray and in color."""
+
+
 class LatentSpec(Strict):
-    """Shape of one latent, without the batch: `[C, H, W]` or the model's own."""
+    """Shape of one latent, without the batch: `[C, H, W]` or the model's own, and what its values are.
+
+    Attributes:
+        shape: sizes.
+        values: `pixels` of an image in [-1, 1], or `latents`, which have no range of their own; by default pixels where the
+            shape is that of an image of 1 or 3 channels.
+    """
 
     shape: Shape = Field(min_length=1)
+    values: Values | None = None
+
+    @property
+    def kind(self) -> Values:
+        """What the values are, whether or not `values` says it."""
+        if self.values is not None:
+            return self.values
+        return "pixels" if len(self.shape) == 3 and self.shape[0] in IMAGE_CHANNELS else "latents"
 
 
 class ComponentSpec(Strict):

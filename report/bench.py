@@ -150,7 +150,7 @@ class _Session:
         measurement = Measurement(self.workers, request, self.settings, self.folder, self.progress)
         cached = KeptReference.of(self.cache, prepared.key, request) if self.cache and prepared else None
         reference = reference_plan(prepared) if prepared else None
-        return measurement.run(plans, reference, cached, model_work.loop is not None)
+        return measurement.run(plans, reference, cached, model_work.compared)
 
 
 def _check(

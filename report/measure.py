@@ -13,7 +13,8 @@ from pydantic import JsonValue
 
 from ..bundle.cache import Cache, key_of
 from ..bundle.files import sha256_of
-from ..loop.metrics import drift, psnr, ssim
+from ..loop.metrics import drift, sample_psnr, ssim
+from ..loop.spec import Values
 from .plan import RowPlan
 from .processes import Worker, WorkerError, Workers
 from .records import Latency, Psnr, Row, Skipped
@@ -94,7 +95,7 @@ class Measurement:
         self._reference: Array | None = None
 
     def run(
-        self, plans: Sequence[RowPlan], reference: RowPlan | None, cached: KeptReference | None, is_loop: bool
+        self, plans: Sequence[RowPlan], reference: RowPlan | None, cached: KeptReference | None, of: Values | None
     ) -> Measured:
         """Measure.
 
@@ -102,7 +103,7 @@ class Measurement:
             plans: the rows, in order.
             reference: what quality is measured against.
             cached: where the reference samples of this request are kept, if anywhere.
-            is_loop: whether samples are compared as images, or as the outputs of a component.
+            of: what samples are; None for the outputs of a component, which are compared by their drift alone.
 
         Raises:
             WorkerError: the reference cannot be computed.
@@ -114,7 +115,7 @@ class Measurement:
             self._reference = self._reference_samples(reference, cached)
         self._sample_all()
         self._time_all()
-        rows = [row for live in list(self._live) if (row := self._finished(live, is_loop)) is not None]
+        rows = [row for live in list(self._live) if (row := self._finished(live, of)) is not None]
         images = {} if self._reference is None else {"reference": self._reference[:SHOWN]}
         images |= {live.plan.name: live.samples[:SHOWN] for live in self._live if live.samples is not None}
         return Measured(rows, self._skipped, images)
@@ -200,7 +201,7 @@ class Measurement:
                     self._drop(live, str(error))
         self._progress("timing", repeats, repeats)
 
-    def _finished(self, live: _Live, is_loop: bool) -> Row | None:
+    def _finished(self, live: _Live, of: Values | None) -> Row | None:
         try:
             peak = live.worker.request({"do": "finish"})["peak_memory_bytes"]
         except WorkerError as error:
@@ -214,7 +215,7 @@ class Measurement:
             evaluations=live.evaluations,
             size_bytes=live.size_bytes,
             peak_memory_bytes=peak,
-            **quality(live.samples, self._reference, is_loop),
+            **quality(live.samples, self._reference, of),
         )
 
 
@@ -230,18 +231,19 @@ def latency(milliseconds: Sequence[float]) -> Latency:
     )
 
 
-def quality(samples: Array | None, reference: Array | None, is_loop: bool) -> dict[str, Any]:
+def quality(samples: Array | None, reference: Array | None, of: Values | None) -> dict[str, Any]:
     """The keys of a row that compare samples [B, ...] with the reference [B, ...].
 
-    PSNR and SSIM are of samples in [-1, 1], so a component has only its drift; SSIM needs images [B, C, H, W].
+    The PSNR of latents takes its peak from the reference, and has no bounds to clip to. SSIM needs images [B, C, H, W].
     """
     if samples is None or reference is None:
         return {}
     found: dict[str, Any] = {"drift": drift(samples, reference)}
-    if is_loop:
-        decibels = psnr(samples, reference)
+    if of is not None:
+        decibels = sample_psnr(of)(samples, reference)
         found["psnr_db"] = Psnr(mean=float(decibels.mean()), min=float(decibels.min()))
-        found["ssim"] = float(ssim(samples, reference).mean()) if samples.ndim == 4 else None
+        images = of == "pixels" and samples.ndim == 4
+        found["ssim"] = float(ssim(samples, reference).mean()) if images else None
     return found
 
 

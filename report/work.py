@@ -15,7 +15,7 @@ from ..loop.errors import StepfoldError, UsageError
 from ..loop.noise import noise as seeded_noise
 from ..loop.pipeline_call import PipelineCall
 from ..loop.ports import InputPort
-from ..loop.spec import LoopSpec
+from ..loop.spec import LoopSpec, Values
 
 Array = np.ndarray
 NOISE = "noise"
@@ -39,6 +39,11 @@ class Work:
     example: Mapping[str, Array]
     unconditional: Mapping[str, Array] = field(default_factory=dict)
     call: PipelineCall | None = None
+
+    @property
+    def compared(self) -> Values | None:
+        """What samples are; None for the outputs of a component."""
+        return None if self.loop is None else self.loop.latent.kind
 
     @property
     def guidance(self) -> float | None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..bundle.manifest import QualityEntry
 from ..loop.errors import GateError, UsageError
-from ..loop.metrics import lower_bound, psnr
+from ..loop.metrics import lower_bound, sample_psnr
 from ..loop.noise import SampleSet
 from ..loop.ports import BoundProgram
 
@@ -52,9 +52,10 @@ def measure(program: Program, bound: BoundProgram, context: Context) -> Quality 
         return None
     held_out = _held_out(program, context)
     samples = _samples(program, bound, held_out)
-    values = psnr(samples, held_out.latents[-1])
+    kind = program.loop.latent.kind
+    values = sample_psnr(kind)(samples, held_out.latents[-1])
     figures = {"mean": float(values.mean()), "min": float(values.min()), "low": lower_bound(values)}
-    entry = QualityEntry.model_validate({"psnr_db": figures, "samples": HELD_OUT, "set": "held-out"})
+    entry = QualityEntry.model_validate({"psnr_db": figures, "samples": HELD_OUT, "set": "held-out", "of": kind})
     return Quality(entry, samples, held_out.latents[-1])
 
 
@@ -62,8 +63,10 @@ def quality_of_pass(program: Program, bound: BoundProgram, context: Context) -> 
     """Mean PSNR in dB of a few held-out samples of a loop program as a pass leaves it."""
     from ..calibration.trajectories import first
 
+    assert program.loop is not None
     held_out = first(_held_out(program, context), SAMPLES_OF_A_PASS)
-    return float(psnr(_samples(program, bound, held_out), held_out.latents[-1]).mean())
+    measure = sample_psnr(program.loop.latent.kind)
+    return float(measure(_samples(program, bound, held_out), held_out.latents[-1]).mean())
 
 
 def _held_out(program: Program, context: Context) -> Trajectories:

@@ -51,7 +51,7 @@ def loop(scale: Any = 2.0, steps: int = 12) -> LoopSpec:
     document: dict[str, Any] = {
         "inputs": {"x": "state", "t": "timestep", "c": "condition"},
         "sampler": {"scheduler": "FlowMatchEulerDiscreteScheduler", "steps": steps},
-        "latent": {"shape": list(LATENT)},
+        "latent": {"shape": list(LATENT), "values": "pixels"},
     }
     if scale is not None:
         document["guidance"] = {"scale": scale, "unconditional": {"c": CLASSES}}

@@ -17,6 +17,7 @@ import numpy as np
 
 from ...calibration.trajectories import Trajectories
 from ...loop.driver import LoopRun, run_loop
+from ...loop.metrics import sample_psnr
 from ...loop.plan import Plan, fold, guides
 from ...loop.ports import BoundProgram
 from ...loop.recurrence import Array, Recurrence
@@ -64,13 +65,18 @@ class Trace:
 
 
 class Fitter:
-    """Fits outlines on one engine, one guidance scale and one set of reference trajectories."""
+    """Fits outlines on one engine, one guidance scale and one set of reference trajectories.
+
+    Attributes:
+        psnr: how samples [B, ...] are compared with those of the full loop: [B] dB.
+    """
 
     def __init__(
         self, bound: BoundProgram, loop: LoopSpec, recurrence: Recurrence, scale: float | None, data: Trajectories
     ):
         """Fit with the outputs of `bound` against the latents of `data`."""
         self.bound, self.loop, self.recurrence, self.scale, self.data = bound, loop, recurrence, scale, data
+        self.psnr = sample_psnr(loop.latent.kind)
         self._slots = [slot.name for slot in fillable(bound.computing)]
 
     def fit(self, outline: Outline, terms: Terms) -> Fit:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ...loop.driver import LoopRun
-from ...loop.metrics import psnr
 from ...loop.plan import Plan
 from ...loop.recurrence import Array
 from .fit import Fit, Fitter
@@ -86,7 +85,7 @@ def polish(fitter: Fitter, fit: Fit, terms: Terms, progress: Progress) -> Fit:
     normal = _normal_equations(fitter, fit, weights, terms, progress)
     plans = [_moved(fit.plan, weights, normal.step(damping), fitter.scale) for damping in DAMPINGS]
     fits = [fit, *(Fit(plan, fitter.samples(plan)) for plan in plans)]
-    return max(fits, key=lambda one: float(psnr(one.samples, fitter.data.latents[-1]).mean()))
+    return max(fits, key=lambda one: float(fitter.psnr(one.samples, fitter.data.latents[-1]).mean()))
 
 
 def _weights(plan: Plan, terms: Terms) -> list[Weight]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...calibration.trajectories import Trajectories, first, trajectories
 from ...ir.program import Program
-from ...loop.metrics import lower_bound, psnr
+from ...loop.metrics import lower_bound
 from ...loop.noise import SampleSet
 from ...loop.plan import Plan, fold, guides
 from ...loop.ports import BoundProgram, BoundSlot
@@ -135,7 +135,7 @@ class Trials:
         """Mean PSNR of the closed-loop fit on the search samples."""
         if outline not in self.scores:
             trace = self._quick.traced(outline, self._terms, self._model)
-            self.scores[outline] = float(psnr(trace.fit.samples, self._quick.data.latents[-1]).mean())
+            self.scores[outline] = float(self._quick.psnr(trace.fit.samples, self._quick.data.latents[-1]).mean())
             if not (outline.unguided or outline.fills) and self._is_model(outline):
                 self._model = trace
         return self.scores[outline]
@@ -177,14 +177,14 @@ class Trials:
         for known in self.tried:
             if known.origin == origin and known.plan.same_as(plan):
                 return known
-        values = psnr(self._full.samples(plan, self._validation), self._validation.latents[-1])
+        values = self._full.psnr(self._full.samples(plan, self._validation), self._validation.latents[-1])
         candidate = Candidate(plan, origin, float(values.mean()), lower_bound(values), calibration)
         self.tried.append(candidate)
         logger.info("%d evaluations, %s: %.2f dB on validation", plan.evaluations, origin, candidate.mean)
         return candidate
 
     def _calibration(self, fit: Fit) -> float:
-        return float(psnr(fit.samples, self._data.latents[-1]).mean())
+        return float(self._full.psnr(fit.samples, self._data.latents[-1]).mean())
 
     def _trajectories(self, name: str, count: int, whole: bool) -> Trajectories:
         context = self._context

@@ -264,7 +264,7 @@ def test_quality_of_a_known_error() -> None:
     reference = np.zeros((2, 1, 8, 8), np.float32)
     reference[:, :, ::2] = 0.5
     samples = reference + np.array([0.02, 0.2], np.float32)[:, None, None, None]
-    found = quality(samples, reference, is_loop=True)
+    found = quality(samples, reference, "pixels")
     assert found["psnr_db"].mean == pytest.approx(
         30.0, abs=1e-3
     )  # 10 log10(4 / 0.02^2) = 40 and 10 log10(4 / 0.2^2) = 20
@@ -274,15 +274,28 @@ def test_quality_of_a_known_error() -> None:
     assert found["drift"] == pytest.approx(np.sqrt(0.0404 / 0.25), rel=1e-4)
 
 
+def test_latents_are_not_clipped_and_their_peak_is_the_range_of_the_reference() -> None:
+    """The figure that NumPy gives: latents that leave [-1, 1] everywhere, with an error that clipping would hide."""
+    generator = np.random.default_rng(0)
+    reference = 5 + 3 * generator.standard_normal((2, 4, 8, 8))
+    samples = reference + 0.5 * generator.standard_normal(reference.shape)
+    found = quality(samples, reference, "latents")
+    wanted = [10 * np.log10(np.ptp(r) ** 2 / np.mean((s - r) ** 2)) for s, r in zip(samples, reference, strict=True)]
+    assert found["psnr_db"].mean == pytest.approx(np.mean(wanted), abs=1e-6)
+    assert found["psnr_db"].min == pytest.approx(min(wanted), abs=1e-6)
+    assert found["ssim"] is None
+    assert quality(samples, reference, "pixels")["psnr_db"].mean > found["psnr_db"].mean + 3, "clipping hides it"
+
+
 def test_quality_of_a_component_is_its_drift_alone() -> None:
     reference = np.ones((2, 3, 4), np.float32)
-    assert quality(1.1 * reference, reference, is_loop=False) == {"drift": pytest.approx(0.1, rel=1e-4)}
-    assert quality(reference, None, is_loop=True) == {}
+    assert quality(1.1 * reference, reference, None) == {"drift": pytest.approx(0.1, rel=1e-4)}
+    assert quality(reference, None, "pixels") == {}
 
 
 def test_video_has_no_ssim() -> None:
     reference = np.zeros((1, 2, 3, 4, 4), np.float32)
-    assert quality(reference, reference, is_loop=True)["ssim"] is None
+    assert quality(reference, reference, "pixels")["ssim"] is None
 
 
 def test_the_tiny_bundle_with_its_own_engine(tiny: Any, tmp_path: Path) -> None:
