@@ -60,6 +60,7 @@ LINEAR_WEIGHTS = [torch.tensor(0.02), ZERO, WEIGHT, WEIGHT_SCALE]
 QKV = [floats(None, T, 8, name="q"), floats(None, 4, 8, name="k"), floats(None, 4, 8, name="v")]
 ANGLES = torch.linspace(-3, 3, T * (M // 2)).reshape(T, M // 2)
 TABLES = [ANGLES.cos(), ANGLES.sin()]
+ORDER = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
 BLOCKS = torch.randint(0, 256, (N, 2, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 STAGES: dict[str, tuple[Callable, Stage]] = {
     name: (arguments[0], one_call(*arguments))
@@ -73,6 +74,14 @@ STAGES: dict[str, tuple[Callable, Stage]] = {
         "attention": (stepfold.attention.default, [QKV[0]] * 1 + QKV[1:], [], (2, 0.5)),
         "rotary": (stepfold.rotary.default, [floats(None, T, 2, M)], TABLES, (False,)),
         "rotary, heads first": (stepfold.rotary.default, [floats(None, 2, T, M)], TABLES, (True,)),
+        "block_sparse_attention": (
+            stepfold.block_sparse_attention.default,
+            [
+                floats(None, 2, 11, 4, name=name) for name in "qkv"
+            ],  # three words, then two by four tokens in four blocks
+            [ORDER, ORDER.argsort(), torch.tensor([[[0, 2], [1, 3], [2, 0], [3, 1]]])],
+            (3, 2, 0.5),
+        ),
         "blocked_linear": (
             stepfold.blocked_linear.default,
             [floats(None, T, 32)],

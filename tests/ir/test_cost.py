@@ -130,7 +130,7 @@ def test_operators_that_multiply_matrices_have_a_formula() -> None:
     counted = {overload for overload, record in RECORDS.items() if record.flops is not None}
     stepfold = torch.ops.stepfold
     layers = {stepfold.qlinear.default, stepfold.group_qlinear.default, stepfold.blocked_linear.default}
-    assert counted == {*layers, stepfold.attention.default}
+    assert counted == {*layers, stepfold.attention.default, stepfold.block_sparse_attention.default}
 
 
 def test_tiny_dit_counts_as_pytorch_does(tiny_program: Program) -> None:

@@ -170,7 +170,7 @@ def test_the_target_is_inherited_or_replaced(write) -> None:
 
 MISTAKES = {
     "pass": ("passes:\n  - hoist: {}\n  - quantise: {}\n", ", line 3: unknown pass 'quantise'; did you mean 'quantize'?"),
-    "far pass": ("passes: [zzz]\n", ", line 1: unknown pass 'zzz'; valid: cut, fuse, hoist, prune, quantize, schedule."),
+    "far pass": ("passes: [zzz]\n", ", line 1: unknown pass 'zzz'; valid: cut, fuse, hoist, prune, quantize, schedule, "),
     "option": (
         "passes:\n  - hoist: {}\n\n  - schedule:\n      evaluation: 3\n",
         ", line 4: pass schedule: unknown option 'evaluation'; did you mean 'evaluations'?",

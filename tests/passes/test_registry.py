@@ -15,6 +15,7 @@ from stepfold.passes.base import Pass
 from stepfold.passes.registry import PASSES, pass_named
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    "sparsify_attention": {"tile": (1, 2, 2), "force": True},
     "schedule": {"evaluations": 2, "samples": 4, "search_samples": 2, "moves": 0, "min_psnr": None},
 }
 

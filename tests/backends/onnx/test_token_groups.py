@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from programs import operators
 
-from stepfold.backends.onnx.token_groups import by_token_groups, dynamic_widths, group_qlinear, group_size
+from stepfold.backends.onnx.token_groups import by_token_groups, dynamic_widths, group_size
+from stepfold.ir.operators.group_qlinear import group_qlinear
 from stepfold.ir.program import reference
 from stepfold.ir.verify import verify
 
