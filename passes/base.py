@@ -25,14 +25,15 @@ def silent(task: str, done: int, total: int) -> None:
 class Phase(IntEnum):
     """When a pass runs: a recipe goes through the phases in this order, and no pass undoes what a later one built on.
 
-    Weights are cut before they are rounded, and a schedule is fitted on what the engine will run.
+    Weights are cut before they are rounded, layers are rounded for what sparse attention leaves them, and a schedule is fitted
+    on what the engine will run.
     """
 
     HOIST = 1
     PRUNE = 2
     CUT = 3
-    QUANTIZE = 4
-    ATTEND = 5
+    ATTEND = 4
+    QUANTIZE = 5
     FUSE = 6
     SCHEDULE = 7
 

@@ -20,8 +20,8 @@ PASSES: tuple[type[Pass[Any]], ...] = (
     Hoist,
     Prune,
     Cut,
-    Quantize,
     SparsifyAttention,
+    Quantize,
     Fuse,
     SearchSchedule,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..operators.block_sparse_attention import block_sparse_attention
 from .sites.walk import LAYOUT, LINEAR
 
 aten = torch.ops.aten
-SDPA = aten.scaled_dot_product_attention.default
+ATTENTIONS = (aten.scaled_dot_product_attention.default, block_sparse_attention.overload)
+"""Each token of the result is a weighted mean of tokens of the third argument."""
 CUTS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
 TOKENS = -2
 
@@ -81,11 +84,11 @@ class Heads:
 def find_heads(value: fx.Node) -> Heads | None:
     """The heads of the attention whose result a value is; None where anything but layouts lies around it."""
     writer, path = find_writer(value), _path(value)
-    if writer is None or path is None or [node.target for node in path if node.target not in LAYOUT] != [SDPA, LINEAR]:
+    if writer is None or path is None or not _is_attention(path):
         return None
     numbers: Any = torch.arange(writer.linear.meta["val"].shape[-1]).expand(writer.linear.meta["val"].shape)
     for before, node in pairwise(reversed(path)):
-        if node.target is SDPA:
+        if node.target in ATTENTIONS:
             break
         numbers = _passed(node, before, numbers)
     rows = numbers[0, :, 0, :]  # [B, H, T, K]
@@ -95,6 +98,12 @@ def find_heads(value: fx.Node) -> Heads | None:
     places[writer.channels] = torch.arange(writer.channels.numel())
     columns = places[rows]
     return None if (columns < 0).any() else Heads(writer.linear, rows.clone(), columns)
+
+
+def _is_attention(path: Sequence[fx.Node]) -> bool:
+    """Whether a path leads through layouts and one attention to a linear layer."""
+    targets = [node.target for node in path if node.target not in LAYOUT]
+    return len(targets) == 2 and targets[0] in ATTENTIONS and targets[1] is LINEAR
 
 
 def _path(value: fx.Node) -> list[fx.Node] | None:
@@ -120,7 +129,7 @@ def _cuts_channels(node: fx.Node) -> bool:
 
 def _sources(node: fx.Node) -> tuple[object, ...]:
     """The values whose channels a node passes on."""
-    if node.target is SDPA:
+    if node.target in ATTENTIONS:
         return () if node.kwargs.get("enable_gqa") else (node.args[2],)
     if node.target is aten.mul.Tensor:
         return node.args[:2]
@@ -129,7 +138,7 @@ def _sources(node: fx.Node) -> tuple[object, ...]:
 
 def _passed(node: fx.Node, before: fx.Node, numbers: Any) -> Any:
     """The numbers of the channels of a node, one tensor or those of its parts; None where it needs more."""
-    if node.target is SDPA:  # each token of the result is a mean of tokens of the value
+    if node.target in ATTENTIONS:
         queries = node.meta["val"].shape[TOKENS]
         return numbers.narrow(TOKENS, 0, 1).expand(*numbers.shape[:TOKENS], queries, numbers.shape[-1])
     if node.target is aten.mul.Tensor:

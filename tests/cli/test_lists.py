@@ -10,7 +10,7 @@ from stepfold.cli.passes import attributes, describe_options, type_name
 
 def test_passes(stepfold) -> None:
     entries = {entry["name"]: entry for entry in stepfold("passes", "--json").document()["passes"]}
-    assert list(entries) == ["hoist", "prune", "cut", "quantize", "sparsify_attention", "fuse", "schedule"]
+    assert list(entries) == ["hoist", "prune", "cut", "sparsify_attention", "quantize", "fuse", "schedule"]
     assert entries["hoist"]["options"] == {}
     assert entries["quantize"]["options"]["skip"] == {
         "type": "list of str",

@@ -255,7 +255,7 @@ def test_phases_have_an_order(program: Program, earlier: Phase | None, later: Ph
     assert len(run_passes(program, steps, context_of(program, Path("unused"))).records) == 3
     wrong = [of(later, lambda *_: pytest.fail("it ran")), of(earlier, identity)]
     with pytest.raises(
-        UsageError, match=rf"pass {earlier}: expected it before {later}.*hoist, prune, cut, quantize, attend"
+        UsageError, match=rf"pass {earlier}: expected it before {later}.*hoist, prune, cut, attend, quantize"
     ):
         run_passes(program, wrong, context_of(program, Path("unused")))
 

@@ -27,6 +27,8 @@ from stepfold.loop.metrics import drift
 from stepfold.passes.attend.sparsify import SparsifyAttention, SparsifyOptions
 from stepfold.passes.hoist.hoist import Hoist
 from stepfold.passes.manager import Step
+from stepfold.passes.quantize.options import QuantizeOptions
+from stepfold.passes.quantize.quantize import Quantize
 from stepfold.passes.recipe import load_recipe
 from stepfold.runtime.workshop import workshop
 
@@ -190,6 +192,14 @@ def test_the_bank_is_that_of_the_calibration_samples(tmp_path: Path) -> None:
     ]
     assert all(torch.equal(one, other) for one, other in zip(*tables, strict=True))
     assert tables[0][0].shape == (2, 4, 2), "each head has its own"
+
+
+def test_layers_around_sparse_attention_are_quantized_as_they_were_around_dense() -> None:
+    """The same layers, and smoothing reaches the value projection through either attention."""
+    settings = Quantize(QuantizeOptions(min_tokens=1, smooth=0.5))
+    dense, thinned = (run(program, settings).records[-1] for program in (DIT.program, sparse(DIT.program, keep=1.0)))
+    assert dense.details["sites"] == thinned.details["sites"]
+    assert dense.refused == thinned.refused, "a scale that no layer takes is refused by name"
 
 
 # -- refusals and errors
