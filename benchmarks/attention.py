@@ -86,7 +86,7 @@ def _sparse(
     for name, table in (("order", order), ("inverse", order.argsort()), ("kept", kept)):
         module.register_buffer(name, table)
     tables = [graph.get_attr(name) for name in ("order", "inverse", "kept")]
-    return graph.call_function(block_sparse_attention.overload, (*values, *tables, 0, tiles.block, width**-0.5))
+    return graph.call_function(block_sparse_attention.overload, (*values, *tables, None, 0, tiles.block, width**-0.5))
 
 
 class Opened:

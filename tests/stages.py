@@ -79,7 +79,7 @@ STAGES: dict[str, tuple[Callable, Stage]] = {
             [
                 floats(None, 2, 11, 4, name=name) for name in "qkv"
             ],  # three words, then two by four tokens in four blocks
-            [ORDER, ORDER.argsort(), torch.tensor([[[0, 2], [1, 3], [2, 0], [3, 1]]])],
+            [ORDER, ORDER.argsort(), torch.tensor([[[0, 2], [1, 3], [2, 0], [3, 1]]]), None],
             (3, 2, 0.5),
         ),
         "blocked_linear": (

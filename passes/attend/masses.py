@@ -54,10 +54,11 @@ class _Watch:
         with torch.no_grad():
             _Interpreter(stage, self).run(*(torch.from_numpy(inputs[port.name]) for port in stage.inputs))
 
-    def add(self, node: fx.Node, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> None:
-        """Add the masses of one attention [B, H, T, K]."""
+    def add(self, node: fx.Node, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Add the masses of one attention [B, H, T, K], whose mask of keys is [B, 1, 1 or T, T]."""
         tiles, start = self._cut[node]
-        mass = _masses(query, key, tiles, start, query.shape[-1] ** -0.5 if scale is None else scale)
+        scale = node.kwargs.get("scale") or query.shape[-1] ** -0.5
+        mass = _masses(query * scale, key, mask, tiles, start)
         self.totals[node] = self.totals.get(node, torch.zeros(())) + mass
         self.calls[node] = self.calls.get(node, 0) + 1
 
@@ -71,15 +72,21 @@ class _Interpreter(fx.Interpreter):
         """Run a node, and look at it where it is an attention."""
         if n.target is SDPA and n in self._cut:
             query, key = (self.env[argument] for argument in n.args[:2])  # type: ignore[index]
-            self._watch.add(n, query, key, n.kwargs.get("scale"))  # type: ignore[arg-type]
+            mask = n.args[3] if len(n.args) > 3 else n.kwargs.get("attn_mask")
+            self._watch.add(n, query, key, None if mask is None else self.env[mask])  # type: ignore[index]
         return super().run_node(n)
 
 
-def _masses(query: torch.Tensor, key: torch.Tensor, tiles: Tiles, start: int, scale: float) -> torch.Tensor:
+def _masses(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, tiles: Tiles, start: int
+) -> torch.Tensor:
     """[H, n, n]: means over the batch and a few queries of each block."""
     order, n = tiles.order(), tiles.number
     step = max(1, tiles.block // QUERIES)
     asking = order.reshape(n, tiles.block)[:, ::step] + start  # [n, queries]
-    logits = query[:, :, asking.reshape(-1)] @ key.transpose(-1, -2) * scale
+    logits = query[:, :, asking.reshape(-1)] @ key.transpose(-1, -2)
+    if mask is not None:
+        keys = mask[:, :, :1]
+        logits = logits.masked_fill(~keys, float("-inf")) if keys.dtype is torch.bool else logits + keys
     probabilities = logits.softmax(dim=-1)[..., order + start]  # of the image, tile after tile
     return probabilities.unflatten(-1, (n, tiles.block)).sum(-1).unflatten(2, (n, -1)).mean(dim=(0, 3))

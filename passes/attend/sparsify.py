@@ -13,7 +13,7 @@ from torch import fx
 
 from ...ir.analysis.geometry import SDPA, Geometry, Grid, find_geometries
 from ...ir.cost import flops, stage_flops
-from ...ir.edit import add_buffer, copy_graph, finish
+from ...ir.edit import add_buffer, copy_graph, finish, output_nodes
 from ...ir.names import module_path
 from ...ir.operators.block_sparse_attention import block_sparse_attention
 from ...ir.program import Program, Refusal, Stage
@@ -27,6 +27,8 @@ from .masses import block_masses
 from .patterns import PATTERNS
 from .patterns.pattern import Place
 from .tiles import LARGEST, SMALLEST, Tiles, fitting_tile
+
+EXPAND = torch.ops.aten.expand.default
 
 
 class SparsifyOptions(Options):
@@ -77,6 +79,7 @@ class _Site:
     node: fx.Node
     geometry: Geometry
     tiles: Tiles
+    mask: fx.Node | None
 
 
 class SparsifyAttention(Pass[SparsifyOptions]):
@@ -148,28 +151,30 @@ class SparsifyAttention(Pass[SparsifyOptions]):
         found, refused = list[_Site](), list[Refusal]()
         geometries = find_geometries(program, self.options.grid)
         for node in attentions:
-            site = self._site(node, geometries[node])
+            site = self._site(program, node, geometries[node])
             if isinstance(site, str):
                 refused.append(Refusal(module_path(node), site))
             else:
                 found.append(site)
         return found, refused
 
-    def _site(self, node: fx.Node, geometry: Geometry | str) -> _Site | str:
+    def _site(self, program: Program, node: fx.Node, geometry: Geometry | str) -> _Site | str:
         """An attention with its tiles, or why it has none."""
         if any(fnmatchcase(module_path(node), pattern) for pattern in self.options.skip):
             return "skipped by the recipe"
         if isinstance(geometry, str):
             return geometry
         options = dict(zip(("attn_mask", "dropout_p", "is_causal"), node.args[3:], strict=False)) | node.kwargs
-        if options.get("attn_mask") is not None:
-            return "it has a mask"
+        given = _mask(node)
+        mask = None if given is None else _of_keys(given, program)
+        if given is not None and mask is None:
+            return f"its mask {list(given.meta['shape'])} is not one of keys, the same for every query"
         if options.get("is_causal") or options.get("dropout_p") or options.get("enable_gqa"):
             return "it is causal, has dropout, or shares keys between heads"
         tile = self._tile(geometry.grid)
         if isinstance(tile, str):
             return tile
-        return _Site(node, geometry, Tiles(geometry.grid, tile))
+        return _Site(node, geometry, Tiles(geometry.grid, tile), mask)
 
     def _tile(self, grid: Grid) -> Grid | str:
         """The tile of a grid.
@@ -201,7 +206,7 @@ class SparsifyAttention(Pass[SparsifyOptions]):
             for site in (site for site in sites if site.node in twins):
                 measured = partial(lambda node: masses()[node], site.node)
                 kept = pattern.kept(Place(site.tiles, self.options.keep, measured))
-                new = _replace(graphs[stage.name], twins[site.node], site, kept)
+                new = _replace(graphs[stage.name], twins, site, kept)
                 mark(new, "attend", self._way())
                 rows[f"{stage.name}: {module_path(site.node)}"] = _row(site, kept)
         changed = [finish(stage, graphs[stage.name]) for stage in program.steps]
@@ -224,8 +229,9 @@ def _attentions(stages: Sequence[Stage]) -> list[fx.Node]:
     return [node for stage in stages for node in stage.graph.graph.find_nodes(op="call_function", target=SDPA)]
 
 
-def _replace(graph: fx.GraphModule, node: fx.Node, site: _Site, kept: torch.Tensor) -> fx.Node:
+def _replace(graph: fx.GraphModule, twins: Mapping[fx.Node, fx.Node], site: _Site, kept: torch.Tensor) -> fx.Node:
     """Put the operator in the place of an attention."""
+    node = twins[site.node]
     order = site.tiles.order()
     names = {"order": order, "inverse": order.argsort(), "kept": kept}
     scale = node.kwargs.get("scale") or node.args[0].meta["val"].shape[-1] ** -0.5  # type: ignore[union-attr]
@@ -234,12 +240,51 @@ def _replace(graph: fx.GraphModule, node: fx.Node, site: _Site, kept: torch.Tens
             graph.graph.get_attr(add_buffer(graph, f"{module_path(node)}.{name}", value))
             for name, value in names.items()
         ]
-        arguments = (*node.args[:3], *tables, site.geometry.start, site.tiles.block, scale)
+        mask = None if site.mask is None else _one_row(graph.graph, twins[site.mask])
+        arguments = (*node.args[:3], *tables, mask, site.geometry.start, site.tiles.block, scale)
         new = graph.graph.call_function(block_sparse_attention.overload, arguments)
     new.meta.update(node.meta)
     node.replace_all_uses_with(new)
     graph.graph.erase_node(node)
     return new
+
+
+def _mask(node: fx.Node) -> fx.Node | None:
+    """The mask of an attention."""
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    assert mask is None or isinstance(mask, fx.Node)
+    return mask
+
+
+def _of_keys(mask: fx.Node, program: Program) -> fx.Node | None:
+    """The value that a mask repeats for every query, itself where it has one row; None where rows may differ.
+
+    A mask that another stage repeats is an input here; its rows are equal all the same.
+    """
+    while mask.target is EXPAND and mask.meta["shape"][1:-1] != (1, 1):
+        mask = mask.args[0]  # type: ignore[assignment]
+    if mask.meta["shape"][1:-1] == (1, 1):
+        return mask
+    maker = _maker(mask, program) if mask.op == "placeholder" else None
+    return mask if maker is not None and maker is not mask and _of_keys(maker, program) is not None else None
+
+
+def _maker(placeholder: fx.Node, program: Program) -> fx.Node | None:
+    """The node of an earlier stage that computes what a stage receives."""
+    stage = next(one for one in program.stages if placeholder.graph is one.graph.graph)
+    name = stage.inputs[stage.graph.graph.find_nodes(op="placeholder").index(placeholder)].name
+    made = {
+        port.name: node for one in program.stages for port, node in zip(one.outputs, output_nodes(one), strict=True)
+    }
+    return made.get(name)
+
+
+def _one_row(graph: fx.Graph, mask: fx.Node) -> fx.Node:
+    """[B, 1, 1, T] of a mask whose rows are equal."""
+    if mask.meta["shape"][1:-1] == (1, 1):
+        return mask
+    one_head = graph.call_function(torch.ops.aten.slice.Tensor, (mask, 1, 0, 1))
+    return graph.call_function(torch.ops.aten.slice.Tensor, (one_head, 2, 0, 1))
 
 
 def _row(site: _Site, kept: torch.Tensor) -> dict[str, object]:

@@ -53,13 +53,15 @@ def masked(program: Program) -> Program:
         graph = copy_graph(stage)
         for node in graph.graph.find_nodes(op="call_function", target=block_sparse_attention.overload):
             order, _, kept = (attribute(graph, argument.target) for argument in node.args[3:6])
-            start, block, scale = node.args[6:]
+            given, start, block, scale = node.args[6:]
             query = node.args[0].meta["val"]
             graph.register_buffer(
                 f"mask_{node.name}", mask_of(order, kept, start, block, query.shape[2], query.shape[1])
             )
             with graph.graph.inserting_before(node):
                 mask = graph.graph.get_attr(f"mask_{node.name}")
+                if given is not None:  # of keys
+                    mask = graph.graph.call_function(torch.ops.aten.logical_and.default, (mask, given))
                 new = graph.graph.call_function(
                     torch.ops.aten.scaled_dot_product_attention.default, (*node.args[:3], mask), {"scale": scale}
                 )
@@ -93,17 +95,22 @@ def cases(draw: st.DrawFn) -> tuple[Any, ...]:
     query, key, value = (torch.randn(2, heads, blocks * block + text, 4) for _ in range(3))
     order = torch.randperm(blocks * block)
     kept = torch.stack([torch.randperm(blocks)[:m] for _ in range(groups * blocks)]).reshape(groups, blocks, m)
-    return query, key, value, order, kept, start, block
+    mask = draw(st.sampled_from([None, torch.rand(2, 1, 1, blocks * block + text) > 0.3]))
+    if mask is not None:
+        mask[..., torch.isin(torch.arange(mask.shape[-1]) - start, order[:1])] = True  # no query without any key
+    return query, key, value, order, kept, mask, start, block
 
 
 @settings(max_examples=60, deadline=None)
 @given(cases())
 def test_the_operator_is_dense_attention_under_a_mask(case: tuple[Any, ...]) -> None:
-    query, key, value, order, kept, start, block = case
-    received = block_sparse_attention(query, key, value, order, order.argsort(), kept, start, block, 0.5)
+    query, key, value, order, kept, keys, start, block = case
+    received = block_sparse_attention(query, key, value, order, order.argsort(), kept, keys, start, block, 0.5)
     mask = mask_of(order, kept, start, block, query.shape[2], query.shape[1])
+    mask = mask if keys is None else mask & keys
     wanted = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.5)
-    torch.testing.assert_close(received, wanted, rtol=SAME, atol=SAME)
+    asking = mask.any(-1).expand(wanted.shape[:3])  # a query without any key has no answer
+    torch.testing.assert_close(received[asking], wanted[asking], rtol=SAME, atol=SAME)
 
 
 # -- the pass
