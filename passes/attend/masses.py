@@ -58,6 +58,7 @@ class _Watch:
         """Add the masses of one attention [B, H, T, K], whose mask of keys is [B, 1, 1 or T, T]."""
         tiles, start = self._cut[node]
         scale = node.kwargs.get("scale") or query.shape[-1] ** -0.5
+        assert isinstance(scale, float)
         mass = _masses(query * scale, key, mask, tiles, start)
         self.totals[node] = self.totals.get(node, torch.zeros(())) + mass
         self.calls[node] = self.calls.get(node, 0) + 1
