@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,8 +227,10 @@ def bundle_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_this_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Keep reference trajectories of tests out of the user's cache."""
-    folder = tmp_path_factory.mktemp("cache")
+    """Keep reference trajectories of tests out of the user's cache; all processes of a run share what one has computed."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cache"
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STEPFOLD_CACHE", str(folder))
         yield folder
