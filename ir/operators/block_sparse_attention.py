@@ -8,6 +8,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .record import Arguments, operator
 
+CHUNK_BYTES = 128 << 20
+"""Logits of one sample that are held at once, in float32; the blocks of queries are taken in as many turns as that needs."""
+
 
 def _shape(
     query: torch.Tensor,
@@ -83,23 +86,36 @@ def block_sparse_attention(
         [B, H, T, V].
     """
     image = order.shape[0]
-    text = query.shape[2] - image
-    inside = slice(start, start + image)
-    blocks = [_in_blocks(x[:, :, inside].index_select(2, order), block) for x in (query, key, value)]
-    keys, values = (_gathered(x, kept) for x in blocks[1:])
     outside = slice(0, start) if start else slice(image, None)
-    if text:
-        keys, values = (
-            torch.cat((gathered, _repeated(x[:, :, outside], gathered)), dim=2)
-            for gathered, x in ((keys, key), (values, value))
-        )
-    within = None if mask is None else _of_blocks(mask, order, kept, inside, outside, query.shape[1])
-    merged = scaled_dot_product_attention(blocks[0], keys, values, within, scale=scale)
+    blocks = [_in_blocks(x[:, :, start : start + image].index_select(2, order), block) for x in (query, key, value)]
+    words = [x[:, :, outside] for x in (key, value)]
+    within = None if mask is None else _of_blocks(mask, order, kept, slice(start, start + image), outside)
+    parts = list[torch.Tensor]()
+    for rows, heads, chosen in _chunks(kept, query.shape[1], block, words[0].shape[2]):
+        keys, values = (_read(x, chosen, text, heads) for x, text in zip(blocks[1:], words, strict=True))
+        allowed = None if within is None else _rows_of(within, rows)
+        parts.append(scaled_dot_product_attention(blocks[0][:, rows], keys, values, allowed, scale=scale))
+    merged = torch.cat(parts, dim=1)
     result = merged.reshape(*query.shape[:2], image, value.shape[3]).index_select(2, inverse)
-    if not text:
+    if not words[0].shape[2]:
         return result
-    words = scaled_dot_product_attention(query[:, :, outside], key, value, mask, scale=scale)
-    return torch.cat((words, result) if start else (result, words), dim=2)
+    read = scaled_dot_product_attention(query[:, :, outside], key, value, mask, scale=scale)
+    return torch.cat((read, result) if start else (result, read), dim=2)
+
+
+def _chunks(kept: torch.Tensor, heads: int, block: int, text: int) -> list[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """The blocks of queries of all heads, as many at once as keep the logits small.
+
+    Returns:
+        For each chunk its rows among the H n blocks, the head of each, and the blocks of keys that each reads [rows, m].
+    """
+    _, n, m = kept.shape
+    first = torch.arange(heads).reshape(heads, 1, 1) * n
+    chosen = (kept + first).reshape(heads * n, m)  # of one group, each head adds its own first block
+    of_head = torch.arange(heads).repeat_interleave(n)
+    most = max(1, CHUNK_BYTES // (4 * block * (m * block + text)))
+    starts = range(0, heads * n, most)
+    return [(slice(i, min(i + most, heads * n)), of_head[i : i + most], chosen[i : i + most]) for i in starts]
 
 
 def _in_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
@@ -108,33 +124,31 @@ def _in_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
     return x.reshape(B, H * (image // block), block, K)
 
 
-def _gathered(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """The blocks [B, H n, block, K] of keys that each block of queries reads: [B, H n, m block, K]."""
-    B, rows, block, K = x.shape
-    _, n, m = kept.shape
-    H = rows // n
-    first = torch.arange(H).reshape(H, 1, 1) * n
-    chosen = (kept + first).reshape(-1)  # of one group, each head adds its own first block
-    return x.index_select(1, chosen).reshape(B, H * n, m * block, K)
+def _read(x: torch.Tensor, chosen: torch.Tensor, text: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+    """What some blocks of queries read: their blocks of keys [B, H n, block, K], and the text [B, H, L, K] of their head.
 
-
-def _repeated(x: torch.Tensor, gathered: torch.Tensor) -> torch.Tensor:
-    """The text [B, H, L, K] for every block of queries: [B, H n, L, K]."""
-    B, H, L, K = x.shape
-    n = gathered.shape[1] // H
-    return x.unsqueeze(2).expand(B, H, n, L, K).reshape(B, H * n, L, K)
+    Returns:
+        [B, rows, m block + L, K].
+    """
+    B, _, block, K = x.shape
+    rows, m = chosen.shape
+    gathered = x.index_select(1, chosen.reshape(-1)).reshape(B, rows, m * block, K)
+    return torch.cat((gathered, text.index_select(1, heads)), dim=2) if text.shape[2] else gathered
 
 
 def _of_blocks(
-    mask: torch.Tensor, order: torch.Tensor, kept: torch.Tensor, inside: slice, outside: slice, heads: int
+    mask: torch.Tensor, order: torch.Tensor, kept: torch.Tensor, inside: slice, outside: slice
 ) -> torch.Tensor:
-    """The mask [B, H n, 1, m block + L] of the keys that each block of queries reads."""
+    """The mask [B, G n, 1, m block + L] of the keys that each block of queries reads."""
     (B, _, _, T), (groups, n, m) = mask.shape, kept.shape
     block, text = order.shape[0] // n, T - order.shape[0]
     image = mask[:, 0, 0, inside].index_select(1, order).reshape(B, n, block)
-    found = image.index_select(1, kept.reshape(-1)).reshape(B, groups, n, m * block)
-    if text:
-        words = mask[:, 0, 0, outside].reshape(B, 1, 1, text).expand(B, groups, n, text)
-        found = torch.cat((found, words), dim=3)
-    width = m * block + text
-    return found.expand(B, heads, n, width).reshape(B, heads * n, 1, width)
+    found = image.index_select(1, kept.reshape(-1)).reshape(B, groups * n, 1, m * block)
+    words = mask[:, :, :, outside].expand(B, groups * n, 1, text)
+    return torch.cat((found, words), dim=3)
+
+
+def _rows_of(mask: torch.Tensor, rows: slice) -> torch.Tensor:
+    """The rows of a mask [B, G n, 1, keys] that some blocks of queries have; heads of one group share them."""
+    numbers = torch.arange(rows.start, rows.stop) % mask.shape[1]
+    return mask.index_select(1, numbers)

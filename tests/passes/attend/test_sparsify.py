@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from programs import calls, context_of, run, samples_of
 from torch.nn.functional import scaled_dot_product_attention
@@ -101,9 +101,14 @@ def cases(draw: st.DrawFn) -> tuple[Any, ...]:
     return query, key, value, order, kept, mask, start, block
 
 
-@settings(max_examples=60, deadline=None)
-@given(cases())
-def test_the_operator_is_dense_attention_under_a_mask(case: tuple[Any, ...]) -> None:
+@pytest.mark.parametrize("chunk", [1, 500, 1 << 20])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=cases())
+def test_the_operator_is_dense_attention_under_a_mask(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, case: tuple[Any, ...]
+) -> None:
+    """In one turn, in several, and with a turn for each block of queries."""
+    monkeypatch.setattr("stepfold.ir.operators.block_sparse_attention.CHUNK_BYTES", chunk)
     query, key, value, order, kept, keys, start, block = case
     received = block_sparse_attention(query, key, value, order, order.argsort(), kept, keys, start, block, 0.5)
     mask = mask_of(order, kept, start, block, query.shape[2], query.shape[1])
