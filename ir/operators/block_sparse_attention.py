@@ -12,18 +12,7 @@ CHUNK_BYTES = 128 << 20
 """Logits of one sample that are held at once, in float32; the blocks of queries are taken in as many turns as that needs."""
 
 
-def _shape(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    order: torch.Tensor,
-    inverse: torch.Tensor,
-    kept: torch.Tensor,
-    mask: torch.Tensor | None,
-    start: int,
-    block: int,
-    scale: float,
-) -> torch.Tensor:
+def _shape(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object) -> torch.Tensor:
     return query.new_empty((*query.shape[:3], value.shape[3]))
 
 

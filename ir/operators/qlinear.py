@@ -13,14 +13,7 @@ UNSIGNED_ZERO = 128
 """The code of zero in unsigned weights."""
 
 
-def _shape(
-    q: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
+def _shape(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, weight: torch.Tensor, *_: object) -> torch.Tensor:
     return q.new_empty((*q.shape[:-1], weight.shape[1]), dtype=torch.float32)
 
 

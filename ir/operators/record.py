@@ -24,7 +24,7 @@ class Operator:
         flops: FLOPs of a node at the probe batch; None where it multiplies no matrices.
         couples_batch: whether a sample depends on its batch mates.
         weight: which argument holds the weight, for the operators that take the place of a layer's product or weight.
-        examples: arguments that show its cases; tests run them on every engine.
+        examples: arguments that show its cases; tests compare shape, reference and portable form on them.
     """
 
     overload: torch._ops.OpOverload

@@ -186,7 +186,7 @@ class SparsifyAttention(Pass[SparsifyOptions]):
         if wanted is None:
             return offered or f"no tile of {SMALLEST} to {LARGEST} tokens divides its grid of {list(grid)}"
         if any(size % part for size, part in zip(grid, wanted, strict=True)):
-            instead = f"Take {list(offered)}, the nearest that does." if offered else "Remove it."
+            instead = f"Take {list(offered)}, which does." if offered else "Remove it."
             raise UsageError(
                 f"pass {self.name}: option 'tile': expected frames, height and width that divide the grid of {list(grid)} "
                 f"tokens; received {list(wanted)}. {instead}"
