@@ -193,7 +193,7 @@ def _exact_forms(shop: Workshop, stage: Stage) -> dict[str, str]:
     from ..backends.quantizers import saturating_products
     from ..ir.names import module_path
 
-    form = shop.backend.exact_form()
+    form = shop.backend.exact_form
     if form is None:
         return {}
     layers = {module_path(node): form for node in saturating_layers(stage)}
@@ -206,7 +206,7 @@ def _share(folder: Path, shop: Workshop, stages: Sequence[StageEntry]) -> Shared
     It is done to the copies: a compiled stage that other builds take again is whole on its own.
     """
     by_file = {folder / stage.file: stage.name for stage in stages}
-    shared = shop.backend.share(list(by_file))
+    shared = shop.backend.share(list(by_file)) if len(by_file) > 1 else None
     if shared is None:
         return None
     return SharedEntry(

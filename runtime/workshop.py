@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue
 
-from ..backends.registry import Backend, get
+from ..backends import Backend, get
 from ..bundle.cache import Cache, key_of
 from ..loop.calls import named, text
 from ..loop.errors import UsageError

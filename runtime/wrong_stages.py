@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..backends.registry import Backend
+from ..backends import Backend
 from ..loop.errors import StepfoldError
 from ..loop.ports import BoundProgram, repeat_row
 

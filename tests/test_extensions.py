@@ -27,15 +27,22 @@ class Nothing(Pass[Options]):
         return PassResult(program, 0, identity=True)
 '''
 BACKEND = """
-from stepfold.backends.registry import Backend
-
-ENGINE = Backend("acme", ".acme", package="acme_stepfold")
-"""
-CAPABILITY = """
+from stepfold.backends import Backend
 from stepfold.backends.capability import Capability
 
-def capability():
-    return Capability("acme", True, False, "1.2", "no device", "buy one")
+class Acme(Backend):
+    name, suffix = "acme", ".acme"
+
+    def capability(self):
+        return Capability("acme", True, False, "1.2", "no device", "buy one")
+
+    def lower(self, stage, folder):
+        raise NotImplementedError
+
+    def session(self, file, inputs, outputs, **more):
+        raise NotImplementedError
+
+ENGINE = Acme()
 """
 ENTRIES = {
     "stepfold.passes": {"nothing": "acme_stepfold.nothing:Nothing"},
@@ -48,7 +55,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of `sys.path` with an installed package of one pass and one backend."""
     package = tmp_path / "acme_stepfold"
     package.mkdir()
-    for name, text in {"__init__": "", "nothing": PASS, "engine": BACKEND, "capability": CAPABILITY}.items():
+    for name, text in {"__init__": "", "nothing": PASS, "engine": BACKEND}.items():
         (package / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
     declare(tmp_path, "acme", "2.0", ENTRIES)
@@ -110,6 +117,9 @@ def test_names_of_stepfold_are_its_own(site: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_an_engine_that_fails_to_say_what_it_can(site: Path) -> None:
-    (site / "acme_stepfold" / "capability.py").write_text("raise OSError('no driver')")
+    engine = site / "acme_stepfold" / "engine.py"
+    engine.write_text(
+        engine.read_text().replace("return Capability(", "raise OSError('no driver'); return Capability(")
+    )
     (found,) = [one for one in backends.backends() if one.name == "acme"]
     assert (found.can_build, found.can_run) == (False, False) and "OSError: no driver" in found.reason

@@ -33,7 +33,7 @@ TORCH_FREE = (
     "backends/capability.py",
     "backends/ports.py",
 )
-TORCH_FREE_IN_BACKENDS = ("session.py", "capability.py", "options.py")
+TORCH_FREE_IN_BACKENDS = ("backend.py", "session.py", "capability.py", "options.py")
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,12 @@ def _for_types_only(node: ast.AST) -> bool:
 
 
 def may_use_ir(file: str) -> bool:
-    """Of backends, export, emission, lowerings and what checks them read programs; sessions run where there are none."""
+    """Of backends, export, emission, lowerings and what checks them read programs; sessions run where there are none.
+
+    A `backend.py` names a stage as a type; that it imports no torch is tested below.
+    """
     shared = ("backends/onnx/", "backends/export.py", "backends/exact.py", "backends/quantizers.py")
-    return file.startswith(shared) or file.endswith(("/lower.py", "/census.py"))
+    return file.startswith(shared) or file.endswith(("/lower.py", "/census.py", "/backend.py"))
 
 
 def violations(file: str, source: str) -> list[str]:

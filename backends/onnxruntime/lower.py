@@ -16,7 +16,6 @@ from ..export import where
 from ..onnx.attention import masked_attention_by_products
 from ..onnx.blocks import matmul_nbits
 from ..onnx.emit import emit
-from ..onnx.share import share  # noqa: F401  (see Backend.share)
 from ..quantizers import in_floats
 from .census import require_integer_products
 from .options import OnnxruntimeOptions
@@ -122,10 +121,6 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
     aten.group_norm.default: _group_norm,
     aten.scaled_dot_product_attention.default: masked_attention_by_products,
 }
-
-
-EXACT_FORM = "unsigned weights"
-"""Of layers whose codes saturate without VNNI, see `backends.exact`."""
 
 
 def lower(stage: Stage, folder: Path, *, options: OnnxruntimeOptions = DEFAULTS) -> Path:

@@ -27,7 +27,6 @@ from .blocks import BlockedSite, blocked_sites, misfits
 from .options import OpenvinoOptions
 from .precision import IntegerSite, float_sites, integer_sites
 from .session import reason, settings_of
-from .share import share  # noqa: F401  (see Backend.share)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GROUP_STEP, LARGEST_GROUP = 16, 256
@@ -87,10 +86,6 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.stepfold.attention.default: _attention,
 }
 INTEGER_LAYERS = (torch.ops.stepfold.qlinear.default, GROUP_QLINEAR)
-
-
-EXACT_FORM = "two layers whose codes add up"
-"""Of layers whose codes saturate without VNNI, see `backends.exact`."""
 
 
 def float_without_vnni(stage: Stage, options: OpenvinoOptions) -> bool:

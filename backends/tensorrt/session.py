@@ -16,7 +16,7 @@ from ...loop.held import StageFiles
 from ...loop.ports import Port, StageCallable
 from .cuda import Driver, Gpu, open_driver
 from .description import PlanDescription
-from .options import TensorrtOptions
+from .options import PlanOptions
 from .provider import PROVIDERS, Provider, collected, logger
 
 Array = np.ndarray
@@ -30,7 +30,7 @@ def open_session(
     *,
     threads: int | None = None,
     device: str = DEVICE,
-    options: TensorrtOptions | None = None,
+    options: PlanOptions | None = None,
     files: StageFiles | None = None,
 ) -> StageCallable:
     """Open a plan on the first GPU.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import pytest
 
@@ -97,29 +97,48 @@ class FakeOptions(Options):
 
 @dataclass(frozen=True)
 class FakeBackend(Backend):
-    """A backend whose modules tell what they were given."""
+    """A backend whose sessions tell what they were given."""
 
-    def module(self, name: str) -> Any:
-        return SimpleNamespace(
-            capability=lambda: capability.Capability(self.name, True, True, "1", "", ""),
-            lower=lambda *given, **keywords: (given, keywords),
-            open_session=lambda *given, **keywords: (given, keywords),
-        )
+    name: ClassVar[str] = "fake"
+    suffix: ClassVar[str] = ".fake"
+
+    options: FakeOptions = field(default_factory=FakeOptions)
+
+    def capability(self) -> capability.Capability:
+        return capability.Capability(self.name, True, True, "1", "", "")
+
+    def lower(self, stage: Any, folder: Path) -> Path:
+        raise NotImplementedError
+
+    def session(self, file: Path, inputs: Any, outputs: Any, **keywords: Any) -> Any:
+        return {**keywords, "level": self.options.level}
 
 
-def test_an_engine_gets_its_options(tmp_path) -> None:
-    backend = FakeBackend("fake", ".fake", FakeOptions()).with_options({"level": 2})
-    given, keywords = backend.lower("stage", tmp_path)  # type: ignore[arg-type, misc]
-    assert given == ("stage", tmp_path) and keywords == {"options": FakeOptions(level=2)}
-    _, keywords = backend.open_session(tmp_path, (), (), threads=3)  # type: ignore[misc]
-    assert keywords == {"threads": 3, "device": "cpu", "options": FakeOptions(level=2)}
+@pytest.mark.parametrize(
+    ("asked", "given"), [({}, {"threads": None, "device": "cpu"}), ({"threads": 3, "device": "gpu"}, {})]
+)
+def test_a_session_gets_options_and_defaults(tmp_path: Path, asked: dict[str, Any], given: dict[str, Any]) -> None:
+    backend = FakeBackend().with_options({"level": 2})
+    seen: Any = backend.open_session(tmp_path / "step.fake", (), (), **asked)
+    files = seen.pop("files")
+    assert seen == {**asked, **given, "level": 2} and files.folder == tmp_path
 
 
-def test_an_engine_without_options_gets_no_keyword(tmp_path) -> None:
-    backend = FakeBackend("fake", ".fake")
-    assert backend.lower("stage", tmp_path) == (("stage", tmp_path), {})  # type: ignore[arg-type]
-    _, keywords = backend.open_session(tmp_path, (), ())  # type: ignore[misc]
-    assert keywords == {"threads": None, "device": "cpu"}
+def test_what_an_engine_need_not_say(tmp_path: Path) -> None:
+    """The defaults of what only some engines have."""
+    backend, stage = FakeBackend(), object()
+    assert backend.prepared(stage) is stage and not backend.float_without_vnni(stage)  # type: ignore[arg-type]
+    assert backend.share([tmp_path]) is None and backend.target() is None and backend.exact_form is None
+    assert backend.capability_here() == backend.capability()
+    assert backend.code_folder() == Path(__file__).parent
+
+
+def test_an_engine_without_its_methods_is_no_backend() -> None:
+    class Unfinished(Backend):
+        name, suffix = "unfinished", ".none"
+
+    with pytest.raises(TypeError, match="abstract methods capability, lower, session"):
+        Unfinished()  # type: ignore[abstract]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +151,7 @@ def test_an_engine_without_options_gets_no_keyword(tmp_path) -> None:
 )
 def test_options_that_an_engine_does_not_take(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as error:
-        FakeBackend("fake", ".fake", FakeOptions()).with_options(options)
+        FakeBackend().with_options(options)
     assert message in str(error.value)
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepfold.backends.registry import Backend, get
+from stepfold.backends import Backend, get
 from stepfold.backends.shared import (
     LARGE_BYTES,
     LINE,

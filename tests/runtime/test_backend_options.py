@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from programs import component
 
 import stepfold
-from stepfold.backends import registry
-from stepfold.backends.onnxruntime import capability, lower, session
-from stepfold.backends.registry import Backend
+from stepfold.backends import Backend, registry
+from stepfold.backends.capability import Capability
+from stepfold.backends.onnxruntime.backend import Onnxruntime
 from stepfold.ir.program import Program, Stage
 from stepfold.loop.errors import UsageError
 from stepfold.loop.options import Options
@@ -36,23 +35,25 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Options]]:
     """Registers the backend `tunable`, which is ONNX Runtime with an option; what its functions were given."""
     given: list[tuple[str, Options]] = []
 
-    def lowered(stage: Stage, folder: Path, *, options: Options) -> Path:
-        given.append(("lower", options))
-        return lower.lower(stage, folder)
+    @dataclass(frozen=True)
+    class Tunable(Backend):
+        name: ClassVar[str] = "tunable"
+        suffix: ClassVar[str] = ".onnx"
 
-    def opened(*arguments: Any, options: Options, **keywords: Any) -> Any:
-        given.append(("session", options))
-        return session.open_session(*arguments, **keywords)
+        options: TunableOptions = field(default_factory=TunableOptions)
 
-    modules = {
-        "capability": SimpleNamespace(capability=capability.capability),
-        "lower": SimpleNamespace(lower=lowered),
-        "session": SimpleNamespace(open_session=opened),
-    }
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, f"stepfold.backends.tunable.{name}", module)
-    backend = registry.Backend("tunable", ".onnx", TunableOptions())
-    monkeypatch.setattr(registry, "BACKENDS", (*registry.BACKENDS, backend))
+        def capability(self) -> Capability:
+            return registry.get("onnxruntime").capability()
+
+        def lower(self, stage: Stage, folder: Path) -> Path:
+            given.append(("lower", self.options))
+            return registry.get("onnxruntime").lower(stage, folder)
+
+        def session(self, *arguments: Any, **keywords: Any) -> Any:
+            given.append(("session", self.options))
+            return registry.get("onnxruntime").session(*arguments, **keywords)
+
+    monkeypatch.setattr(registry, "BACKENDS", (*registry.BACKENDS, Tunable()))
     return given
 
 
@@ -110,7 +111,10 @@ def test_wrong_options(
 
 
 def test_a_name_that_a_pass_and_a_backend_have(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(registry, "BACKENDS", (*registry.BACKENDS, Backend("fuse", ".onnx")))
+    class Fuse(Onnxruntime):
+        name = "fuse"
+
+    monkeypatch.setattr(registry, "BACKENDS", (*registry.BACKENDS, Fuse()))
     with pytest.raises(
         UsageError, match=r"--set fuse\.rules: expected a pass or a backend; there are both of the name"
     ):

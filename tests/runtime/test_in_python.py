@@ -13,7 +13,7 @@ from folders import hashes
 from programs import Modulated, modulated_example, samples_of
 
 import stepfold
-from stepfold.backends.registry import Backend
+from stepfold.backends.onnxruntime.backend import Onnxruntime
 from stepfold.ir.program import Program
 from stepfold.loop.errors import UsageError
 from stepfold.loop.metrics import drift
@@ -135,7 +135,7 @@ def test_a_backend_that_cannot_build_here(monkeypatch: pytest.MonkeyPatch) -> No
     from stepfold.backends.capability import Capability
 
     lacking = Capability("onnxruntime", False, True, "1", "building needs torch", "pip install 'stepfold[compile]'")
-    monkeypatch.setattr(Backend, "capability_here", lambda self: lacking)
+    monkeypatch.setattr(Onnxruntime, "capability_here", lambda self: lacking)
     with pytest.raises(UsageError) as caught, workshop("onnxruntime"):
         pass
     assert str(caught.value) == (

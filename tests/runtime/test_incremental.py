@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
 import pytest
 import torch
@@ -21,9 +20,8 @@ from checkpoints import QUICK
 from programs import Modulated, denoiser, modulated_example
 
 import stepfold
-from stepfold.backends import identity
+from stepfold.backends import Backend, identity
 from stepfold.backends.capability import Capability
-from stepfold.backends.registry import Backend
 from stepfold.bundle.cache import Cache
 from stepfold.bundle.verify import verify
 from stepfold.ir.program import Program, Stage, attribute
@@ -47,30 +45,40 @@ class FakeOptions(Options):
 class FakeBackend(Backend):
     """An engine that builds files of text and runs nowhere; it counts what it builds."""
 
+    name: ClassVar[str] = "fake"
+    suffix: ClassVar[str] = ".fake"
+
+    options: FakeOptions = field(default_factory=FakeOptions)
     version: str = "1"
     gpu: str = "none"
-    source: str | None = __file__
+    readable: bool = True
     built: list[str] = field(default_factory=list)
 
-    def module(self, name: str) -> Any:
-        def lower(stage: Stage, folder: Path, **_: Any) -> Path:
-            self.built.append(stage.name)
-            (folder / f"{stage.name}.more").write_text("more")
-            path = folder / f"{stage.name}.fake"
-            path.write_text(stage.name)
-            return path
+    def capability(self) -> Capability:
+        return Capability(self.name, True, False, self.version, "", "")
 
-        modules = {
-            "lower": SimpleNamespace(lower=lower, **({"__file__": self.source} if self.source else {})),
-            "capability": SimpleNamespace(
-                capability=lambda: Capability(self.name, True, False, self.version, "", ""),
-                target=lambda options: {"gpu": self.gpu},
-            ),
-        }
-        return modules[name]
+    def lower(self, stage: Stage, folder: Path) -> Path:
+        self.built.append(stage.name)
+        (folder / f"{stage.name}.more").write_text("more")
+        path = folder / f"{stage.name}.fake"
+        path.write_text(stage.name)
+        return path
+
+    def session(self, *_: Any, **__: Any) -> NoReturn:
+        raise AssertionError("it runs nowhere")
+
+    def target(self) -> dict[str, str]:
+        return {"gpu": self.gpu}
+
+    def code_folder(self) -> Path | None:
+        return super().code_folder() if self.readable else None
 
 
-FAKE = FakeBackend("fake", ".fake", FakeOptions())
+class OtherName(FakeBackend):
+    name = "other"
+
+
+FAKE = FakeBackend()
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +143,7 @@ CHANGES = {
     "an option": lambda backend: backend.with_options({"level": 2}),
     "the engine's version": lambda backend: replace(backend, version="2"),
     "the GPU": lambda backend: replace(backend, gpu="H100"),
-    "the name": lambda backend: replace(backend, name="other"),
+    "the name": lambda backend: OtherName(backend.options),
 }
 
 
@@ -150,10 +158,10 @@ def test_what_else_compiles_everything(build: Callable, program: Program, change
 def test_packages_processor_and_code_compile_everything(
     build: Callable, program: Program, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    from stepfold.backends import registry
+    from stepfold.backends import backend
 
     build(program)
-    monkeypatch.setattr(registry, part, lambda *_: {"other": "1"})
+    monkeypatch.setattr(backend, part, lambda *_: {"other": "1"})
     assert build(program) == all_stages(program, False)
 
 
@@ -182,7 +190,7 @@ def test_the_processor_is_told_by_its_instructions(tmp_path: Path, monkeypatch: 
 
 def test_an_engine_whose_code_cannot_be_read_is_not_cached(build: Callable, program: Program) -> None:
     for _ in range(2):
-        assert build(program, replace(FAKE, source=None)) == all_stages(program, False)
+        assert build(program, replace(FAKE, readable=False)) == all_stages(program, False)
 
 
 def test_without_a_cache_everything_is_compiled(build: Callable, program: Program) -> None:

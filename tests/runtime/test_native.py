@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,8 @@ import pytest
 from folders import hashes
 
 import stepfold
-from stepfold.backends import registry
+from stepfold.backends import Backend, registry
+from stepfold.backends.onnxruntime.backend import Onnxruntime
 from stepfold.bundle import read
 from stepfold.bundle.verify import verify
 from stepfold.cli import main
@@ -27,15 +27,14 @@ REFUSAL = "expected a bundle that you built on this machine; its stages are nati
 def native(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """An engine of native code in a cache of its own; the names of the stages that it was let open."""
     opened: list[str] = []
-    real = registry.Backend.open_session
+    real = Backend.open_session
 
-    def watched(backend: registry.Backend, file: Path, *arguments: object, **more: object) -> object:
+    def watched(backend: Backend, file: Path, *arguments: object, **more: object) -> object:
         opened.append(file.name)
         return real(backend, file, *arguments, **more)  # type: ignore[arg-type]
 
-    backends = tuple(replace(b, native=True) if b.name == "onnxruntime" else b for b in registry.BACKENDS)
-    monkeypatch.setattr(registry, "BACKENDS", backends)
-    monkeypatch.setattr(registry.Backend, "open_session", watched)
+    monkeypatch.setattr(Onnxruntime, "native", True)
+    monkeypatch.setattr(Backend, "open_session", watched)
     monkeypatch.setenv("STEPFOLD_CACHE", str(tmp_path / "cache"))
     return opened
 

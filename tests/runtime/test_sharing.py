@@ -14,7 +14,7 @@ import pytest
 from checkpoints import QUICK, load_captured
 
 import stepfold
-from stepfold.backends.registry import Backend, get
+from stepfold.backends import get
 from stepfold.backends.shared import SMALLEST_BYTES
 from stepfold.bundle import read, write_manifest
 from stepfold.bundle.manifest import PipelineEntry
@@ -66,7 +66,7 @@ def built(request: pytest.FixtureRequest, tiny_program: Program, tmp_path_factor
     program, _ = stepfold.apply(tiny_program, recipe(request.param, part=[0.5, 1.0]), backend=request.param)
     stepfold.lower(program, request.param, out=folder / "bundle")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Backend, "share", lambda *_: None)
+        patch.setattr(type(get(request.param)), "share", lambda *_: None)
         stepfold.lower(program, request.param, out=folder / "apart")
     return Built(request.param, program, folder / "bundle", folder / "apart")
 

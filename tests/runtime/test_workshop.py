@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from stepfold.backends.registry import Backend
+from stepfold.backends import Backend
 from stepfold.ir.program import Program, slots_of
 from stepfold.runtime.workshop import Workshop, workshop
 

@@ -14,7 +14,8 @@ from tensorrt_stages import needs_rtx
 from zoo import DIT, FLUX, PIXART, QWENIMAGE, SD3, UNET, ZooModel
 
 import stepfold
-from stepfold.backends.registry import Backend, get
+from stepfold.backends import get
+from stepfold.backends.onnxruntime.backend import Onnxruntime
 from stepfold.backends.tensorrt.description import PlanDescription
 from stepfold.backends.tensorrt.lower import lower
 from stepfold.backends.tensorrt.options import TensorrtOptions
@@ -82,7 +83,7 @@ def test_a_machine_without_a_gpu_needs_a_capability() -> None:
 
 def test_engines_that_run_are_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = []
-    monkeypatch.setattr(Backend, "prepared", lambda self, stage: prepared.append(stage) or stage)
+    monkeypatch.setattr(Onnxruntime, "prepared", lambda self, stage: prepared.append(stage) or stage)
     with workshop("onnxruntime") as shop:
         program = modulated()
         shop.measured(program)
