@@ -38,6 +38,7 @@ class HeldFile:
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
         self.size = status.st_size
+        self._opened = _state(status)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -54,6 +55,13 @@ class HeldFile:
         own = Path(f"/proc/self/fd/{self._stream.fileno()}")
         return own if own.exists() else self.path.resolve()
 
+    def lies_at_its_path(self) -> bool:
+        """Whether its path still leads to this file, and nobody wrote to it or renamed it since it was opened."""
+        try:
+            return _state(os.stat(self.path)) == self._opened
+        except OSError:
+            return False
+
     def sha256(self) -> str:
         """SHA-256 as hexadecimal text."""
         return hashlib.file_digest(self.stream, "sha256").hexdigest()
@@ -67,6 +75,11 @@ class HeldFile:
         if self.size == 0:
             return np.empty(0, np.uint8)
         return np.frombuffer(mmap.mmap(self._stream.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+
+
+def _state(status: os.stat_result) -> tuple[int, ...]:
+    """What tells a file from another one, and from itself after a change: a renaming counts, which may be undone."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...loop.errors import BundleError, StepfoldError, UsageError
-from ...loop.held import StageFiles, utf8_folder
+from ...loop.held import HeldFile, StageFiles, utf8_folder
 from ...loop.ports import Port, StageCallable
 from ..ports import check_ports, first_line, shapes
 from .external import external_files
@@ -90,8 +90,8 @@ def open_session(
     return InParts(open_with, inputs, outputs, options.rows, threads)
 
 
-def own_content(file: Path, files: StageFiles) -> bytes:
-    """The bytes of a model that reads no other files than these.
+def own_content(file: Path, files: StageFiles) -> tuple[bytes, list[HeldFile]]:
+    """The bytes of a model, and the files among these that it reads its weights from.
 
     Raises:
         BundleError: it cannot be read, is no ONNX model, or names another file.
@@ -107,7 +107,7 @@ def own_content(file: Path, files: StageFiles) -> bytes:
             f"{file}: expected weights in the files of the bundle beside it; it reads {foreign[0]!r:.200}, which is none "
             "of them. Do not use this bundle, or build it again with `stepfold optimize`."
         )
-    return model
+    return model, [files.open(name) for name in sorted(wanted)]
 
 
 def _checked(
@@ -123,7 +123,7 @@ def _checked(
 
     settings = session_options(threads)
     settings.add_session_config_entry("session.load_model_format", "ONNX")  # its own format names files elsewhere
-    model = own_content(file, files)
+    model, weights = own_content(file, files)
     try:
         with utf8_folder(file.parent) as folder:
             settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
@@ -132,6 +132,13 @@ def _checked(
         raise
     except Exception as error:  # ONNX Runtime has a dozen error classes without a common base
         raise _unloadable(file, error) from error
+    # ONNX Runtime takes weights in files only by their path, unless they are copied twice
+    changed = [held for held in weights if not held.lies_at_its_path()]
+    if changed:
+        raise BundleError(
+            f"{changed[0]}: expected the file that was checked; it was replaced, moved or written while the bundle was "
+            "opened. Load the bundle again when nobody changes it."
+        )
     if names[0] not in session.get_providers():
         raise UsageError(
             f"{names[0]}: expected to start; ONNX Runtime could not start it. Check that the libraries of this "

@@ -129,3 +129,37 @@ def test_a_graph_that_is_replaced_behind_the_check(bundle_folder: Path) -> None:
     call = open_stage(bundle, stage)
     (shift,) = call({"class_labels": np.array([1]), "timestep": np.array([1000], np.float32)})
     np.testing.assert_allclose(shift, [[0.2]])
+
+
+def replaced_by_another(weights: Path) -> None:
+    weights.rename(weights.with_suffix(".old"))
+    weights.write_bytes(np.zeros(2, np.float32).tobytes())
+
+
+def moved_and_put_back(weights: Path) -> None:
+    replaced_by_another(weights)
+    weights.with_suffix(".old").replace(weights)
+
+
+def written_in_place(weights: Path) -> None:
+    with weights.open("r+b") as file:
+        file.write(np.zeros(2, np.float32).tobytes())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (replaced_by_another, r"weights\.data: expected the file that was checked"),
+        (moved_and_put_back, r"weights\.data: expected the file that was checked"),
+        (written_in_place, r"weights\.data: expected the file that was checked"),
+        (Path.unlink, r"step\.onnx: ONNX Runtime .* cannot load it"),
+    ],
+)
+def test_weights_that_change_after_the_check(tmp_path: Path, change: Callable[[Path], None], reason: str) -> None:
+    """ONNX Runtime reads them by their path: what it has read counts only if the checked file lay there all the time."""
+    (tmp_path / "weights.data").write_bytes(np.ones(2, np.float32).tobytes())
+    (tmp_path / "step.onnx").write_bytes(model(graph([external("weights.data")])).SerializeToString())
+    files = StageFiles(tmp_path, {name: HeldFile(tmp_path / name) for name in ("step.onnx", "weights.data")})
+    change(tmp_path / "weights.data")
+    with pytest.raises(BundleError, match=reason):
+        get("onnxruntime").open_session(tmp_path / "step.onnx", *PORTS, files=files)
