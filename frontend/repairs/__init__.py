@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import fx
 
+from ...ir.rewriting import Rewrite
 from ...ir.shapes import propagate
 from ...loop.ports import Port
 from .boolean import BooleanMaskedFill, BooleanWhere
@@ -23,20 +25,25 @@ logger = logging.getLogger(__name__)
 
 Repair = Callable[[fx.GraphModule], int]
 
+
+def _rewriting(rewrite: Rewrite[Any]) -> tuple[str, Repair]:
+    return rewrite.name, lambda graph: len(rewrite.apply(graph).made)
+
+
 REPAIRS: tuple[tuple[str, Repair], ...] = (
-    ("view-to-reshape", ViewToReshape().apply),
-    ("no-op", NoOp().apply),
-    ("filled-like", FilledLike().apply),
-    ("given-like", GivenLike().apply),
-    ("copy", FunctionalCopy().apply),
-    ("interleaved-write", InterleavedWrite().apply),
-    ("no-op-squeeze", NoOpSqueeze().apply),
+    _rewriting(ViewToReshape()),
+    _rewriting(NoOp()),
+    _rewriting(FilledLike()),
+    _rewriting(GivenLike()),
+    _rewriting(FunctionalCopy()),
+    _rewriting(InterleavedWrite()),
+    _rewriting(NoOpSqueeze()),
     ("constants", fold_constants),
     ("equal-weights", share_equal_weights),
     ("complex", complex_to_real),
-    ("boolean-masked-fill", BooleanMaskedFill().apply),
-    ("boolean-where", BooleanWhere().apply),
-    ("mask", ExpandedMask().apply),
+    _rewriting(BooleanMaskedFill()),
+    _rewriting(BooleanWhere()),
+    _rewriting(ExpandedMask()),
 )
 """Every repair by name, in the order of application: folding leaves the complex rewrite only what depends on inputs."""
 

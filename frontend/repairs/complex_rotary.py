@@ -11,7 +11,7 @@ from torch import fx
 
 from ...ir.edit import add_buffer
 from ...ir.program import attribute
-from .rewrite import Refused, call, is_tensor
+from ...ir.rewriting import Refused, call, is_tensor
 
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any, ClassVar
+
 import torch
 from torch import fx
 
-from .rewrite import Refused, Rewrite, call, is_tensor, shape_of
+from ...ir.rewriting import Refused, Rewrite, call, is_tensor, shape_of
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 MASK = 3  # position of the mask among the arguments
 
 
-class ExpandedMask(Rewrite):
+class ExpandedMask(Rewrite[int]):
     """sdpa(q, k, v, mask [..., 1, S]) -> sdpa(q, k, v, expand(mask) [..., T, S]), for T queries and S keys.
 
     PyTorch broadcasts the mask over the queries; the Attention operator of ONNX Runtime wants it written out.
     """
 
-    pattern = frozenset({SDPA})
+    name: ClassVar[str] = "mask"
+    roots: ClassVar[Collection[Any]] = frozenset({SDPA})
 
-    def check(self, node: fx.Node) -> int | Refused:
+    def match(self, node: fx.Node) -> int | Refused:
         """The number of queries."""
         mask = _mask(node)
         if mask is None:
@@ -32,11 +36,11 @@ class ExpandedMask(Rewrite):
             return Refused("its mask has a row for each query")
         return queries
 
-    def rewrite(self, graph: fx.GraphModule, node: fx.Node, facts: int) -> fx.Node:
+    def rewrite(self, graph: fx.GraphModule, node: fx.Node, match: int) -> fx.Node:
         """The attention with the mask written out."""
         mask = _mask(node)
         assert mask is not None
-        sizes = [-1] * (len(shape_of(mask)) - 2) + [facts, -1]
+        sizes = [-1] * (len(shape_of(mask)) - 2) + [match, -1]
         expanded = call(graph, node, aten.expand.default, mask, sizes)
         arguments = [expanded if argument is mask else argument for argument in node.args]
         keywords = {name: expanded if value is mask else value for name, value in node.kwargs.items()}

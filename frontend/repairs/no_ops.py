@@ -2,46 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from .rewrite import Refused, Rewrite, is_tensor, shape_of
+from ...ir.rewriting import Refused, Rewrite, is_tensor, shape_of
 
 aten = torch.ops.aten
 OPEN_END = 1 << 62  # slices without an end carry a huge one
-
-
-class NoOp(Rewrite):
-    """f(x, ...) -> x where the arguments make f the identity.
-
-    - copies, views of the same tensor, dropout in evaluation mode;
-    - casts to the same dtype, expansion, reshape, permutation and padding to the same shape;
-    - slices over the full range;
-    - multiplication and division by 1, addition and subtraction of 0 (of -0.0 the sign is lost).
-    """
-
-    def __init__(self) -> None:
-        self.pattern = CHECKS
-
-    def check(self, node: fx.Node) -> fx.Node | Refused:
-        """The input the node equals."""
-        source = node.args[0]
-        if not is_tensor(source):
-            return Refused("its input is not one tensor")
-        assert isinstance(source, fx.Node)
-        if source.meta["val"].dtype != node.meta["val"].dtype:
-            return Refused("it changes the dtype")
-        if shape_of(source) != shape_of(node):
-            return Refused("it changes the shape")
-        reason = CHECKS[node.target](node)
-        return Refused(reason) if reason else source
-
-    def rewrite(self, graph: fx.GraphModule, node: fx.Node, facts: fx.Node) -> fx.Node:
-        """The input itself."""
-        return facts
 
 
 def _always(node: fx.Node) -> str:
@@ -113,3 +83,33 @@ CHECKS: dict[Any, Callable[[fx.Node], str]] = {
     aten.sub.Scalar: _neutral(0),
 }
 """For each operator the condition, beyond equal shape and dtype, under which it is the identity; "" means it holds."""
+
+
+class NoOp(Rewrite[fx.Node]):
+    """f(x, ...) -> x where the arguments make f the identity.
+
+    - copies, views of the same tensor, dropout in evaluation mode;
+    - casts to the same dtype, expansion, reshape, permutation and padding to the same shape;
+    - slices over the full range;
+    - multiplication and division by 1, addition and subtraction of 0 (of -0.0 the sign is lost).
+    """
+
+    name: ClassVar[str] = "no-op"
+    roots: ClassVar[Collection[Any]] = CHECKS.keys()
+
+    def match(self, node: fx.Node) -> fx.Node | Refused:
+        """The input the node equals."""
+        source = node.args[0]
+        if not is_tensor(source):
+            return Refused("its input is not one tensor")
+        assert isinstance(source, fx.Node)
+        if source.meta["val"].dtype != node.meta["val"].dtype:
+            return Refused("it changes the dtype")
+        if shape_of(source) != shape_of(node):
+            return Refused("it changes the shape")
+        reason = CHECKS[node.target](node)
+        return Refused(reason) if reason else source
+
+    def rewrite(self, graph: fx.GraphModule, node: fx.Node, match: fx.Node) -> fx.Node:
+        """The input itself."""
+        return match

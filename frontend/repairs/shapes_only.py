@@ -6,12 +6,13 @@ computes it, wherever the zeros are.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from .rewrite import Refused, Rewrite, call, is_tensor, shape_of
+from ...ir.rewriting import Refused, Rewrite, call, is_tensor, shape_of
 
 aten = torch.ops.aten
 
@@ -24,12 +25,13 @@ NEW: dict[Any, float | None] = {aten.new_zeros.default: 0, aten.new_ones.default
 """What they fill a tensor with; None where the last of their arguments says so."""
 
 
-class FilledLike(Rewrite):
+class FilledLike(Rewrite[tuple[list[Any], Any]]):
     """zeros_like(x) -> full([sym_size(x, 0), ...], 0), new_zeros(x, sizes) -> full(sizes, 0), and so for ones and others."""
 
-    pattern = frozenset({*LIKE, *NEW})
+    name: ClassVar[str] = "filled-like"
+    roots: ClassVar[Collection[Any]] = frozenset({*LIKE, *NEW})
 
-    def check(self, node: fx.Node) -> tuple[list[Any], Any] | Refused:
+    def match(self, node: fx.Node) -> tuple[list[Any], Any] | Refused:
         """The sizes, with None for those of the batch, and the value."""
         source = node.args[0]
         if not is_tensor(source):
@@ -40,33 +42,34 @@ class FilledLike(Rewrite):
         sizes = list(node.args[1]) if node.target in NEW else list(shape_of(source))  # type: ignore[arg-type]
         return sizes, value
 
-    def rewrite(self, graph: fx.GraphModule, node: fx.Node, facts: tuple[list[Any], Any]) -> fx.Node:
+    def rewrite(self, graph: fx.GraphModule, node: fx.Node, match: tuple[list[Any], Any]) -> fx.Node:
         """The filled tensor, of sizes."""
-        sizes, value = facts
+        sizes, value = match
         written = [_size(graph, node, d) if size is None else size for d, size in enumerate(sizes)]
         filled = graph.graph.call_function(aten.full.default, (written, value), {"dtype": node.meta["val"].dtype})
         filled.meta = dict(node.meta)
         return filled
 
 
-class GivenLike(Rewrite):
+class GivenLike(Rewrite[fx.Node]):
     """type_as(y, x) -> y of the type of x; expand_as(y, x) -> expand(y, sizes of x)."""
 
-    pattern = frozenset({aten.type_as.default, aten.expand_as.default})
+    name: ClassVar[str] = "given-like"
+    roots: ClassVar[Collection[Any]] = frozenset({aten.type_as.default, aten.expand_as.default})
 
-    def check(self, node: fx.Node) -> fx.Node | Refused:
+    def match(self, node: fx.Node) -> fx.Node | Refused:
         """The tensor y."""
         source = node.args[0]
         return source if is_tensor(source) else Refused("its input is not one tensor")  # type: ignore[return-value]
 
-    def rewrite(self, graph: fx.GraphModule, node: fx.Node, facts: fx.Node) -> fx.Node:
+    def rewrite(self, graph: fx.GraphModule, node: fx.Node, match: fx.Node) -> fx.Node:
         """y with its type or sizes written out."""
         if node.target is aten.expand_as.default:
             sizes = [_size(graph, node, d, 1) if s is None else s for d, s in enumerate(shape_of(node))]
-            return call(graph, node, aten.expand.default, facts, sizes)
-        if facts.meta["val"].dtype is node.meta["val"].dtype:
-            return facts
-        cast = graph.graph.call_function(aten._to_copy.default, (facts,), {"dtype": node.meta["val"].dtype})
+            return call(graph, node, aten.expand.default, match, sizes)
+        if match.meta["val"].dtype is node.meta["val"].dtype:
+            return match
+        cast = graph.graph.call_function(aten._to_copy.default, (match,), {"dtype": node.meta["val"].dtype})
         cast.meta = dict(node.meta)
         return cast
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any, ClassVar
+
 import torch
 from torch import fx
 
-from .rewrite import Refused, Rewrite, is_tensor, shape_of
+from ...ir.rewriting import Refused, Rewrite, is_tensor, shape_of
 
 aten = torch.ops.aten
 
 
-class NoOpSqueeze(Rewrite):
+class NoOpSqueeze(Rewrite[fx.Node]):
     """squeeze(x, d) -> x where no dimension in d has size 1.
 
     PixArt squeezes the width of its modulation that way; export reports success and engines refuse the model.
     """
 
-    pattern = frozenset({aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default})
+    name: ClassVar[str] = "no-op-squeeze"
+    roots: ClassVar[Collection[Any]] = frozenset({aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default})
 
-    def check(self, node: fx.Node) -> fx.Node | Refused:
+    def match(self, node: fx.Node) -> fx.Node | Refused:
         """The input the squeeze equals."""
         source = node.args[0]
         if not is_tensor(source):
@@ -28,6 +32,6 @@ class NoOpSqueeze(Rewrite):
             return Refused("it removes a dimension of size 1")
         return source
 
-    def rewrite(self, graph: fx.GraphModule, node: fx.Node, facts: fx.Node) -> fx.Node:
+    def rewrite(self, graph: fx.GraphModule, node: fx.Node, match: fx.Node) -> fx.Node:
         """The input itself."""
-        return facts
+        return match

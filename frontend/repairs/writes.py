@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from .rewrite import Refused, Rewrite, call, is_tensor, shape_of
+from ...ir.rewriting import Refused, Rewrite, call, is_tensor, shape_of
 
 aten = torch.ops.aten
 OPEN_END = 1 << 62
 
 
-class FunctionalCopy(Rewrite):
+class FunctionalCopy(Rewrite[fx.Node]):
     """copy(x, y) -> y, where y has the shape and dtype of x."""
 
-    pattern = frozenset({aten.copy.default})
+    name: ClassVar[str] = "copy"
+    roots: ClassVar[Collection[Any]] = frozenset({aten.copy.default})
 
-    def check(self, node: fx.Node) -> fx.Node | Refused:
+    def match(self, node: fx.Node) -> fx.Node | Refused:
         """The tensor that is copied."""
         source = node.args[1]
         if not is_tensor(source):
@@ -28,9 +31,9 @@ class FunctionalCopy(Rewrite):
             return Refused("it changes the dtype")
         return source if shape_of(source) == shape_of(node) else Refused("it broadcasts")
 
-    def rewrite(self, graph: fx.GraphModule, node: fx.Node, facts: fx.Node) -> fx.Node:
+    def rewrite(self, graph: fx.GraphModule, node: fx.Node, match: fx.Node) -> fx.Node:
         """The tensor itself."""
-        return facts
+        return match
 
 
 @dataclass(frozen=True)
@@ -40,15 +43,16 @@ class _Halves:
     dimension: int
 
 
-class InterleavedWrite(Rewrite):
+class InterleavedWrite(Rewrite[_Halves]):
     """x[..., 0::2] = a; x[..., 1::2] = b -> flatten(stack(a, b)), whatever x held before.
 
     Wan writes its rotary embedding that way.
     """
 
-    pattern = frozenset({aten.slice_scatter.default})
+    name: ClassVar[str] = "interleaved-write"
+    roots: ClassVar[Collection[Any]] = frozenset({aten.slice_scatter.default})
 
-    def check(self, node: fx.Node) -> _Halves | Refused:
+    def match(self, node: fx.Node) -> _Halves | Refused:
         """Both halves and the dimension they alternate along."""
         inner = node.args[0]
         if not isinstance(inner, fx.Node) or inner.target is not aten.slice_scatter.default:
@@ -63,11 +67,11 @@ class InterleavedWrite(Rewrite):
         assert isinstance(even, fx.Node) and isinstance(odd, fx.Node)
         return _Halves(even, odd, dimension)
 
-    def rewrite(self, graph: fx.GraphModule, node: fx.Node, facts: _Halves) -> fx.Node:
+    def rewrite(self, graph: fx.GraphModule, node: fx.Node, match: _Halves) -> fx.Node:
         """The stacked halves, flattened."""
-        behind = facts.dimension + 1
-        pairs = call(graph, node, aten.stack.default, [facts.even, facts.odd], behind)
-        return call(graph, node, aten.flatten.using_ints, pairs, facts.dimension, behind)
+        behind = match.dimension + 1
+        pairs = call(graph, node, aten.stack.default, [match.even, match.odd], behind)
+        return call(graph, node, aten.flatten.using_ints, pairs, match.dimension, behind)
 
 
 def _stride(node: fx.Node) -> tuple[int, int, int] | None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
+from ...ir.rewriting import Refused, Rewrite
 from .heads import TokensFirst, skip_copies, swapped
-from .rules import NearMiss, Rule
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -26,7 +27,7 @@ class HeadedAttention:
     scale: float | None
 
 
-class FuseAttention(Rule[HeadedAttention]):
+class FuseAttention(Rewrite[HeadedAttention]):
     """merge(sdpa(split(q), split(k), split(v))) -> attention(q, k, v, heads).
 
     Constraints: no mask, not causal, no dropout, the same number of heads for query and key; `split` is a reshape to
@@ -35,35 +36,36 @@ class FuseAttention(Rule[HeadedAttention]):
     """
 
     name: ClassVar[str] = "attention"
+    roots: ClassVar[Collection[Any]] = (*RESHAPES, SDPA)
 
-    def match(self, node: fx.Node) -> HeadedAttention | NearMiss | None:
+    def match(self, node: fx.Node) -> HeadedAttention | Refused | None:
         """A reshape to [B, T, D] of a transposed attention."""
         if node.target is SDPA and not _is_merged(node):
-            return NearMiss("its output is not a plain head merge")
+            return Refused("its output is not a plain head merge")
         attention = _merged_attention(node)
         if attention is None:
             return None
         query, key, value, *rest = attention.args
         options = dict(zip(("attn_mask", "dropout_p", "is_causal"), rest, strict=False)) | attention.kwargs
         if options.get("attn_mask") is not None:
-            return NearMiss("it has a mask")
+            return Refused("it has a mask", attention)
         if options.get("is_causal") or options.get("dropout_p"):
-            return NearMiss("it is causal or has dropout")
+            return Refused("it is causal or has dropout", attention)
         values = (query, key, value)
         tokens_first = TokensFirst(attention)
         if not tokens_first.possible(*values):  # type: ignore[arg-type]
-            return NearMiss("query, key or value is not a plain head split")
+            return Refused("query, key or value is not a plain head split", attention)
         heads = {argument.meta["shape"][1] for argument in values}  # type: ignore[union-attr]
         if len(heads) != 1 or not isinstance(next(iter(heads)), int):
-            return NearMiss("query, key and value have different numbers of heads")
+            return Refused("query, key and value have different numbers of heads", attention)
         return HeadedAttention(values, tokens_first, next(iter(heads)), options.get("scale"))  # type: ignore[arg-type]
 
-    def rewrite(self, graph: fx.Graph, node: fx.Node, match: HeadedAttention) -> fx.Node:
+    def rewrite(self, graph: fx.GraphModule, node: fx.Node, match: HeadedAttention) -> fx.Node:
         """One `stepfold::attention`."""
         width = match.values[0].meta["val"].shape[-1]
         scale = match.scale if match.scale is not None else width**-0.5
-        values = [_merged(graph, match.tokens_first.write(graph, value)) for value in match.values]
-        return graph.call_function(torch.ops.stepfold.attention.default, (*values, match.heads, scale))
+        values = [_merged(graph.graph, match.tokens_first.write(graph.graph, value)) for value in match.values]
+        return graph.graph.call_function(torch.ops.stepfold.attention.default, (*values, match.heads, scale))
 
 
 def _merged(graph: fx.Graph, value: fx.Node) -> fx.Node:

@@ -6,18 +6,20 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from torch import fx
 
 from ...ir import operators  # noqa: F401  (registers the stepfold:: operators)
-from ...ir.edit import copy_graph, finish
+from ...ir.edit import copy_graph, drop_dead_code, finish
+from ...ir.names import module_path
 from ...ir.program import Program, Refusal
+from ...ir.rewriting import Rewrite
 from ..base import Context, Options, Pass, PassResult, Phase
-from ..marks import made
+from ..marks import made, mark
 from .attention import FuseAttention
 from .rms_norm import FuseRMSNorm
 from .rotary import FuseRotary
-from .rules import Rule, apply_rule
 
-RULES: tuple[Rule[Any], ...] = (FuseRMSNorm(), FuseRotary(), FuseAttention())
+RULES: tuple[Rewrite[Any], ...] = (FuseRMSNorm(), FuseRotary(), FuseAttention())
 FUSED = {
     "rms_norm": torch.ops.aten.rms_norm.default,
     "attention": torch.ops.stepfold.attention.default,
@@ -52,9 +54,10 @@ class Fuse(Pass[FuseOptions]):
 
     def not_applicable(self, program: Program) -> str | None:
         """Whether any rule begins to match, or its operator is there already."""
-        nodes = [node for stage in program.stages for node in stage.graph.graph.nodes]
         begun = any(
-            node.target in FUSED.values() or any(rule.match(node) is not None for rule in RULES) for node in nodes
+            any(node.target in FUSED.values() for node in stage.graph.graph.nodes)
+            or any(rule.begins(stage.graph) for rule in RULES)
+            for stage in program.stages
         )
         return None if begun else "the program has neither attention nor rotary embeddings nor norms to put together"
 
@@ -66,7 +69,7 @@ class Fuse(Pass[FuseOptions]):
             graph, found = copy_graph(stage), 0
             for rule in RULES:
                 if rule.name in self.options.rules:
-                    count, missed = apply_rule(graph, rule)
+                    count, missed = _apply(rule, graph)
                     found += count
                     counts[rule.name] = counts.get(rule.name, 0) + count
                     refused += missed
@@ -86,3 +89,14 @@ class Fuse(Pass[FuseOptions]):
         if any(made(node, "fuse") in self.options.rules for node in nodes):
             return True
         return not refused and any(node.target is FUSED[rule] for node in nodes for rule in self.options.rules)
+
+
+def _apply(rule: Rewrite[Any], graph: fx.GraphModule) -> tuple[int, list[Refusal]]:
+    """Apply a rule in place, mark what it made, and say what it refused."""
+    applied = rule.apply(graph)
+    for node in applied.made:
+        mark(node, "fuse", rule.name)
+    drop_dead_code(graph.graph)  # it would count as a reader for the rules that follow
+    return len(applied.made), [
+        Refusal(f"{rule.name}: {module_path(missed.at or node)}", missed.reason) for node, missed in applied.refused
+    ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from .rules import NearMiss, Rule, two
+from ...ir.rewriting import Refused, Rewrite, two
 
 aten = torch.ops.aten
 
@@ -22,15 +23,16 @@ class RootMeanSquare:
     epsilon: float
 
 
-class FuseRMSNorm(Rule[RootMeanSquare]):
+class FuseRMSNorm(Rewrite[RootMeanSquare]):
     """x * rsqrt(mean(x^2) + e) * w -> rms_norm(x, w, e).
 
     Constraints: the mean is over the last dimension; w is [D], stored.
     """
 
     name: ClassVar[str] = "rms_norm"
+    roots: ClassVar[Collection[Any]] = (aten.mul.Tensor,)
 
-    def match(self, node: fx.Node) -> RootMeanSquare | NearMiss | None:
+    def match(self, node: fx.Node) -> RootMeanSquare | Refused | None:
         """The product with the weight."""
         for normed, weight in two(node, aten.mul.Tensor):
             for x, root in two(normed, aten.mul.Tensor):
@@ -38,14 +40,14 @@ class FuseRMSNorm(Rule[RootMeanSquare]):
                 if epsilon is None:
                     continue
                 if weight.op != "get_attr" or tuple(weight.meta["shape"]) != (x.meta["shape"][-1],):
-                    return NearMiss("what the norm is multiplied by is not a stored weight [D]")
+                    return Refused("what the norm is multiplied by is not a stored weight [D]", weight)
                 return RootMeanSquare(x, weight, epsilon)
         return None
 
-    def rewrite(self, graph: fx.Graph, node: fx.Node, match: RootMeanSquare) -> fx.Node:
+    def rewrite(self, graph: fx.GraphModule, node: fx.Node, match: RootMeanSquare) -> fx.Node:
         """One `aten::rms_norm`."""
         sizes = [match.x.meta["shape"][-1]]
-        return graph.call_function(aten.rms_norm.default, (match.x, sizes, match.weight, match.epsilon))
+        return graph.graph.call_function(aten.rms_norm.default, (match.x, sizes, match.weight, match.epsilon))
 
 
 def _epsilon(x: fx.Node, root: fx.Node) -> float | None:

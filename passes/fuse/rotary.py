@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -12,7 +13,7 @@ from torch import fx
 from ...frontend.repairs.constants import LAYOUTS
 from ...ir.edit import add_buffer
 from ...ir.program import attribute
-from .rules import NearMiss, Rule, two
+from ...ir.rewriting import Refused, Rewrite, two
 
 aten = torch.ops.aten
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
@@ -36,7 +37,7 @@ class Rotary(Turned):
     heads_first: bool
 
 
-class FuseRotary(Rule[Rotary]):
+class FuseRotary(Rewrite[Rotary]):
     """interleave(even * c - odd * s, even * s + odd * c) -> rotary(x, c, s), also as x * c + turn(x) * s.
 
     Constraints: even and odd are the neighbours of a pair of features of x; the tables are stored, [T, K / 2] beside
@@ -44,29 +45,30 @@ class FuseRotary(Rule[Rotary]):
     """
 
     name: ClassVar[str] = "rotary"
+    roots: ClassVar[Collection[Any]] = (*RESHAPES, aten.add.Tensor)
 
-    def match(self, node: fx.Node) -> Rotary | NearMiss | None:
+    def match(self, node: fx.Node) -> Rotary | Refused | None:
         """The interleaved result, or the sum."""
         found = _by_pairs(node) or _by_quarter_turn(node)
         if found is None:
             return None
         if len(node.meta["shape"]) != 4:
-            return NearMiss("what it turns is not [B, T, H, K] or [B, H, T, K]")
+            return Refused("what it turns is not [B, T, H, K] or [B, H, T, K]")
         if not (_is_stored(found.cosine) and _is_stored(found.sine)):
-            return NearMiss("its tables are computed, not stored")
+            return Refused("its tables are computed, not stored")
         layouts = [_heads_first(found.x, table) for table in (found.cosine, found.sine)]
         if layouts[0] is None or layouts[0] is not layouts[1]:
-            return NearMiss("its tables differ between heads or samples")
+            return Refused("its tables differ between heads or samples")
         if found.doubled and not all(_is_doubled(_values(table)) for table in (found.cosine, found.sine)):
-            return NearMiss("its tables differ within a pair of features")
+            return Refused("its tables differ within a pair of features")
         if any(value.meta["val"].dtype != node.meta["val"].dtype for value in (found.x, found.cosine, found.sine)):
-            return NearMiss("its tables are of another type")
+            return Refused("its tables are of another type")
         return Rotary(found.x, found.cosine, found.sine, found.doubled, layouts[0])
 
-    def rewrite(self, graph: fx.Graph, node: fx.Node, match: Rotary) -> fx.Node:
+    def rewrite(self, graph: fx.GraphModule, node: fx.Node, match: Rotary) -> fx.Node:
         """One `stepfold::rotary`; its tables are those of the graph, without what is doubled."""
         tables = (_table(graph, table, match.doubled) for table in (match.cosine, match.sine))
-        return graph.call_function(torch.ops.stepfold.rotary.default, (match.x, *tables, match.heads_first))
+        return graph.graph.call_function(torch.ops.stepfold.rotary.default, (match.x, *tables, match.heads_first))
 
 
 def _by_pairs(node: fx.Node) -> Turned | None:
@@ -181,12 +183,11 @@ def _is_doubled(values: torch.Tensor) -> bool:
     return torch.equal(values[..., 0::2], values[..., 1::2])
 
 
-def _table(graph: fx.Graph, table: fx.Node, doubled: bool) -> fx.Node:
+def _table(graph: fx.GraphModule, table: fx.Node, doubled: bool) -> fx.Node:
     """The stored table [T, K / 2]; equal ones are one weight."""
-    assert graph.owning_module is not None
     values = _values(table)
     rows = (values[..., 0::2] if doubled else values).reshape(-1, values.shape[-1] // (2 if doubled else 1))
-    for name, held in graph.owning_module.named_buffers():
+    for name, held in graph.named_buffers():
         if name.startswith(TABLE) and torch.equal(held, rows):
-            return graph.get_attr(name)
-    return graph.get_attr(add_buffer(graph.owning_module, TABLE, rows.contiguous()))
+            return graph.graph.get_attr(name)
+    return graph.graph.get_attr(add_buffer(graph, TABLE, rows.contiguous()))

@@ -15,7 +15,7 @@ from ..part import chosen_part
 from .inputs import Inputs, known_inputs
 from .layers import LINEAR, Group, Selection, find_groups, groups_of, named, quantized_layers, require_matches
 from .options import CHOOSING, QuantizeOptions
-from .pays import slower_than_float
+from .pays import does_not_pay
 from .realize import Realization
 from .repair import repair_pairs
 from .rewrite import replaced, replaced_in
@@ -150,7 +150,7 @@ class Quantize(Pass[QuantizeOptions]):
         left = named(group for group, item in pairs if item is None)
         refused += [Refusal(name, "left in full precision by the scheme") for name in left]
         sites = named(group for group, item in pairs if item is not None)
-        decided |= slower_than_float(pairs, scheme.name, context) if scheme.saves_time else {}
+        decided |= does_not_pay(pairs, scheme.name, context) if scheme.saves_time else {}
         return _Done(replaced(program, groups, realizations, _way(scheme)), sites, refused, decided)
 
     def _hoisted(self, program: Program) -> tuple[Program, list[str]]:

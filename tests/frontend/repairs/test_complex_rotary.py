@@ -7,7 +7,7 @@ from graphs import traced
 from stepfold.frontend.repairs.complex_rotary import complex_nodes, complex_to_real
 from stepfold.frontend.repairs.constants import fold_constants
 from stepfold.frontend.repairs.reshape import ViewToReshape
-from stepfold.frontend.repairs.rewrite import Refused
+from stepfold.ir.rewriting import Refused
 
 X = torch.randn(2, 3, 8)
 

@@ -11,8 +11,8 @@ from graphs import traced
 from zoo import ZooModel
 
 from stepfold.frontend.repairs.masks import SDPA, ExpandedMask
-from stepfold.frontend.repairs.rewrite import Refused
 from stepfold.ir.program import Program
+from stepfold.ir.rewriting import Refused
 
 Q = torch.randn(2, 2, 5, 4)
 MASK = torch.tensor([[True, True, False], [True, False, True]])[:, None, None]
@@ -25,19 +25,19 @@ def attention(q: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def test_the_mask_is_written_out() -> None:
     before = traced(attention, Q, MASK)
     wanted = before()[0]
-    assert ExpandedMask().apply(before.graph) == 1
+    assert len(ExpandedMask().apply(before.graph).made) == 1
     before.propagate()
     node = next(node for node in before.graph.graph.nodes if node.target is SDPA)
     mask = node.args[3] if len(node.args) > 3 else node.kwargs["attn_mask"]
     assert mask.meta["shape"] == (None, 1, 5, 3)
     torch.testing.assert_close(before()[0], wanted, rtol=0, atol=0)
-    assert ExpandedMask().apply(before.graph) == 0
+    assert len(ExpandedMask().apply(before.graph).made) == 0
 
 
 def test_reasons() -> None:
     full = traced(attention, Q, MASK.expand(2, 1, 5, 3).contiguous()).graph.graph
     none = traced(lambda q: torch.nn.functional.scaled_dot_product_attention(q, q, q), Q).graph.graph
-    reasons = [ExpandedMask().check(node) for graph in (full, none) for node in graph.nodes if node.target is SDPA]
+    reasons = [ExpandedMask().match(node) for graph in (full, none) for node in graph.nodes if node.target is SDPA]
     assert reasons == [Refused("its mask has a row for each query"), Refused("it has no mask")]
 
 

@@ -7,8 +7,8 @@ from graphs import traced
 
 from stepfold.frontend.repairs.no_ops import NoOp
 from stepfold.frontend.repairs.reshape import ViewToReshape
-from stepfold.frontend.repairs.rewrite import Refused
 from stepfold.frontend.repairs.squeeze import NoOpSqueeze
+from stepfold.ir.rewriting import Refused
 
 aten = torch.ops.aten
 X = torch.randn(2, 3, 4)
@@ -39,7 +39,7 @@ def test_removed(name: str) -> None:
     before.propagate()
     assert before.calls() == ["relu.default"]
     torch.testing.assert_close(before()[0], X.relu(), rtol=0, atol=0)
-    assert NoOp().apply(before.graph) == 0
+    assert len(NoOp().apply(before.graph).made) == 0
 
 
 KEPT = {
@@ -60,8 +60,8 @@ def test_kept_with_reason(name: str) -> None:
     before = traced(lambda x: function(x).relu(), X)
     reasons = []
     for node in before.graph.graph.nodes:
-        if node.target in NoOp().pattern:
-            answer = NoOp().check(node)
+        if node.target in NoOp.roots:
+            answer = NoOp().match(node)
             reasons += [answer.reason] if isinstance(answer, Refused) else []
     assert reason in reasons
 
@@ -76,16 +76,16 @@ def test_batch_limit_holds_for_larger_batches() -> None:
 
 def test_squeeze_of_a_larger_dimension() -> None:
     before = traced(lambda x: x.squeeze(1).relu(), X)
-    assert NoOpSqueeze().apply(before.graph) == 1
+    assert len(NoOpSqueeze().apply(before.graph).made) == 1
     before.propagate()
     assert before.calls() == ["relu.default"]
-    assert NoOpSqueeze().apply(before.graph) == 0
+    assert len(NoOpSqueeze().apply(before.graph).made) == 0
 
 
 def test_squeeze_of_a_unit_dimension_is_kept() -> None:
     before = traced(lambda x: x[:, :1].squeeze(1), X)
     squeeze = next(node for node in before.graph.graph.nodes if "squeeze" in str(node.target))
-    answer = NoOpSqueeze().check(squeeze)
+    answer = NoOpSqueeze().match(squeeze)
     assert isinstance(answer, Refused) and answer.reason == "it removes a dimension of size 1"
 
 
@@ -115,14 +115,14 @@ def test_pixart_has_squeezes_that_do_nothing() -> None:
         Call(), *(tensors[n] for n in ("hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask"))
     )
     wanted = before()[0]
-    assert NoOpSqueeze().apply(before.graph) > 0
+    assert NoOpSqueeze().apply(before.graph).made
     before.propagate()
     torch.testing.assert_close(before()[0], wanted, rtol=0, atol=0)
 
 
 def test_views_become_reshapes() -> None:
     before = traced(lambda x: x.transpose(1, 2).contiguous().view(x.shape[0], 12).relu(), X)
-    assert ViewToReshape().apply(before.graph) == 1
+    assert len(ViewToReshape().apply(before.graph).made) == 1
     NoOp().apply(before.graph)
     before.propagate()
     assert before.calls() == ["transpose.int", "reshape.default", "relu.default"]

@@ -31,14 +31,14 @@ def test_what_is_read_of_a_tensor_is_written_out(name: str) -> None:
     function, repair = FORMS[name]
     before = traced(function, X, Y)
     wanted = before(X, Y)[0]
-    assert repair().apply(before.graph) in (0, 1)  # export may have written it out itself
+    assert len(repair().apply(before.graph).made) in (0, 1)  # export may have written it out itself
     before.graph.graph.eliminate_dead_code()
     before.propagate()
     x = before.graph.graph.find_nodes(op="placeholder")[0]
     assert all(user.target is torch.ops.aten.sym_size.int for user in x.users)
     three = [torch.cat([value, value[:1]]) for value in (X, Y)]
     torch.testing.assert_close(before(*three)[0], torch.cat([wanted, wanted[:1]]), rtol=0, atol=0)
-    assert repair().apply(before.graph) == 0
+    assert len(repair().apply(before.graph).made) == 0
 
 
 def test_a_condition_is_hoisted_that_reads_the_shape_of_the_latent() -> None:

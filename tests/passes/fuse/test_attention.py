@@ -20,7 +20,6 @@ from stepfold.ir.verify import verify
 from stepfold.passes.base import PassResult
 from stepfold.passes.fuse.attention import FuseAttention
 from stepfold.passes.fuse.fuse import Fuse, FuseOptions
-from stepfold.passes.fuse.rules import apply_rule
 
 H, K, T = 2, 4, 5
 D = H * K
@@ -330,5 +329,6 @@ def test_a_rule_changes_the_graph_it_is_given() -> None:
     graph = copy_graph(stage)
     for node, original in zip(graph.graph.nodes, stage.graph.graph.nodes, strict=True):
         node.meta = dict(original.meta)
-    assert apply_rule(graph, FuseAttention()) == (1, [])
+    applied = FuseAttention().apply(graph)
+    assert (len(applied.made), applied.refused) == (1, ())
     assert [n for n in graph.graph.nodes if n.target is torch.ops.stepfold.attention.default]
