@@ -53,11 +53,6 @@ def stage_depth(stage: Stage) -> int:
     return max(longest.values(), default=0)
 
 
-def stage_bytes(stage: Stage) -> int:
-    """Bytes of the weights a stage holds."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in stage.tensors().values())
-
-
 def _formula(node: fx.Node) -> Callable[[fx.Node], int] | None:
     record = RECORDS.get(node.target)
     return FORMULAS.get(node.target) if record is None else record.flops

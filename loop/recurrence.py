@@ -57,19 +57,6 @@ class Recurrence:
         """[S] timesteps as the denoiser takes them; see `as_timesteps`."""
         return as_timesteps(self.timesteps, dtype)
 
-    def unrolled(self) -> tuple[Array, Array]:
-        """Write every latent in the noise and the outputs alone.
-
-        Returns:
-            A [S+1] and B [S+1, S] with `x[i] = A_i x[0] + sum_j B_ij v_j`; linear, so exact.
-        """
-        S = self.calls
-        A, B = np.ones(S + 1), np.zeros((S + 1, S))
-        for i in range(S):
-            A[i + 1] = self.state[i] * A[i]
-            B[i + 1] = self.state[i] * B[i] + self.outputs[i]
-        return A, B
-
 
 def one_number(array: Array) -> float:
     """The number of an array [1]; raises ValueError for any other array."""

@@ -87,3 +87,9 @@ def ffn256(seed: int = 0) -> FeedForward:
     second = 0.05 * draws.normal(D, hidden) * torch.exp(0.5 * draws.normal(hidden))
     pair = Pair(first, first_bias, second, torch.zeros(D, dtype=DTYPE), gelu)
     return FeedForward(pair, inputs[:T], inputs[T:])
+
+
+def mean_gram(tokens: torch.Tensor) -> torch.Tensor:
+    """[M, M] float64: the mean of x x^T over tokens [T, M]."""
+    rows = tokens.to(torch.float64)
+    return rows.T @ rows / rows.shape[0]

@@ -86,10 +86,6 @@ class Channels:
     labels: Mapping[fx.Node, Any]
     masks: Mapping[fx.Node, int] = field(default_factory=dict)
 
-    def of_kind(self, kind: Kind) -> tuple[Group, ...]:
-        """The groups of one kind."""
-        return tuple(group for group in self.groups if group.kind == kind)
-
     def named(self, name: str) -> Group:
         """The group of this name; raises KeyError."""
         return self._by_name[name]

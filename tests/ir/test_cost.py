@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from stepfold.ir.cost import program_flops, stage_bytes, stage_flops
+from stepfold.ir.cost import program_flops, stage_flops
 from stepfold.ir.edit import add_buffer, copy_graph, finish
 from stepfold.ir.operators import RECORDS
 from stepfold.ir.program import Program, slots_of
@@ -145,11 +145,3 @@ def test_program_flops_are_those_of_the_computing_slots(tiny_program: Program) -
     for rate, times in ((Rate.ONCE, 1), (Rate.STEP, 2)):
         extra = replace(step, name="other", rate=rate, outputs=())
         assert program_flops(replace(tiny_program, slots=slots_of(extra, step))) == times * stage_flops(step)
-
-
-def test_bytes_by_dtype() -> None:
-    model = Weighted(lambda x, w: x @ w, 4, 5)
-    assert stage_bytes(component(model, X).step) == 4 * 5 * 4
-    graph = copy_graph(component(model, X).step)
-    graph.weight = graph.weight.half()
-    assert stage_bytes(replace(component(model, X).step, graph=graph)) == 4 * 5 * 2

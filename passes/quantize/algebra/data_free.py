@@ -84,18 +84,6 @@ def synthetic_inputs(count: int, scale: torch.Tensor, shift: torch.Tensor, seed:
     return torch.nn.functional.layer_norm(noise, (D,), eps=EPSILON) * (1 + scale[turn]) + shift[turn]
 
 
-def without_units(pair: Pair, kept: torch.Tensor) -> Pair:
-    """The pair with only the hidden units at the indices `kept`.
-
-    Raises:
-        UsageError: indices are repeated, out of range or none.
-    """
-    count = pair.first.shape[0]
-    if not kept.numel() or len(kept.unique()) != kept.numel() or int(kept.amin()) < 0 or int(kept.amax()) >= count:
-        raise UsageError(f"kept: expected distinct hidden units below {count}, at least one; received {kept.tolist()}.")
-    return replace(pair, first=pair.first[kept], first_bias=pair.first_bias[kept], second=pair.second[:, kept])
-
-
 def compensate(original: Pair, damaged: Pair, inputs: torch.Tensor, held_out: torch.Tensor) -> Repaired:
     """Refit fc2 of a damaged pair to the outputs of the original: least squares with bias, ridge towards no change.
 
@@ -119,27 +107,6 @@ def compensate(original: Pair, damaged: Pair, inputs: torch.Tensor, held_out: to
         return replace(damaged, second=damaged.second + change, second_bias=bias)
 
     return _best(original, damaged, map(refitted, STRENGTHS) if mean > 0 else [], held_out)
-
-
-def repair_rounding(original: Pair, rounded: Pair, inputs: torch.Tensor, held_out: torch.Tensor) -> Repaired:
-    """Scale and shift each hidden value of a pair with rounded fc1 back to the original's, folded into fc2.
-
-    `z ~ s z' + t` with `s = Cov(z, z') / Var(z')` and `t = E z - s E z'` for each unit.
-
-    Args:
-        original: the pair before.
-        rounded: the pair with a rounded fc1; its fc2 is still in full precision.
-        inputs: [T, D] to fit with.
-        held_out: [T', D] to decide with whether to repair at all.
-    """
-    wanted, received = original.hidden(inputs), rounded.hidden(inputs)
-    centred = received - received.mean(dim=0)
-    variance = centred.square().mean(dim=0)
-    covariance = (centred * (wanted - wanted.mean(dim=0))).mean(dim=0)
-    scale = torch.where(variance > 0, covariance / variance.clamp(min=1e-30), torch.ones_like(variance))
-    shift = wanted.mean(dim=0) - scale * received.mean(dim=0)
-    bias = rounded.second_bias + rounded.second @ shift
-    return _best(original, rounded, [replace(rounded, second=rounded.second * scale, second_bias=bias)], held_out)
 
 
 def _best(original: Pair, damaged: Pair, repaired: Iterable[Pair], held_out: torch.Tensor) -> Repaired:

@@ -36,12 +36,6 @@ def group_errors(difference: torch.Tensor, gram: torch.Tensor, group: int) -> to
     return (torch.einsum("ngi,gij->ngj", runs, blocks) * runs).sum(dim=-1)
 
 
-def mean_gram(tokens: torch.Tensor) -> torch.Tensor:
-    """[M, M] float64: the mean of x x^T over tokens [T, M]."""
-    rows = tokens.to(torch.float64)
-    return rows.T @ rows / rows.shape[0]
-
-
 def expect_gram(weight: torch.Tensor, gram: torch.Tensor, site: str) -> None:
     """Raise UsageError unless a Gram fits a weight [N, M] and is finite."""
     M = weight.shape[1]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ....ir.blocked import pack_bits, pack_blocks, unpack_bits, unpack_blocks
+from ....ir.blocked import pack_bits, pack_blocks
 from ....loop.errors import UsageError
-from .grids import IntegerGrid, Quantized, Scales
+from .grids import IntegerGrid, Quantized
 
 BLOCK_BITS = (2, 4, 8)
 SMALLEST_BLOCK = 16
@@ -55,14 +55,3 @@ def to_matmul_nbits(quantized: Quantized) -> BlockedWeight:
     zero_points = None if scales.zero is None else pack_bits(scales.zero, grid.bits)
     blocks = pack_blocks(codes.to(torch.uint8), grid.bits, block)
     return BlockedWeight(blocks, scales.scale.to(torch.float32), zero_points, grid.bits, block, codes.shape[1])
-
-
-def from_matmul_nbits(packed: BlockedWeight) -> Quantized:
-    """The codes and scales that `to_matmul_nbits` laid out."""
-    grid = IntegerGrid(packed.bits, packed.block, symmetric=packed.zero_points is None)
-    codes = unpack_blocks(packed.blocks, packed.bits, packed.block, packed.in_features)
-    if packed.zero_points is None:
-        signed = (codes.to(torch.int16) - 2 ** (packed.bits - 1)).to(torch.int8)
-        return Quantized(grid, signed, Scales(packed.scales, packed.block))
-    zero = unpack_bits(packed.zero_points, packed.bits, packed.scales.shape[1])
-    return Quantized(grid, codes, Scales(packed.scales, packed.block, zero))

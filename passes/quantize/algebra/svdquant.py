@@ -68,11 +68,6 @@ class LowRankSplit:
         """[N, M] the weight that all of it amounts to when inputs are not rounded."""
         return (self.residual.weight + self.up @ self.down) / self.smoothing.scale
 
-    @property
-    def raw_down(self) -> torch.Tensor:
-        """[R, M] the down projection for the input before smoothing."""
-        return self.down / self.smoothing.scale
-
     def apply(self, tokens: torch.Tensor, activation_grid: Grid | None) -> torch.Tensor:
         """Outputs [T, N] of inputs [T, M]."""
         inputs = tokens / self.smoothing.scale

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from programs import component, context_of, denoiser
+from quantization_fixtures import mean_gram
 from torch import nn
 
 from stepfold.calibration.memory import peak_bytes
@@ -17,7 +18,7 @@ from stepfold.ir.program import Program
 from stepfold.loop.errors import UsageError
 from stepfold.passes.base import silent
 from stepfold.passes.quantize import sequence
-from stepfold.passes.quantize.algebra.errors import drift, mean_gram
+from stepfold.passes.quantize.algebra.errors import drift
 from stepfold.passes.quantize.inputs import Inputs
 from stepfold.passes.quantize.layers import Group, Selection, find_groups
 from stepfold.passes.quantize.options import QuantizeOptions

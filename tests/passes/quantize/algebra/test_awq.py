@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from quantization_fixtures import GROUP, outlier
+from quantization_fixtures import GROUP, mean_gram, outlier
 
 from stepfold.loop.errors import UsageError
 from stepfold.passes.quantize.algebra.awq import Protected, awq
-from stepfold.passes.quantize.algebra.errors import drift, mean_gram, output_error
+from stepfold.passes.quantize.algebra.errors import drift, output_error
 from stepfold.passes.quantize.algebra.grids import NVFP4, Grid, IntegerGrid
 
 INT4 = IntegerGrid(4, GROUP)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from quantization_fixtures import GROUP, outlier
+from quantization_fixtures import GROUP, mean_gram, outlier
 
 from stepfold.passes.quantize.algebra.clipping import POWER, clipped_scales
-from stepfold.passes.quantize.algebra.errors import drift, group_errors, mean_gram
+from stepfold.passes.quantize.algebra.errors import drift, group_errors
 from stepfold.passes.quantize.algebra.grids import FP8_TENSOR, INT8_CHANNEL, MXFP4, NVFP4, Grid, IntegerGrid, grouped
 
 GRIDS: list[Grid] = [

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from quantization_fixtures import vq
+from quantization_fixtures import mean_gram, vq
 
 from stepfold.loop.errors import UsageError
 from stepfold.passes.quantize.algebra.clipping import clipped_scales
 from stepfold.passes.quantize.algebra.codebook import CodedWeight, encode, fit_codes, learn_codebook
-from stepfold.passes.quantize.algebra.errors import drift, mean_gram, output_error
+from stepfold.passes.quantize.algebra.errors import drift, output_error
 from stepfold.passes.quantize.algebra.grids import IntegerGrid
 
 UNIFORM = IntegerGrid(2, 128, symmetric=False)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from quantization_fixtures import mean_gram
 
 from stepfold.loop.errors import UsageError
 from stepfold.passes.quantize.algebra.errors import (
     drift,
     expect_gram,
     group_errors,
-    mean_gram,
     output_error,
     relative_error,
 )

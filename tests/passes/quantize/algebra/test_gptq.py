@@ -5,11 +5,11 @@ from functools import cache
 
 import pytest
 import torch
-from quantization_fixtures import GROUP, Layer, outlier
+from quantization_fixtures import GROUP, Layer, mean_gram, outlier
 
 from stepfold.loop.errors import StepfoldError, UsageError
 from stepfold.passes.quantize.algebra.clipping import clipped_scales
-from stepfold.passes.quantize.algebra.errors import drift, mean_gram, output_error
+from stepfold.passes.quantize.algebra.errors import drift, output_error
 from stepfold.passes.quantize.algebra.gptq import DAMPING, Compensated, gptq
 from stepfold.passes.quantize.algebra.grids import INT8_CHANNEL, MXFP4, NVFP4, Grid, IntegerGrid
 

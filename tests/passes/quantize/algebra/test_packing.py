@@ -9,18 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from stepfold.ir.blocked import pack_bits, pack_blocks, unpack_bits, unpack_blocks
 from stepfold.loop.errors import UsageError
 from stepfold.passes.quantize.algebra.errors import drift
 from stepfold.passes.quantize.algebra.grids import INT8_CHANNEL, MXFP4, Grid, IntegerGrid, Quantized
-from stepfold.passes.quantize.algebra.packing import (
-    BlockedWeight,
-    from_matmul_nbits,
-    pack_bits,
-    pack_blocks,
-    to_matmul_nbits,
-    unpack_bits,
-    unpack_blocks,
-)
+from stepfold.passes.quantize.algebra.packing import BlockedWeight, to_matmul_nbits
 
 TOLERANCE = 1e-5  # relative L2 of a float32 product of a few hundred terms
 
@@ -146,13 +139,15 @@ def test_accuracy_level_4_rounds_activations_in_blocks_of_a_row() -> None:
 def test_the_layout_comes_back(bits: int, symmetric: bool) -> None:
     quantized = Quantized.of(layer(5, 96)[0], IntegerGrid(bits, 32, symmetric))
     packed = to_matmul_nbits(quantized)
-    back = from_matmul_nbits(packed)
-    assert back.grid == quantized.grid
-    assert back.codes.dtype == quantized.codes.dtype and torch.equal(back.codes, quantized.codes)
-    assert torch.equal(back.weight, quantized.weight)
+    codes = unpack_blocks(packed.blocks, bits, 32, 96).to(torch.int16)
     assert (packed.zero_points is None) == symmetric
-    if packed.zero_points is not None:
+    if packed.zero_points is None:
+        assert torch.equal(codes - 2 ** (bits - 1), quantized.codes.to(torch.int16))
+    else:
+        assert torch.equal(codes, quantized.codes.to(torch.int16))
         assert packed.zero_points.shape == (5, -(-3 * bits // 8))
+        assert torch.equal(unpack_bits(packed.zero_points, bits, 3), quantized.scales.zero)
+    assert torch.equal(packed.scales, quantized.scales.scale.to(torch.float32))
 
 
 @pytest.mark.parametrize(
