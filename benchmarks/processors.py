@@ -139,7 +139,7 @@ def full_loop(count: int, seed: int) -> np.ndarray:
     """Samples of every call of the loop in PyTorch."""
     original = load_unoptimized(REFERENCE.checkpoint)
     conditions = class_conditions(original.program.inputs, original.loop, count)
-    return original.sample(noise(seed, (count, *original.loop.latent.shape)), conditions=conditions)
+    return original.sample(noise(seed, (count, *original.loop.noise_shape)), conditions=conditions)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,13 @@ class Bundle:
         tables = Tables.from_arrays(self.arrays(TABLES)) if TABLES in self.manifest.files else Tables()
         if self.manifest.loop is not None and tables.recurrence is None:
             raise BundleError(f"{self.path}: expected {TABLES} with the recurrence of the loop. {AGAIN}")
+        if tables.recurrence is not None and self.manifest.loop is not None:
+            here, there = self.manifest.loop.draws, tables.recurrence.draws
+            if here != there:
+                raise BundleError(
+                    f"{self.path}: expected a sampler that draws noise {here} times, as the loop says; {TABLES} has one of "
+                    f"{there} draws. {AGAIN}"
+                )
         return tables
 
     def within(self, folder: str) -> Bundle:

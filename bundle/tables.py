@@ -82,7 +82,7 @@ class Tables:
         if self.recurrence is not None and not _finite(_recurrence_arrays(self.recurrence)):
             raise BundleError(f"{TABLES}: the recurrence has values that are not finite.")
         for scale, plan in self.fitted.items():
-            reason = _misfit(plan, S)
+            reason = _misfit(plan, S, self.recurrence.draws if self.recurrence is not None else 0)
             if reason is not None:
                 raise BundleError(f"{TABLES}: the plan of guidance scale {scale} {reason}.")
         for name, value in self.values.items():
@@ -92,8 +92,8 @@ class Tables:
             raise BundleError(f"{TABLES}: the values of the calls are not all finite.")
 
 
-def _misfit(plan: Plan, S: int) -> str | None:
-    """Why a plan cannot drive a loop of S calls, or None."""
+def _misfit(plan: Plan, S: int, draws: int) -> str | None:
+    """Why a plan cannot drive a loop of S calls and some draws of noise, or None."""
     N = plan.evaluations
     positions = plan.positions
     if (
@@ -104,6 +104,8 @@ def _misfit(plan: Plan, S: int) -> str | None:
         or positions[-1] >= S
     ):
         return f"needs positions that ascend from 0 below {S}; received {positions.tolist()}"
+    if plan.draws != draws:
+        return f"weighs {plan.draws} draws of noise; the sampler makes {draws}"
     if not _finite(plan.arrays()):
         return "has values that are not finite"
     return None
@@ -120,6 +122,7 @@ def _recurrence_arrays(recurrence: Recurrence) -> dict[str, Array]:
         "state": recurrence.state.astype(np.float64),
         "outputs": recurrence.outputs.astype(np.float64),
         "initial_scale": np.asarray([recurrence.initial_scale], np.float64),
+        **({"noise": recurrence.noise.astype(np.float64)} if recurrence.draws else {}),
     }
 
 
@@ -130,6 +133,7 @@ def _recurrence(arrays: Mapping[str, Array]) -> Recurrence:
         state=arrays["state"],
         outputs=arrays["outputs"],
         initial_scale=one_number(arrays["initial_scale"]),
+        noise=arrays.get("noise", np.zeros((0, 0))),
     )
 
 

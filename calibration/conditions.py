@@ -35,7 +35,7 @@ def sample_request(program: Program, samples: SampleSet) -> Request:
         unconditional = {
             name: np.full_like(value, values[name]) if name in values else value for name, value in conditions.items()
         } | {name: _cycle(rows, samples.count) for name, rows in program.unconditional.items()}
-    return Request(samples.noise(loop.latent.shape), conditions, unconditional)
+    return Request(samples.noise(loop.noise_shape), conditions, unconditional)
 
 
 def _cycle(rows: torch.Tensor, count: int) -> Array:

@@ -95,7 +95,7 @@ def generate(
         progress("loading", 0, 1)
         sampler = _open(model, allow_native)
         loop = _looped(model, sampler, drawn=out is not None)
-        start = seeded_noise(seed, (wanted, *loop.latent.shape)) if given is None else given
+        start = seeded_noise(seed, (wanted, *loop.noise_shape)) if given is None else given
         told = progress.task("sampling")
         if prompt:
             samples = draw(sampler, loop, sampler.ends, start, prompt, negative_prompt, guidance, told)

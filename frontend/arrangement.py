@@ -35,7 +35,8 @@ def arranged(step: Step, batch: int) -> Step:
             if is_multiple(value, arrange(step.sample)):
                 given = {name: getattr(step, name) for name in ("sample", "guided", "result")}
                 same = {name: tensor for name, tensor in given.items() if tensor.shape == step.sample.shape}
-                return replace(step, **{name: arrange(tensor) for name, tensor in same.items()})
+                draws = tuple(arrange(one) if one.shape == step.sample.shape else one for one in step.draws)
+                return replace(step, **{name: arrange(tensor) for name, tensor in same.items()}, draws=draws)
     return step
 
 

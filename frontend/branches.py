@@ -51,6 +51,14 @@ def one_of_two(value: torch.Tensor, batch: int) -> torch.Tensor:
     return value[:batch] if len(value) == 2 * batch and torch.equal(value[:batch], value[batch:]) else value
 
 
+def of_samples(value: torch.Tensor, batch: int) -> torch.Tensor:
+    """A row for each sample of what a scheduler made or drew for a latent that was given to it twice.
+
+    Of two halves that differ, pipelines go on from the first one; the watch of the next step sees whether they do.
+    """
+    return value[:batch] if len(value) == 2 * batch else value
+
+
 def guided(step: Step, batch: int, where: str) -> Guided:
     """The branches of a step.
 

@@ -72,6 +72,8 @@ def capture(
             f"method: {type(model).__name__} has no method {method!r}; {nearest(method, dir(type(model)))}"
         )
     recurrence = probe(loop.sampler) if loop is not None else None  # refuses a sampler before the model is captured
+    if loop is not None and recurrence is not None:
+        loop = with_draws(loop, recurrence.draws)
     if method == "forward":
         model, kwargs = dense(model), dense_arguments(model, kwargs)
     kwargs = in_signature_order(getattr(model, method), kwargs)
@@ -91,6 +93,19 @@ def capture(
         check_unconditional(inputs, loop)
     baked = constants | {name: tensor for name, tensor in tensors.items() if name not in example}
     return _program(stage, inputs, example, identity, loop, recurrence, frozen, baked)
+
+
+def with_draws(loop: LoopSpec, draws: int) -> LoopSpec:
+    """The loop with the number of draws that its sampler makes.
+
+    Raises:
+        UsageError: it says another number.
+    """
+    if "draws" in loop.model_fields_set and loop.draws != draws:
+        raise UsageError(
+            f"draws: the sampler draws noise {draws} times on its way; the loop says {loop.draws}. Leave it out."
+        )
+    return loop.model_copy(update={"draws": draws})
 
 
 def _with_rows(calling: Calling, example: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

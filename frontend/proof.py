@@ -8,7 +8,7 @@ very step can be compared.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +22,11 @@ from ..loop.errors import StepfoldError
 from ..loop.metrics import drift
 from ..loop.plan import fold
 from .arrangement import arranged
-from .branches import guided, one_of_two
+from .branches import guided, of_samples, one_of_two
 from .images import LEAST_DB, pipeline_images, unit_images, worst
 from .recorder import OnStep as OnRecordedStep
 from .recorder import Recording, Step, recording
+from .sampler import probed
 
 Array = np.ndarray
 LONGEST_PROMPT = "max_sequence_length"  # argument of pipelines: how many tokens of a prompt are read
@@ -90,7 +91,7 @@ class PipelineRun:
 
         def on_step(_: Recording, step: Step) -> None:
             nonlocal last
-            last = _array(one_of_two(arranged(step, self.batch).result, self.batch))
+            last = _array(of_samples(arranged(step, self.batch).result, self.batch))
 
         answer = self.watched(on_step, answer=True, images=True)
         return last, pipeline_images(answer)
@@ -153,6 +154,8 @@ class _Beside:
         self._program, self._loop, self._bound = program, program.loop, program.bind()
         scale = program.loop.guidance.scales[0] if program.loop.guidance else None
         self._plan = fold(program.recurrence, scale)
+        self._kept = list(probed(self._loop.sampler).kept)
+        self._drawn = 0
         self._run: LoopRun | None = None
         self._wanted = np.zeros(0)
         self._parted: str | None = None
@@ -162,14 +165,25 @@ class _Beside:
         k, plan, step = recorded.taken, self._plan, arranged(step, self._batch)
         latent = _array(one_of_two(step.sample, self._batch))
         if self._run is None:
-            self._run = LoopRun(self._bound, self._loop, self._request(latent / plan.initial_scale), plan)
+            self._noise = np.zeros((self._batch, *self._loop.noise_shape), np.float32)
+            start = self._noise[:, 0] if self._loop.draws else self._noise
+            start[:] = latent / plan.initial_scale
+            self._run = LoopRun(self._bound, self._loop, self._request(self._noise), plan)
+        self._take(step.draws)
         if k < plan.evaluations:
             self._run.evaluate(k)
             self._run.advance(k, plan)
-        self._wanted = _array(one_of_two(step.result, self._batch))
+        self._wanted = _array(of_samples(step.result, self._batch))
         if self._parted is None and worst(self._run.latent, self._wanted) < LEAST_DB:
             self._parted = self._where(k, step, latent)
         self._on_step(k + 1, plan.evaluations)
+
+    def _take(self, draws: Sequence[torch.Tensor]) -> None:
+        """Give the loop what the pipeline's scheduler drew in this step."""
+        for value in draws:
+            if self._drawn in self._kept:
+                self._noise[:, 1 + self._kept.index(self._drawn)] = _array(of_samples(value, self._batch))
+            self._drawn += 1
 
     def latents(self) -> tuple[Array, Array]:
         """Those of the program and of the pipeline after the last step."""
@@ -184,19 +198,19 @@ class _Beside:
         return self._parted or "proof: the last latents differ."
 
     def _request(self, noise: Array) -> Request:
-        """The conditions that the pipeline was recorded with."""
+        """The conditions that the pipeline was recorded with; draws are written into the noise as they are made."""
         program, guidance = self._program, self._loop.guidance
         names = [port.name for port in program.inputs if port.role == "condition"]
         conditions = {name: program.example[name].numpy()[: self._batch] for name in names}
         if guidance is None:
-            return Request(noise.astype(np.float32), conditions, None)
+            return Request(noise, conditions, None)
         fixed = guidance.unconditional if isinstance(guidance.unconditional, dict) else {}
         given = {name: value.numpy()[: self._batch] for name, value in program.unconditional.items()}
         other = {
             name: np.full_like(value, fixed[name]) if name in fixed else given.get(name, value)
             for name, value in conditions.items()
         }
-        return Request(noise.astype(np.float32), conditions, other)
+        return Request(noise, conditions, other)
 
     def _where(self, k: int, step: Step, latent: Array) -> str:
         """Which branch differs at the pipeline's own latent; the update, where none does."""

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ..loop.errors import UsageError
 from .dense import dense_arguments
+from .draws import Draw, drawing_with
 
 NOT_ITS_OWN = ("model_output", "timestep", "sample", "generator", "return_dict", "kwargs")
 """Arguments of a scheduler's step that every loop gives."""
@@ -43,6 +44,7 @@ class Step:
         sample: the latent it was given.
         arguments: the others it was given, such as `eta`.
         result: the latent it answered with.
+        draws: the noise that it drew.
         networks: other networks of the pipeline that ran since the step before, name -> class; in the first step
             those that ran behind its first denoiser call.
     """
@@ -53,6 +55,7 @@ class Step:
     sample: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     arguments: dict[str, Any] = field(default_factory=dict)
     result: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    draws: tuple[torch.Tensor, ...] = ()
     networks: dict[str, str] = field(default_factory=dict)
 
 
@@ -100,7 +103,7 @@ def recording(
     Raises:
         UsageError: within the pipeline, where it sets another grid on its way.
     """
-    recorder = _Recorder(denoiser, networks, on_step, answer, tokens)
+    recorder = _Recorder(denoiser, scheduler, networks, on_step, answer, tokens)
     hook = register_module_forward_pre_hook(recorder.ran)
     patches: dict[str, tuple[Any, Any]] = {
         "forward": (denoiser, recorder.forward),
@@ -138,9 +141,15 @@ class _Recorder:
     """What stands in the place of a denoiser's and a scheduler's methods."""
 
     def __init__(
-        self, denoiser: torch.nn.Module, networks: Mapping[str, Any], on_step: OnStep, answer: bool, tokens: int
+        self,
+        denoiser: torch.nn.Module,
+        scheduler: Any,
+        networks: Mapping[str, Any],
+        on_step: OnStep,
+        answer: bool,
+        tokens: int,
     ):
-        self._denoiser, self._tokens = denoiser, tokens
+        self._denoiser, self._scheduler, self._tokens = denoiser, scheduler, tokens
         self.found, self.current = Recording(), Step()
         self._on_step, self._answer = on_step, answer
         self._names = {
@@ -188,7 +197,14 @@ class _Recorder:
         step.timestep = _one_number(given["timestep"])
         step.guided, step.sample = given["model_output"].clone(), given["sample"].clone()
         step.arguments = {name: value for name, value in given.items() if name not in NOT_ITS_OWN}
-        answer = original(*args, **kwargs)
+        drawn: list[torch.Tensor] = []
+
+        def noted(old: Draw) -> Draw:
+            return lambda *args, **kwargs: drawn.append(old(*args, **kwargs)) or drawn[-1]
+
+        with drawing_with(self._scheduler, noted):
+            answer = original(*args, **kwargs)
+        step.draws = tuple(drawn)
         step.result = (answer[0] if isinstance(answer, tuple) else answer.prev_sample).clone()
         self._on_step(self.found, step)
         self.found.taken += 1

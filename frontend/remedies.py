@@ -9,8 +9,8 @@ DETERMINISTIC = (
     "choose a deterministic scheduler, such as DDIMScheduler, DPMSolverMultistepScheduler or EulerDiscreteScheduler."
 )
 STOCHASTIC = (
-    "stochastic: it adds noise in its steps (two runs with different seeds differ), and only a deterministic loop folds; "
-    f"{DETERMINISTIC}"
+    "stochastic: it adds noise of a kind that the fold does not hold (two runs with different seeds differ, or a draw has "
+    f"another size than the latent); {DETERMINISTIC}"
 )
 
 NONLINEAR_KEYS: Mapping[str, tuple[str, str]] = {

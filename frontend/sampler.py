@@ -1,8 +1,9 @@
 """Find the linear recurrence of a diffusers scheduler by probing it, and prove it by replay.
 
-A deterministic sampler is linear in the noise and in the denoiser outputs. So one run with basis vectors, the noise
-e_0 and the i-th output e_{i+1}, shows every coefficient of x[i] = A_i x[0] + sum_j B_ij v_j at once. What is not
-linear or not deterministic is found out by replaying random runs, some of them far above the usual magnitude. What a
+A sampler is linear in the noise that it starts with, in the denoiser outputs and in the noise that it draws in its
+steps. So one run with basis vectors, the start e_0, then the outputs, then the draws, shows every coefficient of
+x[i] = A_i x[0] + sum_j B_ij v_j + sum_d E_id n_d at once. What is not linear, or random by other means, is found out by
+replaying random runs, some of them far above the usual magnitude. What a
 scheduler does counts, not what its configuration is called: a key that clips in one class has no effect in another.
 """
 
@@ -12,7 +13,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 from ..loop.errors import UsageError, nearest
 from ..loop.recurrence import Array, Recurrence
 from ..loop.spec import SamplerSpec
+from .draws import Draw, drawing_with
 from .remedies import DETERMINISTIC, STOCHASTIC, about_variance, cause, remedy
 from .schedulers import SCHEDULER_ERRORS, build
 
@@ -35,10 +37,28 @@ REPLAY_WIDTH = 64  # values in the latent of a replay
 ROUNDED_CALLS = 500  # beyond, the float32 rounding of the scheduler itself reaches the tolerance and grows as a root
 REPLAY_SCALES = (1.0, 1.0, 10.0, 1000.0)  # magnitudes; clipping may not show at 1
 Run = Callable[..., tuple[Array, Array]]
-"""A scheduler that answers (start, outputs, seed) with latents and input scales, see `_run`."""
+"""A scheduler that answers (start, outputs, draws, seed) with latents and input scales, see `_run`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Probed:
+    """What probing a scheduler found.
+
+    Attributes:
+        recurrence: recurrence, with the draws that have a weight.
+        kept: [D] which of all draws that the scheduler makes those are.
+    """
+
+    recurrence: Recurrence
+    kept: Array
 
 
 def probe(sampler: SamplerSpec) -> Recurrence:
+    """The recurrence of a diffusers scheduler over its whole grid, see `probed`."""
+    return probed(sampler).recurrence
+
+
+def probed(sampler: SamplerSpec) -> Probed:
     """Find the recurrence of a diffusers scheduler over its whole grid.
 
     Args:
@@ -49,17 +69,18 @@ def probe(sampler: SamplerSpec) -> Recurrence:
         calls a step); it replays the scheduler to 1e-6.
 
     Raises:
-        UsageError: the scheduler is unknown, is configured wrongly, or is not a deterministic linear recurrence.
+        UsageError: the scheduler is unknown, is configured wrongly, or is no linear recurrence.
     """
     scheduler = build(sampler)
     name, S = sampler.scheduler, len(scheduler.timesteps)
     _refuse_signature(name, scheduler)
     run = partial(_run, name, scheduler, _step_arguments(scheduler, sampler))
-    _refuse_noise(name, run, S)
-    recurrence = _solve(name, *_basis_run(run, S), _grid(scheduler, sampler))
-    _check_replay(name, scheduler, run, recurrence)
-    logger.info("%s: %d steps fold into %d calls, %d outputs deep", name, sampler.steps, S, recurrence.depth)
-    return replace(recurrence, outputs=sampler.output_scale * recurrence.outputs)
+    draws = _count_draws(name, run, S)
+    found = _solve(name, *_basis_run(run, S, draws), _grid(scheduler, sampler))
+    _check_replay(name, scheduler, run, found)
+    kept = np.nonzero(found.noise.any(axis=0))[0]
+    logger.info("%s: %d steps fold into %d calls, %d outputs deep", name, sampler.steps, S, found.depth)
+    return Probed(replace(found, outputs=sampler.output_scale * found.outputs, noise=found.noise[:, kept]), kept)
 
 
 def refuse_partial_grid(begin_index: int | None, steps: int) -> None:
@@ -80,8 +101,8 @@ def refuse_partial_grid(begin_index: int | None, steps: int) -> None:
         )
 
 
-def _basis_run(run: Run, calls: int) -> tuple[Array, Array]:
-    """Latents [S+1, S+1] whose rows are the coefficients of x[i] in (x[0], v_0, v_1, ...), and input scales [S].
+def _basis_run(run: Run, calls: int, draws: int) -> tuple[Array, Array]:
+    """Latents [S+1, 1+S+D] whose rows are the coefficients of x[i] in (x[0], v_0, ..., n_0, ...), and input scales [S].
 
     Many schedulers round the latent to float32 on the way; that rounding would stand where an exact zero belongs, so
     here, and only here, they are kept in float64.
@@ -96,7 +117,8 @@ def _basis_run(run: Run, calls: int) -> tuple[Array, Array]:
             return args[0] if rounds and result.dtype.is_floating_point else result
 
     with KeepDouble():
-        return run(np.eye(1, calls + 1)[0], np.eye(calls, calls + 1, 1))
+        basis = np.eye(1 + calls + draws)
+        return run(basis[0], basis[1 : 1 + calls], basis[1 + calls :])
 
 
 def _grid(scheduler: Any, sampler: SamplerSpec) -> tuple[Array, float]:
@@ -121,9 +143,15 @@ def _step_arguments(scheduler: Any, sampler: SamplerSpec) -> dict[str, Any]:
 
 
 def _run(
-    name: str, scheduler: Any, given: Mapping[str, Any], start: Array, outputs: Array, seed: int = 0
+    name: str,
+    scheduler: Any,
+    given: Mapping[str, Any],
+    start: Array,
+    outputs: Array,
+    draws: Array | list[Array],
+    seed: int = 0,
 ) -> tuple[Array, Array]:
-    """Run a copy of a scheduler with given denoiser outputs.
+    """Run a copy of a scheduler with given denoiser outputs and draws of noise.
 
     Args:
         name: name of the scheduler, for messages.
@@ -131,6 +159,7 @@ def _run(
         given: further arguments of every step, such as `eta`.
         start: [D] the first latent, already scaled.
         outputs: [S, D] what the denoiser answers at each call.
+        draws: [draws, D] what the scheduler draws, in order; a list is filled with what it draws by itself.
         seed: seed of every random generator that the scheduler may use.
 
     Returns:
@@ -149,7 +178,7 @@ def _run(
         extra["generator"] = torch.Generator().manual_seed(seed)
     latent = torch.from_numpy(start).reshape(1, -1, 1, 1)
     latents, scales = [start], []
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), drawing_with(scheduler, partial(_drawing, draws)):
         torch.manual_seed(seed)
         for i, t in enumerate(list(scheduler.timesteps)):
             output = torch.from_numpy(outputs[i]).reshape(1, -1, 1, 1)
@@ -172,6 +201,22 @@ def _run(
                 )
             latents.append(latent.flatten().double().numpy())
     return np.stack(latents), np.asarray(scales)
+
+
+def _drawing(draws: Array | list[Array], old: Draw) -> Draw:
+    """A way to draw what is given, or to note what is drawn."""
+    import torch
+
+    if isinstance(draws, list):
+
+        def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
+            drawn = old(*args, **kwargs)
+            draws.append(drawn.flatten().double().numpy())
+            return drawn
+
+        return noted
+    left = iter(draws)
+    return lambda shape, *_, **__: torch.from_numpy(next(left)).reshape(tuple(shape))
 
 
 def _adds_noise_for_each(scheduler: Any, given: Mapping[str, Any]) -> bool:
@@ -204,7 +249,7 @@ def _input_scale(name: str, scheduler: Any, latent: Any, t: Any) -> float:
 
 
 def _solve(name: str, latents: Array, scales: Array, grid: tuple[Array, float]) -> Recurrence:
-    """Turn the basis run, rows x[i] = (A_i, B_i0, B_i1, ...), into a_i = A_{i+1} / A_i and b."""
+    """Turn the basis run, rows x[i] = (A_i, B_i0, ..., E_i0, ...), into a_i = A_{i+1} / A_i, b and e."""
     S = len(scales)
     if not np.isfinite(latents).all():
         call = int(np.nonzero(~np.isfinite(latents).all(axis=1))[0][0]) - 1
@@ -212,7 +257,7 @@ def _solve(name: str, latents: Array, scales: Array, grid: tuple[Array, float]) 
             f"{name}: call {call} of {S} divides by zero: a coefficient of its step is not finite (two equal "
             f"timesteps in a row or a first sigma of infinity do that). Take fewer steps, or {DETERMINISTIC}"
         )
-    state, outputs = np.zeros(S), np.zeros((S, S))
+    state, weights = np.zeros(S), np.zeros((S, latents.shape[1] - 1))
     for i in range(S):
         before, after = latents[i], latents[i + 1]
         if abs(before[0]) > ROUNDING * np.abs(before).max():
@@ -222,9 +267,9 @@ def _solve(name: str, latents: Array, scales: Array, grid: tuple[Array, float]) 
                 f"{name}: call {i + 1} reads the initial noise again after call {i} has forgotten it, so no "
                 f"recurrence of the latent exists; {DETERMINISTIC}"
             )
-        outputs[i] = _without_rounding(state[i] * before[1:], after[1:])
+        weights[i] = _without_rounding(state[i] * before[1:], after[1:])
     timesteps, initial_scale = grid
-    return Recurrence(timesteps, scales, state, outputs, initial_scale)
+    return Recurrence(timesteps, scales, state, weights[:, :S], initial_scale, weights[:, S:])
 
 
 def _without_rounding(carried: Array, after: Array) -> Array:
@@ -250,8 +295,10 @@ def _check_replay(name: str, scheduler: Any, run: Run, recurrence: Recurrence) -
     for scale in REPLAY_SCALES:
         start = scale * recurrence.initial_scale * generator.standard_normal(REPLAY_WIDTH)
         outputs = scale * generator.standard_normal((recurrence.calls, REPLAY_WIDTH))
-        wanted, scales = run(start, outputs)
-        latent, added = start, recurrence.outputs @ outputs  # one product: row by row it is most of a long grid's time
+        draws = scale * generator.standard_normal((recurrence.draws, REPLAY_WIDTH))
+        wanted, scales = run(start, outputs, draws)
+        latent = start
+        added = recurrence.outputs @ outputs + recurrence.noise @ draws  # row by row it is most of a long grid's time
         for i in range(recurrence.calls):
             latent = recurrence.state[i] * latent + added[i]
             error = np.linalg.norm(latent - wanted[i + 1]) / max(np.linalg.norm(wanted[i + 1]), TINY)
@@ -279,11 +326,21 @@ def _refuse_signature(name: str, scheduler: Any) -> None:
         )
 
 
-def _refuse_noise(name: str, run: Run, calls: int) -> None:
-    """Two runs that differ only in the seed must agree."""
+def _count_draws(name: str, run: Run, calls: int) -> int:
+    """How often a scheduler draws noise.
+
+    Raises:
+        UsageError: it is random by other means: two runs with the same draws, and another seed, must agree.
+    """
     generator = np.random.default_rng(0)
     start = generator.standard_normal(REPLAY_WIDTH)
     outputs = generator.standard_normal((calls, REPLAY_WIDTH))
-    runs = [run(start, outputs, seed)[0] for seed in (1, 2)]
+    drawn: list[Array] = []
+    run(start, outputs, drawn, 1)
+    if any(len(one) != REPLAY_WIDTH for one in drawn):
+        raise UsageError(f"{name}: {STOCHASTIC}")
+    given = np.asarray(drawn).reshape(len(drawn), REPLAY_WIDTH)
+    runs = [run(start, outputs, given, seed)[0] for seed in (1, 2)]
     if not np.array_equal(*runs, equal_nan=True):
         raise UsageError(f"{name}: {STOCHASTIC}")
+    return len(drawn)

@@ -146,8 +146,8 @@ def _require_grid(scheduler: Any, name: str) -> None:
 def _unknown_key(scheduler: str, key: str, value: Any, valid: list[str]) -> str:
     if key == "eta":
         return (
-            f"sampler.config: {scheduler} takes eta as an argument of a step, and eta > 0 adds noise at every step; "
-            f"received eta={value!r}. Only the deterministic sampler folds: write step: {{eta: 0.0}} beside config."
+            f"sampler.config: {scheduler} takes eta as an argument of a step; received eta={value!r}. Write "
+            f"step: {{eta: {value!r:.20}}} beside config; eta > 0 draws noise in every step."
         )
     return f"sampler.config: {scheduler} has no key {key!r}; {nearest(key, valid)}"
 

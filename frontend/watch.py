@@ -15,11 +15,11 @@ import torch
 from ..loop.errors import UsageError
 from ..loop.spec import LoopSpec
 from .arrangement import arranged
-from .branches import BY_HAND, TOLERANCE, Branch, Guided, clipped, fit, guided, one_of_two
+from .branches import BY_HAND, TOLERANCE, Branch, Guided, clipped, fit, guided, of_samples, one_of_two
 from .calling import flatten
 from .recorder import Recording, Step
 from .roles import Inferred, Seen, infer, numbers
-from .sampler import probe, refuse_partial_grid
+from .sampler import probed, refuse_partial_grid
 
 NORMAL = 6.0  # deviations by which the noise of a pipeline may miss the standard normal
 
@@ -96,7 +96,9 @@ class _Followed:
     """An inferred loop, and where it stands after the steps that were compared with it."""
 
     def __init__(self, inferred: Inferred, first: Seen, batch: int):
-        self.inferred, self.recurrence = inferred, probe(inferred.loop.sampler)
+        self._probed = probed(inferred.loop.sampler)
+        self.inferred, self.recurrence = inferred, self._probed.recurrence
+        self._drawn: list[torch.Tensor] = []  # by the scheduler, those without a weight too
         self._loop: LoopSpec = inferred.loop
         self._first, self._batch = first, batch
         self._expected = first.latent  # where the next step begins
@@ -170,7 +172,11 @@ class _Followed:
             if weights[number, j]:
                 self._expected = self._expected + float(weights[number, j]) * output
         self._outputs = {j: kept for j, kept in self._outputs.items() if weights[number + 1 :, j].any()}
-        result = one_of_two(seen.step.result, self._batch)
+        self._drawn += seen.step.draws
+        for weight, draw in zip(self.recurrence.noise[number], self._probed.kept, strict=True):
+            if weight and draw < len(self._drawn):
+                self._expected = self._expected + float(weight) * of_samples(self._drawn[draw], self._batch)
+        result = of_samples(seen.step.result, self._batch)
         if result.shape != self._expected.shape or not close(result, self._expected):
             raise UsageError(
                 f"{where}: the scheduler answers another latent than its grid says "

@@ -31,7 +31,8 @@ class Request:
     """What one call of the loop works on.
 
     Attributes:
-        noise: [B, *latent] float32, standard normal.
+        noise: [B, *latent] float32, standard normal; for a loop that draws noise on its way [B, 1 + D, *latent], the
+            start first and the D draws after it.
         conditions: name -> [B, ...] of the conditional branch.
         unconditional: name -> [B, ...] of the other branch, or None without guidance.
     """
@@ -99,14 +100,19 @@ class LoopRun:
                 without; a fit chooses their weights later.
 
         Raises:
-            ValueError: the plan has guided evaluations and the request no unconditional conditions.
+            ValueError: the plan has guided evaluations and the request no unconditional conditions, or the plan weighs
+                more draws of noise than the loop has.
         """
         self._program, self._loop, self._plan, self._keep = program, loop, plan, keep
         self.batch = len(request.noise)
-        self.latent = request.noise * np.float32(plan.initial_scale)
         self.history: dict[int, tuple[Array, Array | None]] = {}
         if plan.guided.any() and request.unconditional is None:
             raise ValueError("the plan has guided evaluations, so the request needs unconditional conditions")
+        if plan.draws > loop.draws:
+            raise ValueError(f"the plan weighs {plan.draws} draws of noise, and the loop has {loop.draws}")
+        noise = request.noise if loop.draws else request.noise[:, None]  # [B, 1 + draws, *latent]
+        start, self._draws = noise[:, 0], noise[:, 1 : 1 + plan.draws]
+        self.latent = start * np.float32(plan.initial_scale)
         self._times = as_timesteps(plan.timesteps, self._timestep_dtype())  # [N]
         self._conditions = request.branches
         self._rows, self._inverse = request.distinct
@@ -146,9 +152,14 @@ class LoopRun:
         """Go on along a plan of the same evaluations whose cells differ at those to come."""
         self._plan = plan
 
-    def update(self, state: float, conditional: Array, unconditional: Array) -> None:
-        """x <- state x + sum_j conditional_j c_j + unconditional_j u_j over the outputs still in the history."""
-        latent = self.latent * np.float32(state)
+    def update(self, k: int, state: float, conditional: Array, unconditional: Array) -> None:
+        """x <- state x + sum_j conditional_j c_j + unconditional_j u_j over the outputs still in the history.
+
+        The noise that the plan adds after evaluation k is added too.
+        """
+        latent, added = self.latent * np.float32(state), self.added(k)
+        if added is not None:
+            latent += added
         for j, (c, u) in self.history.items():
             if conditional[j]:
                 latent += np.float32(conditional[j]) * c
@@ -156,13 +167,20 @@ class LoopRun:
                 latent += np.float32(unconditional[j]) * u
         self.latent = latent
 
+    def added(self, k: int) -> Array | None:
+        """The noise [B, *latent] that the plan adds after evaluation k, if any."""
+        weights = self._plan.noise[k]
+        if not weights.any():
+            return None
+        return np.tensordot(self._draws, weights.astype(np.float32), axes=([1], [0]))
+
     def forget(self, j: int) -> None:
         """Drop the outputs of evaluation j from the ring."""
         self.history.pop(j, None)
 
     def advance(self, k: int, plan: Plan) -> None:
         """Apply row k of a plan and drop the outputs that no later row reads."""
-        self.update(float(plan.state[k]), plan.conditional[k], plan.unconditional[k])
+        self.update(k, float(plan.state[k]), plan.conditional[k], plan.unconditional[k])
         for j in list(self.history):
             if plan.last_reader(j) <= k:
                 self.forget(j)

@@ -1,6 +1,8 @@
 """Seeded noise and the three disjoint sets of samples.
 
 The noise of a seed is the same everywhere: NumPy's default generator, standard normal in float64, rounded to float32.
+Where a sampler draws noise on its way, a sample has its start first and then the draws in their order (`noise_shape` of
+the loop), so that all noise of a request is known before it begins.
 """
 
 from __future__ import annotations
@@ -34,6 +36,6 @@ class SampleSet:
         """The seed sequence of this set's generator, recorded in the manifest."""
         return [self.seed, SETS.index(self.name) + 1]
 
-    def noise(self, latent: tuple[int, ...]) -> Array:
-        """[count, *latent] float32."""
-        return noise(self.entropy, (self.count, *latent))
+    def noise(self, shape: tuple[int, ...]) -> Array:
+        """[count, *shape] float32, for the noise of one sample of this shape."""
+        return noise(self.entropy, (self.count, *shape))

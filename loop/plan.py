@@ -2,8 +2,9 @@
 
 With c_j and u_j the conditional and unconditional outputs of evaluation j,
 
-    x[k+1] = state_k x[k] + sum_{j<=k} conditional_kj c_j + unconditional_kj u_j
+    x[k+1] = state_k x[k] + sum_{j<=k} conditional_kj c_j + unconditional_kj u_j + sum_d noise_kd n_d
 
+with the draws of noise n_d of a stochastic sampler, which are given with the request, before its first evaluation.
 A step that the schedule skips has no row: it is part of the update between its two neighbours. At each evaluation a
 computing slot of the program is filled by one of its variants, or by a weighted sum of its own earlier outputs.
 """
@@ -11,11 +12,11 @@ computing slot of the program is filled by one of its variants, or by a weighted
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from .recurrence import Array, Recurrence, one_number
+from .recurrence import Array, Recurrence, of_draws, one_number
 
 LARGEST_WEIGHT = 1e30  # a product with it is still a float32 number
 REUSED = -1
@@ -79,6 +80,7 @@ class Plan:
         initial_scale: multiplies the standard normal noise.
         landings: [N] grid call at which the latent stands after the update; S after the last.
         cells: computing slots by name; a slot without a cell is filled by the variant of the grid call.
+        noise: [N, D] weights of the draws of noise; [N, 0] for a deterministic sampler.
     """
 
     positions: Array
@@ -91,9 +93,11 @@ class Plan:
     initial_scale: float
     landings: Array
     cells: Mapping[str, Cell] = field(default_factory=dict)
+    noise: Array = field(default_factory=lambda: np.zeros((0, 0)))
 
     def __post_init__(self) -> None:
         N = len(self.positions)
+        object.__setattr__(self, "noise", of_draws(self.noise, N))
         for name in ("timesteps", "input_scale", "guided", "state", "landings"):
             if getattr(self, name).shape != (N,):
                 raise ValueError(f"{name} of a plan of {N} evaluations must be [{N}]")
@@ -101,7 +105,7 @@ class Plan:
             weights = getattr(self, name)
             if weights.shape != (N, N) or not np.allclose(weights, np.tril(weights)):
                 raise ValueError(f"{name} of a plan of {N} evaluations must be lower triangular [{N}, {N}]")
-        for name in ("state", "conditional", "unconditional"):
+        for name in ("state", "conditional", "unconditional", "noise"):
             if not (np.abs(getattr(self, name)) <= LARGEST_WEIGHT).all():  # also NaN
                 raise ValueError(f"{name} weights of a plan must be finite, at most {LARGEST_WEIGHT:g}")
         if self.unconditional[:, ~self.guided].any():
@@ -116,6 +120,11 @@ class Plan:
     def evaluations(self) -> int:
         """N, the number of denoiser evaluations."""
         return len(self.positions)
+
+    @property
+    def draws(self) -> int:
+        """D, how many draws of noise the updates weigh."""
+        return self.noise.shape[1]
 
     @property
     def guided_evaluations(self) -> int:
@@ -144,6 +153,7 @@ class Plan:
             "unconditional": self.unconditional.astype(np.float64),
             "initial_scale": np.asarray([self.initial_scale], np.float64),
             "landings": self.landings.astype(np.int64),
+            **({"noise": self.noise.astype(np.float64)} if self.draws else {}),
             **{
                 f"{CELLS}/{name}/{key}": array
                 for name, cell in self.cells.items()
@@ -165,6 +175,7 @@ class Plan:
             initial_scale=one_number(arrays["initial_scale"]),
             landings=arrays["landings"],
             cells=_cells(arrays),
+            noise=arrays.get("noise", np.zeros((0, 0))),
         )
 
 
@@ -208,12 +219,13 @@ def fold(
     N = len(chosen)
     forecasts = np.stack([_forecast(i, chosen, order) for i in range(S)])  # [S, N]: v_i ~ forecasts_i . evaluated
     ends = np.append(chosen[1:], S)
-    state, outputs = np.ones(N), np.zeros((N, N))
+    state, outputs, noise = np.ones(N), np.zeros((N, N)), np.zeros((N, recurrence.draws))
     for k, (start, end) in enumerate(zip(chosen, ends, strict=True)):
         for i in range(start, end):
             state[k] *= recurrence.state[i]
             outputs[k] = recurrence.state[i] * outputs[k] + recurrence.outputs[i] @ forecasts
-    return with_guidance(recurrence, scale, chosen, state, outputs)
+            noise[k] = recurrence.state[i] * noise[k] + recurrence.noise[i]
+    return replace(with_guidance(recurrence, scale, chosen, state, outputs), noise=noise)
 
 
 def with_guidance(recurrence: Recurrence, scale: float | None, positions: Array, state: Array, outputs: Array) -> Plan:

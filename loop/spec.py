@@ -125,13 +125,18 @@ class ComponentSpec(Strict):
 
 
 class LoopSpec(Strict):
-    """Sampler, guidance, latent and the role of each denoiser input."""
+    """Sampler, guidance, latent and the role of each denoiser input.
+
+    `draws` is how often the sampler draws noise on its way. It follows from the sampler and is found at capture, so a
+    `loop.yaml` need not have it.
+    """
 
     inputs: dict[str, InputSpec]
     sampler: SamplerSpec
     guidance: GuidanceSpec | None = None
     latent: LatentSpec
     constants: dict[str, Plain] = Field(default_factory=dict)
+    draws: int = Field(default=0, ge=0, le=2 * MOST_STEPS)
 
     @field_validator("inputs", mode="before")
     @classmethod
@@ -158,6 +163,11 @@ class LoopSpec(Strict):
     def names(self, role: Role) -> list[str]:
         """The names of the inputs with this role, in order."""
         return [name for name, spec in self.inputs.items() if spec.role == role]
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of the noise of one sample: that of a latent, with the start and all draws in front of it if there are any."""
+        return (1 + self.draws, *self.latent.shape) if self.draws else tuple(self.latent.shape)
 
     @property
     def state(self) -> str:

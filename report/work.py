@@ -59,7 +59,7 @@ class Work:
         """
         if self.loop is None:
             return {INPUT + port.name: self._cycled(port, self.example, count) for port in self.inputs}
-        found = {NOISE: seeded_noise(seed, (count, *self.loop.latent.shape))}
+        found = {NOISE: seeded_noise(seed, (count, *self.loop.noise_shape))}
         conditions = [port for port in self.inputs if port.role == "condition"]
         if class_input(self.inputs, self.loop) is not None:
             values = class_conditions(self.inputs, self.loop, count)

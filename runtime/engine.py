@@ -253,7 +253,7 @@ class Engine:
         count, seed = whole("count", count, 1), whole("seed", seed, 0)
         classes = None if classes is None else wholes("classes", classes)
         conditions = class_conditions(self.program.inputs, loop, count, classes)
-        noise = seeded_noise(seed, (count, *loop.latent.shape))
+        noise = seeded_noise(seed, (count, *loop.noise_shape))
         return self.sample(noise, guidance, on_step, conditions=conditions)
 
     def draw(
@@ -290,7 +290,7 @@ class Engine:
         count = len(prompts) if count is None else whole("count", count, 1)
         seed = whole("seed", seed, 0)
         negative_prompt = None if negative_prompt is None else text("negative_prompt", negative_prompt)
-        noise = seeded_noise(seed, (count, *loop.latent.shape))
+        noise = seeded_noise(seed, (count, *loop.noise_shape))
         return draw(self, loop, self.ends, noise, prompts, negative_prompt, guidance, on_step)
 
     def plan(self, guidance: float | None = None) -> Plan:

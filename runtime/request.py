@@ -17,15 +17,15 @@ from .arrays import for_input, to_array
 Array = np.ndarray
 
 
-def check_noise(value: Any, latent: tuple[int, ...]) -> Array:
-    """Noise of at least one sample: float32 [B, *latent], finite.
+def check_noise(value: Any, shape: tuple[int, ...]) -> Array:
+    """Noise of at least one sample: float32 [B, *shape], finite.
 
     Raises:
         UsageError: it is something else.
     """
     array = to_array("noise", value)
-    expected = Port("noise", (None, *latent), "float32").shape_text
-    if array.ndim != len(latent) + 1 or array.shape[1:] != latent or len(array) == 0:
+    expected = Port("noise", (None, *shape), "float32").shape_text
+    if array.ndim != len(shape) + 1 or array.shape[1:] != shape or len(array) == 0:
         raise UsageError(f"noise: expected shape {expected} with B at least 1; received {list(array.shape)}.")
     if array.dtype != np.float32:
         raise UsageError(f"noise: expected dtype float32; received {array.dtype}. Convert it: .astype('float32')")
@@ -50,7 +50,7 @@ def build_request(
     Args:
         inputs: inputs of the program.
         loop: roles and guidance.
-        noise: [B, *latent] float32.
+        noise: [B, *noise_shape] float32.
         conditions: name -> [B, ...] of the conditional branch.
         unconditional: name -> [B, ...] of the other branch, only where the loop says that the caller supplies it;
             a condition that is not among them has the same value in both branches.
@@ -59,7 +59,7 @@ def build_request(
     Raises:
         UsageError: something is missing, unknown, or of another shape, dtype or range than the model takes.
     """
-    latents = check_noise(noise, loop.latent.shape)
+    latents = check_noise(noise, loop.noise_shape)
     ports = {port.name: port for port in inputs if port.role == "condition"}
     _check_names(conditions, ports, loop)
     missing = [port for name, port in ports.items() if name not in conditions]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,8 +35,9 @@ class ChangedPipeline(diffusers.DiffusionPipeline):
         output_type: str = "np",
     ) -> Any:
         with torch.no_grad():
-            latents = torch.randn(len(class_labels), 4, SIZE, SIZE, generator=generator)
             self.scheduler.set_timesteps(num_inference_steps)
+            latents = torch.randn(len(class_labels), 4, SIZE, SIZE, generator=generator)
+            latents = latents * self.scheduler.init_noise_sigma
             if self.change == "timesteps from step 3 on":
                 self.scheduler.timesteps[2:] -= 7
             for i, t in enumerate(self.scheduler.timesteps):
@@ -59,12 +61,15 @@ class ChangedPipeline(diffusers.DiffusionPipeline):
             noise = unconditional + scale * (conditional - unconditional)
         if self.change == "negated output":
             noise = -noise
-        extra = {"eta": 0.5, "generator": generator} if self.change == "other eta" else {}
+        extra = {"eta": 0.5} if self.change == "other eta" else {}
+        if "generator" in inspect.signature(self.scheduler.step).parameters:
+            extra["generator"] = generator
         latents = self.scheduler.step(noise, t, latents, return_dict=False, **extra)[0]
         return latents.clamp(-1, 1) if self.change == "clipped latent" else latents
 
     def _prediction(self, i: int, t: Any, latents: Any, classes: Any) -> Any:
         network = self.second if self.change == "second network" and i >= 3 else self.transformer
+        latents = self.scheduler.scale_model_input(latents, t)
         if self.change == "second network on the input" and i >= 3:
             latents = (
                 latents + 0.1 * self.second(latents, timestep=t.expand(2), class_labels=torch.tensor([0, 1]))[0][:, :4]
@@ -72,8 +77,8 @@ class ChangedPipeline(diffusers.DiffusionPipeline):
         return network(latents, timestep=t.expand(len(latents)), class_labels=torch.as_tensor(classes)).sample[:, :4]
 
 
-def folder(path: Path) -> Path:
-    """The pipeline, with two networks of other weights."""
+def folder(path: Path, scheduler: Any = None) -> Path:
+    """The pipeline, with two networks of other weights, and DDIM unless another scheduler is given."""
     torch.manual_seed(0)
     config: dict[str, Any] = zoo.DIT.config | {"num_embeds_ada_norm": 1000}
     networks = [diffusers.DiTTransformer2DModel(**config).eval() for _ in range(2)]
@@ -82,7 +87,7 @@ def folder(path: Path) -> Path:
             parameter.data += 0.02 * torch.randn_like(parameter)  # its last layer begins at zero
     decoder: dict[str, Any] = zoo.VAE_DECODER.config | {"scaling_factor": 0.5}
     vae = diffusers.AutoencoderKL(**decoder)
-    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    scheduler = scheduler or diffusers.DDIMScheduler(clip_sample=False)
     ChangedPipeline(networks[0], scheduler, vae, networks[1]).save_pretrained(path)
     return path
 

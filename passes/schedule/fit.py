@@ -118,7 +118,7 @@ class Fitter:
             solved = row(chosen, weights, plan.guided, self.scale)
             state[k], conditional[k], unconditional[k] = solved.state, solved.conditional, solved.unconditional
             for run in runs:
-                run.update(state[k], conditional[k], unconditional[k])
+                run.update(k, state[k], conditional[k], unconditional[k])
                 forget(run, k, plan.guided, terms)
         cells = {name: cell for name, cell in plan.cells.items() if cell.variant.any()}
         fitted = replace(plan, state=state, conditional=conditional, unconditional=unconditional, cells=cells)
@@ -168,7 +168,8 @@ class Fitter:
         gram, right, start = np.zeros((m, m)), np.zeros(m), 0
         for run in runs:
             columns = [term.value(run, self.scale).ravel().astype(np.float64) for term in chosen]
-            goal = target[start : start + run.batch].ravel().astype(np.float64)
+            aim, added = target[start : start + run.batch], run.added(k)
+            goal = (aim if added is None else aim - added).ravel().astype(np.float64)
             start += run.batch
             gram += np.asarray([[a @ b for b in columns] for a in columns])
             right += np.asarray([a @ goal for a in columns])

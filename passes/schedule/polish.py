@@ -129,7 +129,7 @@ def _stands(run: LoopRun, plan: Plan, terms: Terms) -> Iterator[LoopRun]:
     for k in range(plan.evaluations):
         run.evaluate(k)
         yield run
-        run.update(float(plan.state[k]), plan.conditional[k], plan.unconditional[k])
+        run.update(k, float(plan.state[k]), plan.conditional[k], plan.unconditional[k])
         forget(run, k, plan.guided, terms)
 
 

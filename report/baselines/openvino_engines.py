@@ -82,7 +82,7 @@ def loop_states(denoiser: StageCallable, model_work: Work, table: Plan, on: OnPr
     runs = -(-CALIBRATION_STATES // table.evaluations)
     for run in range(runs):
         request = model_work.arrays(CALIBRATION_SAMPLES, 0)
-        request[work.NOISE] = noise([*CALIBRATION_SEED, run], (CALIBRATION_SAMPLES, *loop.latent.shape))
+        request[work.NOISE] = noise([*CALIBRATION_SEED, run], (CALIBRATION_SAMPLES, *loop.noise_shape))
         runner.sample(request)
     picks = np.linspace(0, len(recorded) - 1, CALIBRATION_STATES).round().astype(int)
     return [recorded[i] for i in picks]

@@ -231,6 +231,13 @@ def test_a_loop_without_tables(bundle_folder: Path) -> None:
     assert "expected tables.safetensors with the recurrence of the loop" in refusal(bundle_folder)
 
 
+def test_draws_that_the_sampler_does_not_make(bundle_folder: Path) -> None:
+    edit(bundle_folder, lambda m: m["loop"].update(draws=2))
+    assert "expected a sampler that draws noise 2 times, as the loop says; tables.safetensors has one of 0" in refusal(
+        bundle_folder
+    )
+
+
 def test_tables_that_are_no_safetensors(bundle_folder: Path) -> None:
     (bundle_folder / "tables.safetensors").write_bytes(b"\xff" * 64)
     write_manifest(bundle_folder, read_again(bundle_folder).manifest)

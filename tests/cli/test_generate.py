@@ -1,5 +1,6 @@
 """`generate`: from a bundle written by hand, and from a checkpoint."""
 
+import shutil
 import sys
 from io import BytesIO
 from pathlib import Path
@@ -7,11 +8,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from checkpoints import CLASSES
+import yaml
+from checkpoints import CLASSES, LOOP, QUICK
 from PIL import Image
 from safetensors.numpy import save_file
 
 from stepfold.bundle import read
+from stepfold.loop.metrics import drift
 from stepfold.loop.spec import LatentSpec, LoopSpec
 
 
@@ -230,6 +233,31 @@ def test_a_checkpoint_runs_every_call_of_its_loop(stepfold, tiny_checkpoint: Pat
             )
             latents = latents - (unconditional + 2.0 * (conditional - unconditional)) / 8
     np.testing.assert_allclose(np.load(tmp_path / "a.npy"), latents.numpy(), atol=1e-4)
+
+
+def test_a_loop_that_draws_noise(stepfold, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """From checkpoint to bundle to samples of half of the calls: in the same order, of one seed, near the full loop."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "noisy")
+    sampler = {"scheduler": "EulerAncestralDiscreteScheduler", "steps": 8}
+    (folder / "loop.yaml").write_text(yaml.safe_dump(LOOP | {"sampler": sampler}, sort_keys=False))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"passes": ["hoist", {"schedule": {**QUICK, "evaluations": 4}}]}))
+    built = stepfold("optimize", folder, "--out", tmp_path / "bundle", "--recipe", recipe)
+    assert built.code == 0, built.err
+    draws = {}
+    for model in ("noisy", "bundle"):
+        done = stepfold("generate", tmp_path / model, "--npy", tmp_path / f"{model}.npy", "--count", 3, "--seed", 5)
+        assert done.code == 0, done.err
+        draws[model] = np.load(tmp_path / f"{model}.npy")
+    assert drift(draws["bundle"], draws["noisy"]) < 0.05
+    noise = np.random.default_rng(5).standard_normal((3, 8, 1, 8, 8)).astype("float32")  # the start and seven draws
+    np.save(tmp_path / "noise.npy", noise)
+    words = ("generate", tmp_path / "bundle", "--npy", tmp_path / "given.npy")
+    assert stepfold(*words, "--noise", tmp_path / "noise.npy").code == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "given.npy"), draws["bundle"])
+    np.save(tmp_path / "noise.npy", noise[:, 0])
+    result = stepfold(*words, "--noise", tmp_path / "noise.npy")
+    assert result.code == 2 and "noise: expected shape [B, 8, 1, 8, 8]" in result.error
 
 
 def test_class_outside_the_range_of_a_checkpoint(stepfold, tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def without_loop(folder: Path) -> None:
 
 
 def stochastic(folder: Path) -> None:
-    sampler = {"scheduler": "EulerAncestralDiscreteScheduler", "steps": 8}
+    sampler = {"scheduler": "DDPMWuerstchenScheduler", "steps": 8}
     rewrite(folder / "loop.yaml", sampler=sampler)
 
 
@@ -82,7 +82,7 @@ DAMAGES = {
     another_size: "the weights do not fit DiTTransformer2DModel as config.json describes it",
     without_config: "config.json: expected the JSON of a model; there is no such file",
     without_loop: "no loop.yaml",
-    stochastic: "EulerAncestralDiscreteScheduler",
+    stochastic: "DDPMWuerstchenScheduler: stochastic",
     clipping: "clip_sample",
     unknown_scheduler: "EulerDiscreteScheduler",
     two_states: "exactly one input must have the role 'state'",

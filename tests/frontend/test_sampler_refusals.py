@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
 
 from stepfold.frontend.sampler import probe, refuse_partial_grid
 from stepfold.frontend.schedulers import scheduler_names
@@ -26,27 +27,35 @@ def refusal(name: str, steps: int = 6, config: dict[str, Any] | None = None, **a
     return str(caught.value)
 
 
-STOCHASTIC = [
-    ("EulerAncestralDiscreteScheduler", {}),
-    ("KDPM2AncestralDiscreteScheduler", {}),
-    ("DDPMWuerstchenScheduler", {}),  # takes a timestep for each sample, and fails otherwise
-    ("DDPMScheduler", {}),
-    ("DDPMScheduler", {"clip_sample": False}),
-    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
-    ("FlowMatchLCMScheduler", {}),
-    ("LCMScheduler", {}),
-    ("TCDScheduler", {}),
-    ("SASolverScheduler", {}),
-    ("UnCLIPScheduler", {}),
-]
+class OtherNoise(SchedulerMixin, ConfigMixin):
+    """A scheduler that is random by its own means: by the global generator, or in the size of its draws."""
+
+    order = 1
+
+    @register_to_config
+    def __init__(self, wide: bool = False):
+        self.set_timesteps(1)
+
+    def set_timesteps(self, num_inference_steps: int) -> None:
+        self.timesteps = torch.linspace(1000, 1, num_inference_steps)
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        if self.config.wide:
+            return (sample - model_output * randn_tensor((1,), generator=generator),)
+        return (sample - model_output + torch.randn(sample.shape),)
 
 
-@pytest.mark.parametrize(("name", "config"), STOCHASTIC)
-def test_stochastic_scheduler_is_refused(name: str, config: dict[str, Any]) -> None:
-    message = refusal(name, config=config)
-    assert message.startswith(f"{name}: stochastic: it adds noise in its steps")
+@pytest.mark.parametrize("wide", [False, True])
+def test_other_noise_is_refused(monkeypatch: pytest.MonkeyPatch, wide: bool) -> None:
+    monkeypatch.setattr(diffusers, "OtherNoise", OtherNoise, raising=False)
+    message = refusal("OtherNoise", config={"wide": wide})
+    assert message.startswith("OtherNoise: stochastic: it adds noise of a kind that the fold does not hold")
     assert message.endswith("EulerDiscreteScheduler.")
+
+
+def test_a_timestep_for_each_sample_is_refused() -> None:
+    """It fails with one for all, and works with one for each."""
+    assert refusal("DDPMWuerstchenScheduler").startswith("DDPMWuerstchenScheduler: stochastic: ")
 
 
 @pytest.mark.parametrize(
@@ -56,6 +65,8 @@ def test_stochastic_scheduler_is_refused(name: str, config: dict[str, Any]) -> N
         ("HeunDiscreteScheduler", {"clip_sample": True}, "clip_sample is True", "set clip_sample: false"),
         ("DDIMScheduler", {"clip_sample": False, "thresholding": True}, "quantile", "set thresholding: false"),
         ("DPMSolverMultistepScheduler", {"thresholding": True}, "quantile", "set thresholding: false"),
+        ("DDPMScheduler", {}, "clip_sample is True", "set clip_sample: false"),
+        ("UnCLIPScheduler", {}, "clip_sample is True", "set clip_sample: false"),
     ],
 )
 def test_clipping_is_refused_with_the_key(name: str, config: dict[str, Any], reason: str, remedy: str) -> None:
@@ -97,7 +108,7 @@ def test_unknown_config_key_names_the_nearest() -> None:
 
 def test_eta_is_explained() -> None:
     message = refusal("DDIMScheduler", config={"clip_sample": False, "eta": 1.0})
-    assert "eta > 0 adds noise" in message and "write step: {eta: 0.0}" in message
+    assert "Write step: {eta: 1.0} beside config; eta > 0 draws noise in every step." in message
 
 
 def test_an_argument_that_no_step_takes_names_the_nearest() -> None:
@@ -108,12 +119,6 @@ def test_an_argument_that_no_step_takes_names_the_nearest() -> None:
         probe(spec)
     spec = SamplerSpec(scheduler="PNDMScheduler", steps=4, step={"eta": 0.0})
     with pytest.raises(UsageError, match="PNDMScheduler does not take 'eta'; it takes no argument of this kind"):
-        probe(spec)
-
-
-def test_noise_that_a_step_is_asked_for_is_refused() -> None:
-    spec = SamplerSpec(scheduler="DDIMScheduler", config={"clip_sample": False}, steps=4, step={"eta": 0.5})
-    with pytest.raises(UsageError, match="stochastic"):
         probe(spec)
 
 

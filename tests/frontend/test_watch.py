@@ -23,7 +23,6 @@ REFUSED = {
     "second network": r"step 4 of 6: .* calls second \(DiTTransformer2DModel\) within its loop, in the place of",
     "second network on the input": r"step 4 of 6: .* second \(DiTTransformer2DModel\) within its loop, besides",
     "guidance in an interval": "step 4 of 6: the pipeline turns guidance off, which is on before",
-    "other eta": "eta|stochastic|step 1 of 6: the scheduler answers another latent",
     "one more call": "behind step 6: the pipeline calls its denoiser 1 more times",
     "timesteps from step 3 on": "step 3 of 6: .* is given the timestep",
     "clipped latent": r"step 2 of 6: the pipeline changes the latent .* \(clipped to -1 and 1\)",
@@ -41,20 +40,45 @@ def test_refused(name: str, folder: Path) -> None:
         load_checkpoint(folder)
 
 
-@pytest.mark.parametrize("name", [pytest.param("", marks=pytest.mark.slow), "negated output"])
+@pytest.mark.parametrize("name", [pytest.param("", marks=pytest.mark.slow), "negated output", "other eta"])
 def test_equal(name: str, folder: Path) -> None:
     with changed.change(name) as load:
-        checkpoint = load_checkpoint(folder)
-        wanted = load(folder)([0, 1], generator=torch.Generator().manual_seed(0), output_type="latent").images
-    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    got = samples(checkpoint, noise)
+        require_equal(load, folder, draws=5 if name == "other eta" else 0)
+
+
+NOISY = {
+    "ancestral": (lambda: diffusers.EulerAncestralDiscreteScheduler(), 5),
+    "ddpm": (lambda: diffusers.DDPMScheduler(clip_sample=False), 5),
+    "lcm": (lambda: diffusers.LCMScheduler(original_inference_steps=12), 5),
+    "sde": (lambda: diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"), 5),
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["ancestral", *(pytest.param(n, marks=pytest.mark.slow) for n in NOISY if n[0] != "a")]
+)
+def test_noise_in_the_steps(name: str, tmp_path: Path) -> None:
+    """On the same draws, taken from the same generator in the order in which the pipeline takes them."""
+    make, draws = NOISY[name]
+    with changed.change("") as load:
+        require_equal(load, changed.folder(tmp_path / "pipeline", make()), draws)
+
+
+def require_equal(load: Any, folder: Path, draws: int) -> None:
+    """The captured loop makes the samples of the pipeline."""
+    checkpoint = load_checkpoint(folder)
+    wanted = load(folder)([0, 1], generator=torch.Generator().manual_seed(0), output_type="latent").images
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([torch.randn(2, 4, 8, 8, generator=generator) for _ in range(1 + draws)], dim=1)
+    got = samples(checkpoint, drawn if draws else drawn[:, 0], draws)
     np.testing.assert_allclose(got, wanted.numpy(), rtol=0, atol=1e-4 * float(wanted.abs().max()))
 
 
-def samples(checkpoint: Checkpoint, noise: torch.Tensor) -> Any:
-    program, loop = checkpoint.capture(), checkpoint.loop
+def samples(checkpoint: Checkpoint, noise: torch.Tensor, draws: int) -> Any:
+    program = checkpoint.capture()
+    loop = program.loop
     assert loop is not None and loop.guidance is not None and program.recurrence is not None
-    assert isinstance(loop.guidance.unconditional, dict)
+    assert isinstance(loop.guidance.unconditional, dict) and loop.draws == draws
     conditions = class_conditions(program.inputs, loop, len(noise))
     unconditional = {"class_labels": np.full(len(noise), loop.guidance.unconditional["class_labels"])}
     request = Request(noise.numpy(), conditions, unconditional)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,29 @@ def fitter(data: Trajectories, scale: float | None = 2.0, gain: float = 1.0, rec
 
 def error(samples: np.ndarray, data: Trajectories) -> float:
     return float(((samples - data.latents[-1]) ** 2).mean())
+
+
+# -- a sampler that draws noise
+
+
+def noisy(steps: int = STEPS) -> Recurrence:
+    """Euler, with noise of a tenth after each step but the last."""
+    return replace(euler(steps), noise=0.1 * np.eye(steps, steps - 1))
+
+
+def test_noise_is_no_error_to_be_made_up_for(tmp_path: Path) -> None:
+    """All calls: the sampler's own coefficients; half of them: nearer to the trajectories than the unfitted fold."""
+    spec = loop(2.0).model_copy(update={"draws": STEPS - 1})
+    program = analytic_program(noisy(), spec)
+    samples = SampleSet("calibration", 0, COUNT)
+    data = trajectories(program, Counter().bound(), samples, 2.0, tmp_path, lambda done, total: None)
+    found = Fitter(Counter().bound(), spec, noisy(), 2.0, data)
+    plan = found.fit(Outline(tuple(range(STEPS))), FIRST_OUTPUT).plan
+    wanted = fold(noisy(), 2.0)
+    for name in ("state", "conditional", "unconditional", "noise"):
+        np.testing.assert_allclose(getattr(plan, name), getattr(wanted, name), atol=COEFFICIENT)
+    half = found.fit(Outline(tuple(range(0, STEPS, 2))), Terms(2))
+    assert error(half.samples, data) < 0.5 * error(found.samples(fold(noisy(), 2.0, range(0, STEPS, 2))), data)
 
 
 # -- the sampler's own coefficients
