@@ -18,7 +18,7 @@ import torch
 from ..loop.errors import UsageError, nearest
 from ..loop.reading import Expected, opened, read_json
 from .load import LARGEST_CONFIG_BYTES, PIPELINE_FILE, read_config
-from .notes import report_renamed
+from .notes import report_left_out, report_renamed
 from .weights import find_weights, link, read_model
 
 LIBRARIES = ("diffusers", "transformers")
@@ -149,8 +149,11 @@ def read_parts(index: Index) -> dict[str, Any]:
     """
     parts: dict[str, Any] = {}
     for name, component in index.components.items():
-        if component is None or name in UNCOMPILED:
+        if component is None:
             parts[name] = None
+        elif name in UNCOMPILED:
+            parts[name] = None
+            report_left_out(name, component.class_name, (index.path / name).is_dir())
         elif _has_weights(component):
             folder = index.path / name
             if not folder.is_dir():

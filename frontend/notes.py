@@ -29,3 +29,15 @@ def report_renamed(where: str, old: str, new: str) -> None:
         new: its name in the installed library.
     """
     logger.info("%s: %s is read as %s", where, old, new)
+
+
+def report_left_out(name: str, class_name: str, is_there: bool) -> None:
+    """Tell in one line that a component of the folder is not part of the bundle.
+
+    Args:
+        name: name of the component.
+        class_name: class of the component.
+        is_there: whether the folder has it.
+    """
+    beside = "" if is_there else "; the folder lacks it"
+    logger.info("%s (%s): left out of the bundle, which neither checks nor reads images%s", name, class_name, beside)

@@ -143,6 +143,8 @@ def test_flax_names_beside_weights_of_pytorch(folder: Path, caplog: pytest.LogCa
     lines = told(caplog)
     assert "model_index.json: FlaxStableDiffusionPipeline is read as StableDiffusionPipeline" in lines
     assert "model_index.json: unet: FlaxUNet2DConditionModel is read as UNet2DConditionModel" in lines
+    left_out = "left out of the bundle, which neither checks nor reads images; the folder lacks it"
+    assert f"safety_checker (StableDiffusionSafetyChecker): {left_out}" in lines
 
 
 def test_the_index_names_the_class_that_a_configuration_does_not(folder: Path, tmp_path: Path) -> None:
