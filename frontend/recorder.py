@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ..loop.errors import UsageError
 from .dense import dense_arguments
-from .draws import Draw, drawing_with
+from .draws import drawing, noting
 
 NOT_ITS_OWN = ("model_output", "timestep", "sample", "generator", "return_dict", "kwargs")
 """Arguments of a scheduler's step that every loop gives."""
@@ -198,11 +198,7 @@ class _Recorder:
         step.guided, step.sample = given["model_output"].clone(), given["sample"].clone()
         step.arguments = {name: value for name, value in given.items() if name not in NOT_ITS_OWN}
         drawn: list[torch.Tensor] = []
-
-        def noted(old: Draw) -> Draw:
-            return lambda *args, **kwargs: drawn.append(old(*args, **kwargs)) or drawn[-1]
-
-        with drawing_with(self._scheduler, noted):
+        with drawing(self._scheduler, noting(drawn)):
             answer = original(*args, **kwargs)
         step.draws = tuple(drawn)
         step.result = (answer[0] if isinstance(answer, tuple) else answer.prev_sample).clone()

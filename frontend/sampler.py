@@ -22,7 +22,7 @@ import numpy as np
 from ..loop.errors import UsageError, nearest
 from ..loop.recurrence import Array, Recurrence
 from ..loop.spec import SamplerSpec
-from .draws import Draw, drawing_with
+from .draws import Drawing, drawing, giving, noting
 from .remedies import DETERMINISTIC, STOCHASTIC, about_variance, cause, remedy
 from .schedulers import SCHEDULER_ERRORS, build
 
@@ -118,7 +118,7 @@ def _basis_run(run: Run, calls: int, draws: int) -> tuple[Array, Array]:
 
     with KeepDouble():
         basis = np.eye(1 + calls + draws)
-        return run(basis[0], basis[1 : 1 + calls], basis[1 + calls :])
+        return run(basis[0], basis[1 : 1 + calls], giving(basis[1 + calls :]))
 
 
 def _grid(scheduler: Any, sampler: SamplerSpec) -> tuple[Array, float]:
@@ -148,7 +148,7 @@ def _run(
     given: Mapping[str, Any],
     start: Array,
     outputs: Array,
-    draws: Array | list[Array],
+    draws: Drawing,
     seed: int = 0,
 ) -> tuple[Array, Array]:
     """Run a copy of a scheduler with given denoiser outputs and draws of noise.
@@ -159,7 +159,7 @@ def _run(
         given: further arguments of every step, such as `eta`.
         start: [D] the first latent, already scaled.
         outputs: [S, D] what the denoiser answers at each call.
-        draws: [draws, D] what the scheduler draws, in order; a list is filled with what it draws by itself.
+        draws: how the scheduler draws noise.
         seed: seed of every random generator that the scheduler may use.
 
     Returns:
@@ -178,7 +178,7 @@ def _run(
         extra["generator"] = torch.Generator().manual_seed(seed)
     latent = torch.from_numpy(start).reshape(1, -1, 1, 1)
     latents, scales = [start], []
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), drawing_with(scheduler, partial(_drawing, draws)):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), drawing(scheduler, draws):
         torch.manual_seed(seed)
         for i, t in enumerate(list(scheduler.timesteps)):
             output = torch.from_numpy(outputs[i]).reshape(1, -1, 1, 1)
@@ -201,22 +201,6 @@ def _run(
                 )
             latents.append(latent.flatten().double().numpy())
     return np.stack(latents), np.asarray(scales)
-
-
-def _drawing(draws: Array | list[Array], old: Draw) -> Draw:
-    """A way to draw what is given, or to note what is drawn."""
-    import torch
-
-    if isinstance(draws, list):
-
-        def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
-            drawn = old(*args, **kwargs)
-            draws.append(drawn.flatten().double().numpy())
-            return drawn
-
-        return noted
-    left = iter(draws)
-    return lambda shape, *_, **__: torch.from_numpy(next(left)).reshape(tuple(shape))
 
 
 def _adds_noise_for_each(scheduler: Any, given: Mapping[str, Any]) -> bool:
@@ -296,7 +280,7 @@ def _check_replay(name: str, scheduler: Any, run: Run, recurrence: Recurrence) -
         start = scale * recurrence.initial_scale * generator.standard_normal(REPLAY_WIDTH)
         outputs = scale * generator.standard_normal((recurrence.calls, REPLAY_WIDTH))
         draws = scale * generator.standard_normal((recurrence.draws, REPLAY_WIDTH))
-        wanted, scales = run(start, outputs, draws)
+        wanted, scales = run(start, outputs, giving(draws))
         latent = start
         added = recurrence.outputs @ outputs + recurrence.noise @ draws  # row by row it is most of a long grid's time
         for i in range(recurrence.calls):
@@ -335,12 +319,12 @@ def _count_draws(name: str, run: Run, calls: int) -> int:
     generator = np.random.default_rng(0)
     start = generator.standard_normal(REPLAY_WIDTH)
     outputs = generator.standard_normal((calls, REPLAY_WIDTH))
-    drawn: list[Array] = []
-    run(start, outputs, drawn, 1)
-    if any(len(one) != REPLAY_WIDTH for one in drawn):
+    drawn: list[Any] = []
+    run(start, outputs, noting(drawn), 1)
+    if any(one.numel() != REPLAY_WIDTH for one in drawn):
         raise UsageError(f"{name}: {STOCHASTIC}")
-    given = np.asarray(drawn).reshape(len(drawn), REPLAY_WIDTH)
-    runs = [run(start, outputs, given, seed)[0] for seed in (1, 2)]
+    given = generator.standard_normal((len(drawn), REPLAY_WIDTH))
+    runs = [run(start, outputs, giving(given), seed)[0] for seed in (1, 2)]
     if not np.array_equal(*runs, equal_nan=True):
         raise UsageError(f"{name}: {STOCHASTIC}")
     return len(drawn)
