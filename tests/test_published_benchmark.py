@@ -116,5 +116,5 @@ def test_published_checkpoints(
     assert published.main(words) == 0
     shown = capsys.readouterr().out
     assert "3 folders, 3 run in diffusers: 2 exact, 0 wrong, 1 refused, 0 failed (67 % exact)." in shown
-    assert "it adds noise in its steps" in shown
+    assert "it clips the predicted sample" in shown
     assert published.main(words) == 0 and capsys.readouterr().out == shown
