@@ -34,8 +34,7 @@ def pytest_collection_finish() -> None:
 
 
 UNTIL = "TESTS_UNTIL"
-"""Environment variable: seconds since the epoch after which no test begins. `.ci/run` has a limit, and machines differ
-by a factor of five."""
+"""Environment variable: seconds since the epoch after which no test begins. `.ci/run` has a limit, and machines differ."""
 OUT_OF_TIME = "out of time: the run was to begin no test after this moment"
 
 

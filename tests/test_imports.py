@@ -33,7 +33,7 @@ TORCH_FREE = (
     "backends/capability.py",
     "backends/ports.py",
 )
-TORCH_FREE_IN_BACKENDS = ("backend.py", "session.py", "capability.py", "options.py")
+TORCH_FREE_IN_BACKENDS = ("backend.py", "own.py", "session.py", "capability.py", "options.py")
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,10 @@ def _for_types_only(node: ast.AST) -> bool:
 def may_use_ir(file: str) -> bool:
     """Of backends, export, emission, lowerings and what checks them read programs; sessions run where there are none.
 
-    A `backend.py` names a stage as a type; that it imports no torch is tested below.
+    A `backend.py`, and what they share, names a stage as a type; that it imports no torch is tested below.
     """
     shared = ("backends/onnx/", "backends/export.py", "backends/exact.py", "backends/quantizers.py")
-    return file.startswith(shared) or file.endswith(("/lower.py", "/census.py", "/backend.py"))
+    return file.startswith(shared) or file.endswith(("/lower.py", "/census.py", "/backend.py", "/own.py"))
 
 
 def violations(file: str, source: str) -> list[str]:

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from ...loop.held import StageFiles
-from ...loop.ports import Port, StageCallable
-from ..backend import Backend
-from ..capability import Capability
-from . import capability
+from ..own import PreparingBackend
 from .options import InductorOptions
-
-if TYPE_CHECKING:
-    from ...ir.program import Stage
 
 
 @dataclass(frozen=True)
-class Inductor(Backend):
+class Inductor(PreparingBackend):
     """See `Backend`."""
 
     name: ClassVar[str] = "inductor"
@@ -26,34 +18,3 @@ class Inductor(Backend):
     native: ClassVar[bool] = True
 
     options: InductorOptions = field(default_factory=InductorOptions)
-
-    def capability(self) -> Capability:
-        """See `Backend.capability`."""
-        return capability.capability()
-
-    def lower(self, stage: Stage, folder: Path) -> Path:
-        """See `Backend.lower`."""
-        from .lower import lower
-
-        return lower(stage, folder, options=self.options)
-
-    def session(
-        self,
-        file: Path,
-        inputs: tuple[Port, ...],
-        outputs: tuple[Port, ...],
-        *,
-        threads: int | None,
-        device: str,
-        files: StageFiles,
-    ) -> StageCallable:
-        """See `Backend.session`."""
-        from .session import open_session
-
-        return open_session(file, inputs, outputs, threads=threads, device=device, options=self.options, files=files)
-
-    def prepared(self, stage: Stage) -> Stage:
-        """See `Backend.prepared`."""
-        from .lower import prepare
-
-        return prepare(stage, self.options)

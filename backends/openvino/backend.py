@@ -7,12 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from ...loop.held import StageFiles
-from ...loop.ports import Port, StageCallable
-from ..backend import Activations, Backend
-from ..capability import Capability
+from ..backend import Activations
+from ..own import PreparingBackend
 from ..shared import Shared
-from . import capability
 from .options import OpenvinoOptions
 
 if TYPE_CHECKING:
@@ -20,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Openvino(Backend):
+class Openvino(PreparingBackend):
     """See `Backend`."""
 
     name: ClassVar[str] = "openvino"
@@ -30,42 +27,9 @@ class Openvino(Backend):
 
     options: OpenvinoOptions = field(default_factory=OpenvinoOptions)
 
-    def capability(self) -> Capability:
-        """See `Backend.capability`."""
-        return capability.capability()
-
-    def lower(self, stage: Stage, folder: Path) -> Path:
-        """See `Backend.lower`."""
-        from .lower import lower
-
-        return lower(stage, folder, options=self.options)
-
-    def session(
-        self,
-        file: Path,
-        inputs: tuple[Port, ...],
-        outputs: tuple[Port, ...],
-        *,
-        threads: int | None,
-        device: str,
-        files: StageFiles,
-    ) -> StageCallable:
-        """See `Backend.session`."""
-        from .session import open_session
-
-        return open_session(file, inputs, outputs, threads=threads, device=device, options=self.options, files=files)
-
-    def prepared(self, stage: Stage) -> Stage:
-        """See `Backend.prepared`."""
-        from .lower import prepare
-
-        return prepare(stage, self.options)
-
     def float_without_vnni(self, stage: Stage) -> bool:
         """See `Backend.float_without_vnni`."""
-        from .lower import float_without_vnni
-
-        return float_without_vnni(stage, self.options)
+        return self.module("lower").float_without_vnni(stage, self.options)
 
     def share(self, files: Sequence[Path]) -> Shared | None:
         """See `Backend.share`."""
