@@ -18,7 +18,7 @@ import numpy as np
 
 from ..loop.errors import BundleError
 from ..loop.plan import Plan, fold
-from ..loop.recurrence import Recurrence, one_number
+from ..loop.recurrence import Recurrence
 
 Array = np.ndarray
 TABLES = "tables.safetensors"
@@ -46,7 +46,7 @@ class Tables:
         found = {f"values/{name}": value for name, value in self.values.items()}
         found |= {f"constants/{name}": value for name, value in self.constants.items()}
         if self.recurrence is not None:
-            found |= _prefixed("recurrence", _recurrence_arrays(self.recurrence))
+            found |= _prefixed("recurrence", self.recurrence.arrays())
             found |= _prefixed("full", fold(self.recurrence).arrays())
         for scale, plan in self.fitted.items():
             found |= _prefixed(f"{SCALE}{float(scale)!r}", plan.arrays())
@@ -64,7 +64,7 @@ class Tables:
             group, _, name = key.partition("/")
             groups.setdefault(group, {})[name] = value
         try:
-            recurrence = _recurrence(groups["recurrence"]) if "recurrence" in groups else None
+            recurrence = Recurrence.from_arrays(groups["recurrence"]) if "recurrence" in groups else None
             fitted = {
                 float(group.removeprefix(SCALE)): Plan.from_arrays(members)
                 for group, members in groups.items()
@@ -79,10 +79,10 @@ class Tables:
     def check(self) -> None:
         """Raise BundleError when the tables do not belong to the recurrence."""
         S = self.recurrence.calls if self.recurrence is not None else 0
-        if self.recurrence is not None and not _finite(_recurrence_arrays(self.recurrence)):
+        if self.recurrence is not None and not _finite(self.recurrence.arrays()):
             raise BundleError(f"{TABLES}: the recurrence has values that are not finite.")
         for scale, plan in self.fitted.items():
-            reason = _misfit(plan, S, self.recurrence.draws if self.recurrence is not None else 0)
+            reason = _misfit(plan, self.recurrence)
             if reason is not None:
                 raise BundleError(f"{TABLES}: the plan of guidance scale {scale} {reason}.")
         for name, value in self.values.items():
@@ -92,9 +92,11 @@ class Tables:
             raise BundleError(f"{TABLES}: the values of the calls are not all finite.")
 
 
-def _misfit(plan: Plan, S: int, draws: int) -> str | None:
-    """Why a plan cannot drive a loop of S calls and some draws of noise, or None."""
-    N = plan.evaluations
+def _misfit(plan: Plan, recurrence: Recurrence | None) -> str | None:
+    """Why a plan cannot drive the loop of a sampler, or None."""
+    if recurrence is None:
+        return "has no sampler"
+    N, S = plan.evaluations, recurrence.calls
     positions = plan.positions
     if (
         positions.dtype.kind != "i"
@@ -104,8 +106,10 @@ def _misfit(plan: Plan, S: int, draws: int) -> str | None:
         or positions[-1] >= S
     ):
         return f"needs positions that ascend from 0 below {S}; received {positions.tolist()}"
-    if plan.draws != draws:
-        return f"weighs {plan.draws} draws of noise; the sampler makes {draws}"
+    if plan.draws != recurrence.draws:
+        return f"weighs {plan.draws} draws of noise; the sampler makes {recurrence.draws}"
+    if (plan.prediction is None) != (recurrence.prediction is None):
+        return "and its sampler differ in whether they bound what they predict"
     if not _finite(plan.arrays()):
         return "has values that are not finite"
     return None
@@ -113,28 +117,6 @@ def _misfit(plan: Plan, S: int, draws: int) -> str | None:
 
 def _finite(arrays: Mapping[str, Array]) -> bool:
     return all(np.isfinite(array).all() for array in arrays.values())
-
-
-def _recurrence_arrays(recurrence: Recurrence) -> dict[str, Array]:
-    return {
-        "timesteps": recurrence.timesteps.astype(np.float64),
-        "input_scale": recurrence.input_scale.astype(np.float64),
-        "state": recurrence.state.astype(np.float64),
-        "outputs": recurrence.outputs.astype(np.float64),
-        "initial_scale": np.asarray([recurrence.initial_scale], np.float64),
-        **({"noise": recurrence.noise.astype(np.float64)} if recurrence.draws else {}),
-    }
-
-
-def _recurrence(arrays: Mapping[str, Array]) -> Recurrence:
-    return Recurrence(
-        timesteps=arrays["timesteps"],
-        input_scale=arrays["input_scale"],
-        state=arrays["state"],
-        outputs=arrays["outputs"],
-        initial_scale=one_number(arrays["initial_scale"]),
-        noise=arrays.get("noise", np.zeros((0, 0))),
-    )
 
 
 def _prefixed(prefix: str, arrays: Mapping[str, Array]) -> dict[str, Array]:

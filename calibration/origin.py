@@ -57,9 +57,8 @@ def recurrence_digest(recurrence: Recurrence | None) -> str | None:
     """SHA-256 of the sampler as it was probed: a new version of its library may call at other timesteps."""
     if recurrence is None:
         return None
-    digest = hashlib.sha256(repr(float(recurrence.initial_scale)).encode())
-    for name in ("timesteps", "input_scale", "state", "outputs"):
-        array = getattr(recurrence, name)
+    digest = hashlib.sha256()
+    for name, array in sorted(recurrence.arrays().items()):
         digest.update(f"{name} {array.shape}".encode())
         digest.update(array.astype("<f8").tobytes())
     return digest.hexdigest()

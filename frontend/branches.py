@@ -11,10 +11,10 @@ from torch.utils import _pytree as pytree
 
 from ..loop.errors import UsageError
 from .calling import prediction
+from .guidance import BY_HAND, OVER, row_weights
 from .recorder import Call, Step
 
 TOLERANCE = 1e-4  # relative; pipelines compute in float32
-BY_HAND = "Turn that off, or write a loop.yaml for the denoiser alone."
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,14 @@ class Branch:
 class Guided:
     """`output_scale (unconditional + scale (conditional - unconditional))`, which the scheduler was given.
 
+    The sum may be rescaled by rows, see `guidance`; `output` is what it became.
+
     Attributes:
         conditional: branch.
         unconditional: branch, None without guidance.
         scale: scale of the guidance, 1 without.
-        output_scale: what the guided output is multiplied by; -1 in pipelines that negate it.
+        output_scale: what the guided output is multiplied by; -1 in pipelines that negate it. With two branches only the
+            sign is told here.
         rows: rows of each denoiser call.
         output: what the scheduler was given, less the scale.
     """
@@ -83,15 +86,20 @@ def guided(step: Step, batch: int, where: str) -> Guided:
     else:
         raise UsageError(f"{where}: {_other_calls(step, rows, batch)}")
     received = prediction(one_of_two(step.guided, batch), shape)
+    branches = (one,) if two is None else (one, two)
+    _require_shape(received, branches, latent, where)
     if two is None:
-        scale = round(sum(_weights(received, (one,), latent, where)), 6)
+        scale = round(sum(_weights(received, branches, latent, where)), 6)
         return Guided(one, None, 1.0, scale, rows, received / scale)
-    first, second = _weights(received, (one, two), latent, where)
-    scale = round(first + second, 6)
-    output = received / scale
-    if second / scale >= 0.5:  # one + (1 - s) (two - one) says the same with the branches exchanged; s is at least 1
-        return Guided(two, one, round(second / scale, 4), scale, rows, output)
-    return Guided(one, two, round(first / scale, 4), scale, rows, output)
+    outputs = one.output, two.output
+    apart = next((found for over in OVER if (found := row_weights(received, *outputs, over, TOLERANCE))), None)
+    if apart is None:
+        _weights(received, branches, latent, where)  # says what the output is instead
+        raise UsageError(f"{where}: {_other_output(received, outputs, latent)}")
+    sign = 1.0 if apart.factor.sum() > 0 else -1.0
+    if apart.share >= 0.5:  # one + (1 - s) (two - one) says the same with the branches exchanged; s is at least 1
+        return Guided(two, one, round(apart.share, 4), sign, rows, received / sign)
+    return Guided(one, two, round(1.0 - apart.share, 4), sign, rows, received / sign)
 
 
 def _half(call: Call, part: int, batch: int, shape: tuple[int, ...]) -> Branch:
@@ -126,6 +134,15 @@ def _other_calls(step: Step, rows: tuple[int, ...], batch: int) -> str:
     )
 
 
+def _require_shape(received: torch.Tensor, branches: Sequence[Branch], latent: torch.Tensor, where: str) -> None:
+    output = branches[0].output
+    if received.shape != output.shape or latent.shape != output.shape:
+        raise UsageError(
+            f"{where}: expected an output of the latent's shape {list(latent.shape)} for the scheduler; the denoiser "
+            f"gives {list(output.shape)} and the scheduler is given {list(received.shape)}. {BY_HAND}"
+        )
+
+
 def _weights(received: torch.Tensor, branches: Sequence[Branch], latent: torch.Tensor, where: str) -> list[float]:
     """The weight of each branch in what the scheduler received.
 
@@ -133,11 +150,6 @@ def _weights(received: torch.Tensor, branches: Sequence[Branch], latent: torch.T
         UsageError: it is no weighted sum of them.
     """
     outputs = [branch.output for branch in branches]
-    if received.shape != outputs[0].shape or latent.shape != outputs[0].shape:
-        raise UsageError(
-            f"{where}: expected an output of the latent's shape {list(latent.shape)} for the scheduler; the denoiser "
-            f"gives {list(outputs[0].shape)} and the scheduler is given {list(received.shape)}. {BY_HAND}"
-        )
     weights, error = fit(received, outputs)
     if error > TOLERANCE:
         raise UsageError(f"{where}: {_other_output(received, outputs, latent)}")
@@ -161,9 +173,11 @@ def fit(target: torch.Tensor, columns: Sequence[torch.Tensor]) -> tuple[list[flo
 def _other_output(received: torch.Tensor, outputs: Sequence[torch.Tensor], latent: torch.Tensor) -> str:
     """What a pipeline makes of its denoiser's outputs, when it is no weighted sum of them."""
     by_sample = zip(received, *outputs, strict=True)
-    if all(fit(row, columns)[1] <= TOLERANCE for row, *columns in by_sample):
-        kind = "rescaled guidance (guidance_rescale)" if len(outputs) > 1 else "an output that is rescaled"
-        return f"the pipeline has {kind}: each sample has a factor of its own, which does not fold. {BY_HAND}"
+    if len(outputs) == 1 and all(fit(row, columns)[1] <= TOLERANCE for row, *columns in by_sample):
+        return (
+            "the pipeline has an output that is rescaled: each sample has a factor of its own, which does not fold. "
+            f"{BY_HAND}"
+        )
     if fit(received, [*outputs, latent])[1] <= TOLERANCE:
         return (
             "the pipeline has an output transform of its own: it adds a multiple of the latent to the denoiser's output "

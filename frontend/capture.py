@@ -74,6 +74,7 @@ def capture(
     recurrence = probe(loop.sampler) if loop is not None else None  # refuses a sampler before the model is captured
     if loop is not None and recurrence is not None:
         loop = with_draws(loop, recurrence.draws)
+        recurrence = with_strength(recurrence, loop)
     if method == "forward":
         model, kwargs = dense(model), dense_arguments(model, kwargs)
     kwargs = in_signature_order(getattr(model, method), kwargs)
@@ -93,6 +94,23 @@ def capture(
         check_unconditional(inputs, loop)
     baked = constants | {name: tensor for name, tensor in tensors.items() if name not in example}
     return _program(stage, inputs, example, identity, loop, recurrence, frozen, baked)
+
+
+def with_strength(recurrence: Recurrence, loop: LoopSpec) -> Recurrence:
+    """The recurrence with how much of the guidance each call has.
+
+    Raises:
+        UsageError: the loop says it for another number of calls.
+    """
+    strength = loop.guidance.strength if loop.guidance is not None else None
+    if strength is None:
+        return recurrence
+    if len(strength) != recurrence.calls:
+        raise UsageError(
+            f"guidance.strength: expected a number for each of the {recurrence.calls} calls of the sampler; received "
+            f"{len(strength)}. Correct loop.yaml."
+        )
+    return recurrence.guided_by(strength)
 
 
 def with_draws(loop: LoopSpec, draws: int) -> LoopSpec:

@@ -14,10 +14,10 @@ import torch
 
 from ..loop.errors import StepfoldError, UsageError, nearest
 from ..loop.pipeline_call import PipelineCall
-from .branches import BY_HAND
 from .components import Index, read_index, read_parts, staged
 from .dense import dense
 from .examples import BATCH, read_tensors
+from .guidance import BY_HAND
 from .identity import weights_hash
 from .load import (
     INPUTS_FILE,
@@ -34,7 +34,7 @@ from .proof import PipelineRun
 from .roles import Inferred
 from .schedulers import GRID_ARGUMENTS
 from .surroundings import SURROUNDINGS
-from .watch import Watch
+from .watch import GuidedLater, Watch
 from .weights import first_line, without_progress_bars
 
 logger = logging.getLogger(__name__)
@@ -208,11 +208,12 @@ def record(path: Path, run: PipelineRun) -> Inferred:
         UsageError: the call fails, or the fold cannot hold what it does.
     """
     pipeline, denoiser = run.pipeline, run.denoiser
-    watch = Watch(pipeline.scheduler, BATCH, _steps(pipeline, run.arguments))
+    steps = _steps(pipeline, run.arguments)
     try:
-        with _runs(path, type(pipeline).__name__, denoiser), run.recorded(watch) as recorded, torch.no_grad():
-            pipeline(**run.given())
-        inferred = watch.finish(recorded)
+        try:
+            inferred = _watched(path, run, Watch(pipeline.scheduler, BATCH, steps))
+        except GuidedLater as later:
+            inferred = _watched(path, run, Watch(pipeline.scheduler, BATCH, steps, later.guided))
     except UsageError as error:
         options = " ".join(_switches(run))
         if options and BY_HAND in str(error):  # says to turn something off, and not by which name the pipeline has it
@@ -223,6 +224,13 @@ def record(path: Path, run: PipelineRun) -> Inferred:
         raise
     _mention_others(pipeline, denoiser)
     return inferred
+
+
+def _watched(path: Path, run: PipelineRun, watch: Watch) -> Inferred:
+    pipeline = run.pipeline
+    with _runs(path, type(pipeline).__name__, run.denoiser), run.recorded(watch) as recorded, torch.no_grad():
+        pipeline(**run.given())
+    return watch.finish(recorded)
 
 
 def _switches(run: PipelineRun) -> list[str]:
@@ -253,7 +261,7 @@ def _runs(path: Path, name: str, denoiser: torch.nn.Module, stage: Path | None =
     """Turn what a pipeline raises, which may be anything, into an error that says what to give instead."""
     try:
         yield
-    except (StepfoldError, MemoryError):
+    except (StepfoldError, MemoryError, GuidedLater):
         raise
     except Exception as error:
         if _asks_for_an_image(name, error):

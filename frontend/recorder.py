@@ -77,6 +77,8 @@ class Recording:
 
 
 OnStep = Callable[[Recording, Step], None]
+LARGER, APART = 1.15, 0.03
+"""Of noise that is answered in a denoiser's place: how much larger that of one branch is, and how far apart they are."""
 
 
 @contextmanager
@@ -185,10 +187,31 @@ class _Recorder:
         if form not in self._forms:
             with torch.no_grad():
                 self._forms[form] = pytree.tree_map(_sizes, original(*args, **kwargs))
-        return pytree.tree_map(self._drawn, self._forms[form])
+        leaves, structure = pytree.tree_flatten(self._forms[form])
+        forms = [leaf for leaf in leaves if isinstance(leaf, _Form)]
+        answers = (self._drawn(one, forms) if isinstance(one, _Form) else one for one in leaves)
+        return pytree.tree_unflatten(list(answers), structure)
 
-    def _drawn(self, leaf: Any) -> Any:
-        return torch.randn(leaf.sizes, generator=self._generator) if isinstance(leaf, _Form) else leaf
+    def _drawn(self, form: _Form, forms: list[_Form]) -> torch.Tensor:
+        """Noise of a form: independent in the first step, nearly the same for both branches in those to come.
+
+        So guidance that follows the sizes of the branches is seen where it makes its output smaller, and where larger: in
+        every other step, and every other sample, the branch that comes first is the larger one.
+        """
+        own = torch.randn(form.sizes, generator=self._generator)
+        if self.found.taken == 0 or not form.sizes:
+            return own
+        alone = len(forms) == 1  # its rows are samples; else each tensor is one
+        common = self._common((1, *form.sizes[1:]) if alone else form.sizes)
+        rows = torch.arange(form.sizes[0]) if alone else torch.tensor([_place(form, forms)])
+        turn = (rows >= (len(rows) if alone else len(forms)) / 2).int() + len(self.current.calls) + self.found.taken
+        larger = torch.where(turn % 2 == 0, LARGER, 1.0).reshape(-1, *(1,) * (len(form.sizes) - 1))
+        return larger * common + APART * own
+
+    def _common(self, sizes: tuple[int, ...]) -> torch.Tensor:
+        """Noise that all calls of a step share."""
+        generator = torch.Generator().manual_seed(self.found.taken)
+        return torch.randn(sizes, generator=generator)
 
     def step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The scheduler's."""
@@ -236,6 +259,11 @@ class _Form:
     """A tensor without its values."""
 
     sizes: tuple[int, ...]
+
+
+def _place(form: _Form, forms: list[_Form]) -> int:
+    """Which of several tensors a form is."""
+    return next(i for i, one in enumerate(forms) if one is form)
 
 
 def _sizes(leaf: Any) -> Any:

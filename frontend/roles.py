@@ -20,8 +20,9 @@ from torch.utils import _pytree as pytree
 from ..loop.errors import UsageError
 from ..loop.spec import GuidanceSpec, InputSpec, LatentSpec, LoopSpec, Role, SamplerSpec
 from .arrangement import is_multiple
-from .branches import BY_HAND, TOLERANCE, Branch, Guided
+from .branches import TOLERANCE, Branch, Guided
 from .calling import dotted, flatten
+from .guidance import BY_HAND
 from .recorder import Recording, Step
 from .schedulers import own_config
 
@@ -58,13 +59,16 @@ class Seen:
     latent: torch.Tensor
 
 
-def infer(recorded: Recording, first: Seen, second: Seen | None, scheduler: Any, batch: int, steps: int) -> Inferred:
+def infer(
+    recorded: Recording, first: Seen, second: Seen | None, both: Guided, scheduler: Any, batch: int, steps: int
+) -> Inferred:
     """Describe the loop a pipeline runs.
 
     Args:
         recorded: what it did around its steps.
         first: its first step.
         second: its second, None for a loop of one step.
+        both: branches of its first step that has two, of the first step where none has.
         scheduler: the pipeline's.
         batch: how many samples the pipeline was asked for.
         steps: how many steps.
@@ -72,7 +76,7 @@ def infer(recorded: Recording, first: Seen, second: Seen | None, scheduler: Any,
     Raises:
         UsageError: the pipeline does something the fold cannot hold; the message says what.
     """
-    conditional, unconditional, latent = first.guided.conditional, first.guided.unconditional, first.latent
+    conditional, latent = first.guided.conditional, first.latent
     state = _state(conditional, latent)
     timestep = _timestep(first, second)
     inputs = _inputs(conditional, second.guided.conditional if second else conditional, state, timestep.name, batch)
@@ -80,11 +84,11 @@ def infer(recorded: Recording, first: Seen, second: Seen | None, scheduler: Any,
     loop = LoopSpec(
         inputs=inputs,
         sampler=_sampler(recorded, scheduler, steps, timestep, first),
-        guidance=_guidance(conditional, unconditional, inputs, first.guided.scale),
+        guidance=_guidance(both, inputs),
         latent=LatentSpec(shape=tuple(latent.shape[1:])),
         constants=_plain_constants(kwargs),
     )
-    return Inferred(loop, kwargs, _unconditional(loop, unconditional))
+    return Inferred(loop, kwargs, _unconditional(loop, both.unconditional))
 
 
 def _unconditional(loop: LoopSpec, branch: Branch | None) -> dict[str, torch.Tensor]:
@@ -169,22 +173,16 @@ def _inputs(first: Branch, second: Branch, state: str, timestep: str, batch: int
     return inputs
 
 
-def _guidance(
-    conditional: Branch, unconditional: Branch | None, inputs: Mapping[str, InputSpec], scale: float
-) -> GuidanceSpec | None:
+def _guidance(both: Guided, inputs: Mapping[str, InputSpec]) -> GuidanceSpec | None:
     """Class numbers of the unconditional branch are written down; embeddings are left to the caller."""
+    conditional, unconditional = both.conditional, both.unconditional
     if unconditional is None:
         return None
-    if scale < 1 - TOLERANCE:
-        raise UsageError(
-            f"the pipeline mixes its two branches at a guidance scale of {scale:g}; the fold expects a scale above 1, or "
-            "one branch. Call it with another scale: --guidance SCALE."
-        )
     here, there = flatten(conditional.arguments)[0], flatten(unconditional.arguments)[0]
     names = [name for name, spec in inputs.items() if spec.role == "condition" and name in there]
     differing = [name for name in names if not torch.equal(here[name], there[name])]
     values = {n: int(there[n][0]) for n in differing if there[n].ndim == 1 and not there[n].is_floating_point()}
-    return GuidanceSpec(scale=scale, unconditional=values if values and len(values) == len(differing) else "input")
+    return GuidanceSpec(scale=both.scale, unconditional=values if values and len(values) == len(differing) else "input")
 
 
 def _example(arguments: Mapping[str, Any], timestep: str, batch: int) -> dict[str, Any]:

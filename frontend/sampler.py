@@ -1,10 +1,11 @@
-"""Find the linear recurrence of a diffusers scheduler by probing it, and prove it by replay.
+"""Find the recurrence of a diffusers scheduler by probing it, and prove it by replay.
 
-A sampler is linear in the noise that it starts with, in the denoiser outputs and in the noise that it draws in its
-steps. So one run with basis vectors, the start e_0, then the outputs, then the draws, shows every coefficient of
-x[i] = A_i x[0] + sum_j B_ij v_j + sum_d E_id n_d at once. What is not linear, or random by other means, is found out by
-replaying random runs, some of them far above the usual magnitude. What a
-scheduler does counts, not what its configuration is called: a key that clips in one class has no effect in another.
+A sampler is linear in the noise that it starts with, in the denoiser outputs, in the noise that it draws in its steps and
+in the predictions that it bounds. So one run with basis vectors, the start e_0, then the outputs, the draws and the
+bounded predictions, shows every coefficient of x[i] = A_i x[0] + sum_j B_ij v_j + sum_d E_id n_d + sum_j F_ij f_j at once,
+and what each bound was asked for. What is not linear otherwise, or random by other means, is found out by replaying random
+runs, some of them far above the usual magnitude. What a scheduler does counts, not what its configuration is called: a key
+that clips in one class has no effect in another.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from typing import Any
 import numpy as np
 
 from ..loop.errors import UsageError, nearest
+from ..loop.forms import Bound, Prediction
 from ..loop.recurrence import Array, Recurrence
 from ..loop.spec import SamplerSpec
+from .bounds import bounding
 from .draws import Drawing, drawing, giving, noting
-from .remedies import DETERMINISTIC, STOCHASTIC, about_variance, cause, remedy
+from .remedies import DETERMINISTIC, STOCHASTIC, UNBOUNDED, about_variance
 from .schedulers import SCHEDULER_ERRORS, build
 
 logger = logging.getLogger(__name__)
@@ -37,7 +40,7 @@ REPLAY_WIDTH = 64  # values in the latent of a replay
 ROUNDED_CALLS = 500  # beyond, the float32 rounding of the scheduler itself reaches the tolerance and grows as a root
 REPLAY_SCALES = (1.0, 1.0, 10.0, 1000.0)  # magnitudes; clipping may not show at 1
 Run = Callable[..., tuple[Array, Array]]
-"""A scheduler that answers (start, outputs, draws, seed) with latents and input scales, see `_run`."""
+"""A scheduler that answers (start, outputs, draws, bounds, seed) with latents and input scales, see `_run`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,12 +78,19 @@ def probed(sampler: SamplerSpec) -> Probed:
     name, S = sampler.scheduler, len(scheduler.timesteps)
     _refuse_signature(name, scheduler)
     run = partial(_run, name, scheduler, _step_arguments(scheduler, sampler))
-    draws = _count_draws(name, run, S)
-    found = _solve(name, *_basis_run(run, S, draws), _grid(scheduler, sampler))
-    _check_replay(name, scheduler, run, found)
+    survey = _survey(name, run, S)
+    found = _solve(name, _basis_run(run, S, survey), _grid(scheduler, sampler), survey)
+    _check_replay(name, run, found)
     kept = np.nonzero(found.noise.any(axis=0))[0]
     logger.info("%s: %d steps fold into %d calls, %d outputs deep", name, sampler.steps, S, found.depth)
-    return Probed(replace(found, outputs=sampler.output_scale * found.outputs, noise=found.noise[:, kept]), kept)
+    return Probed(_of_guided(replace(found, noise=found.noise[:, kept]), sampler.output_scale), kept)
+
+
+def _of_guided(recurrence: Recurrence, scale: float) -> Recurrence:
+    """The recurrence in guided outputs, of which the scheduler receives so many times."""
+    bounded = recurrence.prediction
+    prediction = None if bounded is None else replace(bounded, output=scale * bounded.output)
+    return replace(recurrence, outputs=scale * recurrence.outputs, prediction=prediction)
 
 
 def refuse_partial_grid(begin_index: int | None, steps: int) -> None:
@@ -101,8 +111,53 @@ def refuse_partial_grid(begin_index: int | None, steps: int) -> None:
         )
 
 
-def _basis_run(run: Run, calls: int, draws: int) -> tuple[Array, Array]:
-    """Latents [S+1, 1+S+D] whose rows are the coefficients of x[i] in (x[0], v_0, ..., n_0, ...), and input scales [S].
+@dataclass(frozen=True, eq=False)
+class _Survey:
+    """What a scheduler does in its steps besides weighing: how often it draws noise, and what it bounds at which call."""
+
+    draws: int
+    bounds: Mapping[int, Bound]
+
+
+@dataclass(frozen=True, eq=False)
+class _Basis:
+    """A run on basis vectors, its rows in terms of (x[0], v_0, ..., n_0, ..., f_0, ...).
+
+    Attributes:
+        latents: [S+1, W] coefficients of each latent.
+        scales: [S] input scales.
+        asked: call -> [W] coefficients of what it bounds.
+    """
+
+    latents: Array
+    scales: Array
+    asked: Mapping[int, Array]
+
+
+class _Noted:
+    """Bounds that a scheduler puts on latents, by call: let through, or answered by the rows of a basis."""
+
+    def __init__(self, name: str, answers: Array | None = None):
+        self._name, self._answers = name, answers
+        self.call = 0
+        self.bounds: dict[int, Bound] = {}
+        self.asked: dict[int, Array] = {}
+
+    def __call__(self, sample: Any, bound: Bound) -> Any:
+        import torch
+
+        if self.call in self.bounds:
+            raise UsageError(
+                f"{self._name}: it bounds the latent twice at call {self.call}; the fold holds one bounded prediction for "
+                f"each. {UNBOUNDED}"
+            )
+        self.bounds[self.call], self.asked[self.call] = bound, sample.flatten().double().numpy()
+        answer = bound(self.asked[self.call][None])[0] if self._answers is None else self._answers[self.call]
+        return torch.from_numpy(answer).reshape(sample.shape).to(sample.dtype)
+
+
+def _basis_run(run: Run, calls: int, survey: _Survey) -> _Basis:
+    """Run a scheduler on basis vectors.
 
     Many schedulers round the latent to float32 on the way; that rounding would stand where an exact zero belongs, so
     here, and only here, they are kept in float64.
@@ -116,9 +171,13 @@ def _basis_run(run: Run, calls: int, draws: int) -> tuple[Array, Array]:
             rounds = func in (torch.Tensor.to, torch.Tensor.float) and args[0].dtype == torch.float64
             return args[0] if rounds and result.dtype.is_floating_point else result
 
+    bounded = calls if survey.bounds else 0
+    basis = np.eye(1 + calls + survey.draws + bounded)
+    outputs, draws, answers = np.split(basis[1:], [calls, calls + survey.draws])
+    noted = _Noted("", answers) if bounded else None
     with KeepDouble():
-        basis = np.eye(1 + calls + draws)
-        return run(basis[0], basis[1 : 1 + calls], giving(basis[1 + calls :]))
+        latents, scales = run(basis[0], outputs, giving(draws), noted)
+    return _Basis(latents, scales, noted.asked if noted is not None else {})
 
 
 def _grid(scheduler: Any, sampler: SamplerSpec) -> tuple[Array, float]:
@@ -149,6 +208,7 @@ def _run(
     start: Array,
     outputs: Array,
     draws: Drawing,
+    bounds: _Noted | None = None,
     seed: int = 0,
 ) -> tuple[Array, Array]:
     """Run a copy of a scheduler with given denoiser outputs and draws of noise.
@@ -160,6 +220,7 @@ def _run(
         start: [D] the first latent, already scaled.
         outputs: [S, D] what the denoiser answers at each call.
         draws: how the scheduler draws noise.
+        bounds: what answers for its bounds; None leaves them as they are.
         seed: seed of every random generator that the scheduler may use.
 
     Returns:
@@ -178,9 +239,16 @@ def _run(
         extra["generator"] = torch.Generator().manual_seed(seed)
     latent = torch.from_numpy(start).reshape(1, -1, 1, 1)
     latents, scales = [start], []
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), drawing(scheduler, draws):
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+        drawing(scheduler, draws),
+        bounding(scheduler, bounds),
+    ):
         torch.manual_seed(seed)
         for i, t in enumerate(list(scheduler.timesteps)):
+            if bounds is not None:
+                bounds.call = i
             output = torch.from_numpy(outputs[i]).reshape(1, -1, 1, 1)
             try:
                 scales.append(_input_scale(name, scheduler, latent, t))
@@ -232,9 +300,9 @@ def _input_scale(name: str, scheduler: Any, latent: Any, t: Any) -> float:
     return scale
 
 
-def _solve(name: str, latents: Array, scales: Array, grid: tuple[Array, float]) -> Recurrence:
-    """Turn the basis run, rows x[i] = (A_i, B_i0, ..., E_i0, ...), into a_i = A_{i+1} / A_i, b and e."""
-    S = len(scales)
+def _solve(name: str, basis: _Basis, grid: tuple[Array, float], survey: _Survey) -> Recurrence:
+    """Turn the rows x[i] = (A_i, B_i0, ..., E_i0, ..., F_i0, ...) into a_i = A_{i+1} / A_i, b, e and w."""
+    latents, S = basis.latents, len(basis.scales)
     if not np.isfinite(latents).all():
         call = int(np.nonzero(~np.isfinite(latents).all(axis=1))[0][0]) - 1
         raise UsageError(
@@ -252,8 +320,33 @@ def _solve(name: str, latents: Array, scales: Array, grid: tuple[Array, float]) 
                 f"recurrence of the latent exists; {DETERMINISTIC}"
             )
         weights[i] = _without_rounding(state[i] * before[1:], after[1:])
+    outputs, noise, predicted = np.split(weights, [S, S + survey.draws], axis=1)
+    prediction = _prediction(name, basis, survey, predicted) if survey.bounds else None
     timesteps, initial_scale = grid
-    return Recurrence(timesteps, scales, state, weights[:, :S], initial_scale, weights[:, S:])
+    return Recurrence(timesteps, basis.scales, state, outputs, initial_scale, noise, prediction)
+
+
+def _prediction(name: str, basis: _Basis, survey: _Survey, weights: Array) -> Prediction:
+    """The bounded predictions: what is bounded at call i is p_i x[i] + q_i v_i.
+
+    Raises:
+        UsageError: it is something else, or its range changes from call to call.
+    """
+    ranges = set(survey.bounds.values())
+    if len(ranges) > 1:
+        raise UsageError(f"{name}: the range of its bound changes from call to call; the fold holds one. {UNBOUNDED}")
+    p, q = np.zeros(len(basis.scales)), np.zeros(len(basis.scales))
+    for call, asked in basis.asked.items():
+        latent, own = basis.latents[call], 1 + call
+        others = np.delete(np.stack([latent, asked]), own, axis=1)
+        p[call] = others[0] @ others[1] / (others[0] @ others[0])
+        q[call] = asked[own] - p[call] * latent[own]
+        if np.linalg.norm(others[1] - p[call] * others[0]) > REPLAY_TOLERANCE * np.linalg.norm(asked):
+            raise UsageError(
+                f"{name}: at call {call} it bounds something else than what the latent and the output of that call "
+                f"predict, which the fold does not hold. {UNBOUNDED}"
+            )
+    return Prediction(p, q, weights, ranges.pop())
 
 
 def _without_rounding(carried: Array, after: Array) -> Array:
@@ -268,7 +361,7 @@ def _without_rounding(carried: Array, after: Array) -> Array:
     return difference
 
 
-def _check_replay(name: str, scheduler: Any, run: Run, recurrence: Recurrence) -> None:
+def _check_replay(name: str, run: Run, recurrence: Recurrence) -> None:
     """Replay random runs of a scheduler by the recurrence.
 
     Raises:
@@ -281,16 +374,20 @@ def _check_replay(name: str, scheduler: Any, run: Run, recurrence: Recurrence) -
         outputs = scale * generator.standard_normal((recurrence.calls, REPLAY_WIDTH))
         draws = scale * generator.standard_normal((recurrence.draws, REPLAY_WIDTH))
         wanted, scales = run(start, outputs, giving(draws))
-        latent = start
+        latent, predictions = start, np.zeros_like(outputs)
+        bounded = recurrence.prediction
         added = recurrence.outputs @ outputs + recurrence.noise @ draws  # row by row it is most of a long grid's time
         for i in range(recurrence.calls):
+            if bounded is not None:
+                predictions[i] = bounded.at(i, latent[None], outputs[i : i + 1])[0]
+                added[i] += bounded.weights[i] @ predictions
             latent = recurrence.state[i] * latent + added[i]
             error = np.linalg.norm(latent - wanted[i + 1]) / max(np.linalg.norm(wanted[i + 1]), TINY)
             if not error <= tolerance:
                 raise UsageError(
-                    f"{name}: not a linear recurrence: {cause(scheduler)}a random run at magnitude {scale:g} differs from "
+                    f"{name}: not a linear recurrence: a random run at magnitude {scale:g} differs from "
                     f"the probed coefficients by {error:.1e} (relative) at call {i} "
-                    f"of {recurrence.calls}; expected at most {tolerance:g}. {remedy(scheduler)}"
+                    f"of {recurrence.calls}; expected at most {tolerance:g}. C{DETERMINISTIC[1:]}"
                 )
         if not np.allclose(scales, recurrence.input_scale, rtol=REPLAY_TOLERANCE, atol=0.0):
             raise UsageError(f"{name}: its input scale depends on the latent; {DETERMINISTIC}")
@@ -310,8 +407,8 @@ def _refuse_signature(name: str, scheduler: Any) -> None:
         )
 
 
-def _count_draws(name: str, run: Run, calls: int) -> int:
-    """How often a scheduler draws noise.
+def _survey(name: str, run: Run, calls: int) -> _Survey:
+    """How often a scheduler draws noise, and what it bounds.
 
     Raises:
         UsageError: it is random by other means: two runs with the same draws, and another seed, must agree.
@@ -319,12 +416,12 @@ def _count_draws(name: str, run: Run, calls: int) -> int:
     generator = np.random.default_rng(0)
     start = generator.standard_normal(REPLAY_WIDTH)
     outputs = generator.standard_normal((calls, REPLAY_WIDTH))
-    drawn: list[Any] = []
-    run(start, outputs, noting(drawn), 1)
+    drawn, bounds = list[Any](), _Noted(name)
+    run(start, outputs, noting(drawn), bounds, 1)
     if any(one.numel() != REPLAY_WIDTH for one in drawn):
         raise UsageError(f"{name}: {STOCHASTIC}")
     given = generator.standard_normal((len(drawn), REPLAY_WIDTH))
-    runs = [run(start, outputs, giving(given), seed)[0] for seed in (1, 2)]
+    runs = [run(start, outputs, giving(given), None, seed)[0] for seed in (1, 2)]
     if not np.array_equal(*runs, equal_nan=True):
         raise UsageError(f"{name}: {STOCHASTIC}")
-    return len(drawn)
+    return _Survey(len(drawn), bounds.bounds)

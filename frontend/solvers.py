@@ -41,6 +41,8 @@ GRID_KEYS = (
     "use_exponential_sigmas",
     "use_karras_sigmas",
 )
+BOUND_KEYS = ("clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value")
+"""How the predicted sample is bounded, for solvers that can; one that cannot goes without, as its users do."""
 WITHOUT_EFFECT = (None, False)  # values of a model key that a class without the key has too
 
 
@@ -122,7 +124,7 @@ def _carried_config(base: SamplerSpec, name: str, target: type[Any], family: str
         config["time_shift_type"] = effective["time_shift_type"]
     if "clip_sample" in valid:
         config["clip_sample"] = bool(effective.get("clip_sample", False))
-    return config
+    return config | {key: effective[key] for key in BOUND_KEYS if key in valid and key in effective}
 
 
 def _carried_arguments(base: SamplerSpec, name: str, target: type[Any], config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Every step of a pipeline, held to the loop that its first two steps say.
 
-What happens later is as much a part of the loop: a second network that takes over, guidance in an interval of the
-steps only, noise between them. Whatever the fold cannot say is refused, by its name and with its step.
+What happens later is as much a part of the loop: a second network that takes over, a latent that is changed between the
+steps. Whatever the fold cannot say is refused, by its name and with its step. The scale of guidance may change from step to
+step, or guidance stop; the rule by which guided outputs are rescaled is found from all steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,13 +17,22 @@ import torch
 from ..loop.errors import UsageError
 from ..loop.spec import LoopSpec
 from .arrangement import arranged
-from .branches import BY_HAND, TOLERANCE, Branch, Guided, clipped, fit, guided, of_samples, one_of_two
+from .branches import TOLERANCE, Branch, Guided, clipped, fit, guided, of_samples, one_of_two
 from .calling import flatten
+from .guidance import BY_HAND, Guidance, in_all_steps
 from .recorder import Recording, Step
 from .roles import Inferred, Seen, infer, numbers
 from .sampler import probed, refuse_partial_grid
 
 NORMAL = 6.0  # deviations by which the noise of a pipeline may miss the standard normal
+
+
+class GuidedLater(Exception):
+    """The first steps of a loop have one branch, and this later one has two: watch it again with both in mind."""
+
+    def __init__(self, guided: Guided):
+        super().__init__("guidance begins later")
+        self.guided = guided
 
 
 class Watch:
@@ -30,15 +41,16 @@ class Watch:
     In memory are the arguments of the first steps and the outputs that a later update reads.
     """
 
-    def __init__(self, scheduler: Any, batch: int, steps: int):
+    def __init__(self, scheduler: Any, batch: int, steps: int, guided: Guided | None = None):
         """Before the first step.
 
         Args:
             scheduler: the pipeline's.
             batch: how many samples the pipeline was asked for.
             steps: how many steps.
+            guided: branches of a later step, where the first has one.
         """
-        self._scheduler, self._batch, self._steps = scheduler, batch, steps
+        self._scheduler, self._batch, self._steps, self._guided = scheduler, batch, steps, guided
         self._first: Seen | None = None
         self._followed: _Followed | None = None
 
@@ -46,6 +58,7 @@ class Watch:
         """Judge the next step.
 
         Raises:
+            GuidedLater: the first step with two branches comes behind others.
             UsageError: the pipeline does something that the fold cannot hold.
         """
         number = recorded.taken
@@ -84,25 +97,41 @@ class Watch:
                 f"step {recorded.taken}: the pipeline ends its loop here; its scheduler has a grid of {calls}, and the "
                 f"fold holds the whole of it. {BY_HAND}"
             )
-        return self._followed.inferred
+        return self._followed.whole()
 
     def _follow(self, recorded: Recording, first: Seen, second: Seen | None) -> None:
-        inferred = infer(recorded, first, second, self._scheduler, self._batch, self._steps)
-        self._followed = _Followed(inferred, first, self._batch)
+        both = self._guided or first.guided
+        inferred = infer(recorded, first, second, both, self._scheduler, self._batch, self._steps)
+        self._followed = _Followed(inferred, first, both, self._batch)
         self._followed.check(0, first)
 
 
 class _Followed:
     """An inferred loop, and where it stands after the steps that were compared with it."""
 
-    def __init__(self, inferred: Inferred, first: Seen, batch: int):
+    def __init__(self, inferred: Inferred, first: Seen, both: Guided, batch: int):
         self._probed = probed(inferred.loop.sampler)
-        self.inferred, self.recurrence = inferred, self._probed.recurrence
+        self._inferred, self.recurrence = inferred, self._probed.recurrence
+        self._both, self._guidance = both, Guidance()
         self._drawn: list[torch.Tensor] = []  # by the scheduler, those without a weight too
         self._loop: LoopSpec = inferred.loop
         self._first, self._batch = first, batch
         self._expected = first.latent  # where the next step begins
         self._outputs: dict[int, torch.Tensor] = {}  # that a later update reads
+        self._predicted: dict[int, torch.Tensor] = {}  # and bounds
+
+    def whole(self) -> Inferred:
+        """The loop, what only all steps say of its guidance included.
+
+        Raises:
+            UsageError: the guided outputs are rescaled in a way that the fold does not hold.
+        """
+        loop = self._loop
+        if loop.guidance is None:
+            return self._inferred
+        guidance, factor = in_all_steps(loop.guidance, self._guidance), self._guidance.factor() or 1.0
+        sampler = loop.sampler.model_copy(update={"output_scale": loop.sampler.output_scale * factor})
+        return replace(self._inferred, loop=loop.model_copy(update={"guidance": guidance, "sampler": sampler}))
 
     def check(self, number: int, seen: Seen) -> None:
         """Raise UsageError where a step is not that of the loop."""
@@ -116,7 +145,7 @@ class _Followed:
         if number == 0:
             _require_noise(seen.latent / self.recurrence.initial_scale)
         else:
-            _require_same_guidance(self._first.guided, seen.guided, where)
+            _require_same_guidance(self._first.guided, self._both, seen.guided, where)
             _require_untouched(self._expected, seen.latent, where)
         if seen.step.arguments != self._first.step.arguments:
             raise UsageError(_other_arguments(self._first.step.arguments, seen.step.arguments, where))
@@ -124,6 +153,8 @@ class _Followed:
             self._require_arguments(number, branch, seen.latent, where)
         self._require_same_call(seen.guided, where)
         self._advance(number, seen, where)
+        here, other = seen.guided, seen.guided.unconditional
+        self._guidance.add(here.scale, here.output, here.conditional.output, other.output if other else None)
 
     def _require_arguments(self, number: int, branch: Branch, latent: torch.Tensor, where: str) -> None:
         """The latent and the timestep are those of the grid."""
@@ -146,12 +177,12 @@ class _Followed:
 
     def _require_same_call(self, here: Guided, where: str) -> None:
         """Nothing else changes from step to step, or from branch to branch where it is no condition."""
-        first = self._first.guided
+        first, both = self._first.guided, self._both.unconditional
         moving = {self._loop.state, self._loop.timestep}
         conditions = set(self._loop.conditions)
         pairs = [(first.conditional, here.conditional, moving, "step to step")]
-        if first.unconditional is not None and here.unconditional is not None:
-            pairs.append((first.unconditional, here.unconditional, moving, "step to step"))
+        if both is not None and here.unconditional is not None:
+            pairs.append((both, here.unconditional, moving, "step to step"))
             pairs.append((here.conditional, here.unconditional, moving | conditions, "branch to branch"))
         for one, other, aside, between in pairs:
             name = difference(one.arguments, other.arguments, aside)
@@ -165,12 +196,19 @@ class _Followed:
 
     def _advance(self, number: int, seen: Seen, where: str) -> None:
         """Replay the update of the scheduler."""
-        weights = self.recurrence.outputs
+        weights, bounded = self.recurrence.outputs, self.recurrence.prediction
         self._outputs[number] = seen.guided.output
         self._expected = float(self.recurrence.state[number]) * seen.latent
         for j, output in self._outputs.items():
             if weights[number, j]:
                 self._expected = self._expected + float(weights[number, j]) * output
+        if bounded is not None:
+            at = (value.double().numpy() for value in (seen.latent, seen.guided.output))
+            self._predicted[number] = torch.from_numpy(bounded.at(number, *at)).to(seen.latent.dtype)
+            for j, predicted in self._predicted.items():
+                if bounded.weights[number, j]:
+                    self._expected = self._expected + float(bounded.weights[number, j]) * predicted
+            self._predicted = {j: kept for j, kept in self._predicted.items() if bounded.weights[number + 1 :, j].any()}
         self._outputs = {j: kept for j, kept in self._outputs.items() if weights[number + 1 :, j].any()}
         self._drawn += seen.step.draws
         for weight, draw in zip(self.recurrence.noise[number], self._probed.kept, strict=True):
@@ -230,27 +268,26 @@ def _require_noise(noise: torch.Tensor) -> None:
         )
 
 
-def _require_same_guidance(first: Guided, here: Guided, where: str) -> None:
-    """Guidance has one form and one scale in all steps."""
-    if (first.unconditional is None) != (here.unconditional is None):
-        one, other = ("off", "on") if first.unconditional is None else ("on", "off")
+def _require_same_guidance(first: Guided, both: Guided, here: Guided, where: str) -> None:
+    """Guidance has one form in all steps that have it, and outputs one factor.
+
+    Raises:
+        GuidedLater: this is the first step with two branches.
+        UsageError: something else changes than the scale.
+    """
+    if both.unconditional is None and here.unconditional is not None:
+        raise GuidedLater(here)
+    alike = both if here.unconditional is not None else first
+    if here.unconditional is not None and alike.rows != here.rows:
         raise UsageError(
-            f"{where}: the pipeline turns guidance {other}, which is {one} before (guidance in an interval of the steps "
-            f"only); the fold holds one form of guidance for all steps. {BY_HAND}"
-        )
-    if first.rows != here.rows:
-        raise UsageError(
-            f"{where}: the pipeline calls its denoiser with {list(here.rows)} rows, and with {list(first.rows)} before; the "
+            f"{where}: the pipeline calls its denoiser with {list(here.rows)} rows, and with {list(alike.rows)} before; the "
             f"fold holds one form of call for all steps. {BY_HAND}"
         )
-    for what, one, other in (
-        ("guidance scale", first.scale, here.scale),
-        ("factor of the output", first.output_scale, here.output_scale),
-    ):
-        if abs(one - other) > 10 * TOLERANCE * max(1.0, abs(one)):
-            raise UsageError(
-                f"{where}: the {what} is {other:g}, and {one:g} before; the fold holds one for all steps. {BY_HAND}"
-            )
+    one, other = first.output_scale, here.output_scale
+    if abs(one - other) > 10 * TOLERANCE * max(1.0, abs(one)):
+        raise UsageError(
+            f"{where}: the factor of the output is {other:g}, and {one:g} before; the fold holds one for all steps. {BY_HAND}"
+        )
 
 
 def _require_untouched(expected: torch.Tensor, latent: torch.Tensor, where: str) -> None:

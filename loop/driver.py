@@ -14,7 +14,8 @@ from math import prod
 
 import numpy as np
 
-from .plan import REUSED, Plan
+from .forms import guided, rescaled_branches
+from .plan import REUSED, Plan, Update
 from .ports import BoundProgram, BoundSlot, BoundStage, Port, Rate, repeat_row
 from .recurrence import as_timesteps
 from .spec import LoopSpec
@@ -106,6 +107,7 @@ class LoopRun:
         self._program, self._loop, self._plan, self._keep = program, loop, plan, keep
         self.batch = len(request.noise)
         self.history: dict[int, tuple[Array, Array | None]] = {}
+        self.predictions: dict[int, Array] = {}
         if plan.guided.any() and request.unconditional is None:
             raise ValueError("the plan has guided evaluations, so the request needs unconditional conditions")
         if plan.draws > loop.draws:
@@ -124,15 +126,26 @@ class LoopRun:
         self._prepare()
 
     def evaluate(self, k: int) -> tuple[Array, Array | None]:
-        """Outputs of evaluation k: the conditional [B, ...] and the unconditional [B, ...] or None."""
+        """Outputs of evaluation k: the conditional [B, ...] and the unconditional [B, ...] or None.
+
+        The history keeps them as the updates weigh them, behind the forms of the loop.
+        """
         rows = self._rows_at(k)
         values = self._step_values(k, rows)
         for slot in self._computing:
             self._fill(slot, k, values, rows)
         prediction = values[self._program.outputs[0]]
         result = (prediction[: self.batch], prediction[self.batch :] if rows > self.batch else None)
-        self.history[k] = result
+        self._keep_outputs(k, *result)
         return result
+
+    def _keep_outputs(self, k: int, conditional: Array, unconditional: Array | None) -> None:
+        scale, guidance, bounded = float(self._plan.scales[k]), self._loop.guidance, self._plan.prediction
+        if unconditional is not None and guidance is not None and guidance.rescale is not None:
+            conditional, unconditional = rescaled_branches(conditional, unconditional, scale, guidance.rescale)
+        self.history[k] = conditional, unconditional
+        if bounded is not None:
+            self.predictions[k] = bounded.at(k, self.latent, guided(conditional, unconditional, scale))
 
     def computed(self, name: str, k: int) -> Sequence[Array]:
         """The outputs [rows, ...] that the original of a slot computes at evaluation k; the run stays where it is."""
@@ -152,19 +165,21 @@ class LoopRun:
         """Go on along a plan of the same evaluations whose cells differ at those to come."""
         self._plan = plan
 
-    def update(self, k: int, state: float, conditional: Array, unconditional: Array) -> None:
-        """x <- state x + sum_j conditional_j c_j + unconditional_j u_j over the outputs still in the history.
+    def update(self, k: int, weights: Update) -> None:
+        """x <- state x + sum_j conditional_j c_j + unconditional_j u_j + predicted_j f_j over what is still in the history.
 
         The noise that the plan adds after evaluation k is added too.
         """
-        latent, added = self.latent * np.float32(state), self.added(k)
+        latent, added = self.latent * np.float32(weights.state), self.added(k)
         if added is not None:
             latent += added
         for j, (c, u) in self.history.items():
-            if conditional[j]:
-                latent += np.float32(conditional[j]) * c
-            if u is not None and unconditional[j]:
-                latent += np.float32(unconditional[j]) * u
+            if weights.conditional[j]:
+                latent += np.float32(weights.conditional[j]) * c
+            if u is not None and weights.unconditional[j]:
+                latent += np.float32(weights.unconditional[j]) * u
+            if weights.predicted is not None and weights.predicted[j]:
+                latent += np.float32(weights.predicted[j]) * self.predictions[j]
         self.latent = latent
 
     def added(self, k: int) -> Array | None:
@@ -177,10 +192,11 @@ class LoopRun:
     def forget(self, j: int) -> None:
         """Drop the outputs of evaluation j from the ring."""
         self.history.pop(j, None)
+        self.predictions.pop(j, None)
 
     def advance(self, k: int, plan: Plan) -> None:
         """Apply row k of a plan and drop the outputs that no later row reads."""
-        self.update(k, float(plan.state[k]), plan.conditional[k], plan.unconditional[k])
+        self.update(k, plan.update(k))
         for j in list(self.history):
             if plan.last_reader(j) <= k:
                 self.forget(j)
@@ -188,12 +204,14 @@ class LoopRun:
     def stand_where(self, other: LoopRun) -> None:
         """Take latent and history of a run of the same request."""
         twin = other.fork()
-        self.latent, self.history, self._slots = twin.latent, twin.history, twin._slots
+        self.latent, self.history, self.predictions = twin.latent, twin.history, twin.predictions
+        self._slots = twin._slots
 
     def fork(self) -> LoopRun:
         """A run that stands where this one does and continues independently."""
         twin = copy(self)
         twin.history = dict(self.history)  # arrays are replaced, never written, so they may be shared
+        twin.predictions = dict(self.predictions)
         twin._slots = {name: _History(dict(slot.kept)) for name, slot in self._slots.items()}
         return twin
 

@@ -2,9 +2,10 @@
 
 With c_j and u_j the conditional and unconditional outputs of evaluation j,
 
-    x[k+1] = state_k x[k] + sum_{j<=k} conditional_kj c_j + unconditional_kj u_j + sum_d noise_kd n_d
+    x[k+1] = state_k x[k] + sum_{j<=k} conditional_kj c_j + unconditional_kj u_j + predicted_kj f_j + sum_d noise_kd n_d
 
-with the draws of noise n_d of a stochastic sampler, which are given with the request, before its first evaluation.
+with the draws of noise n_d of a stochastic sampler, which are given with the request, before its first evaluation, and
+the bounded predictions f_j of a sampler that clips (see `forms`).
 A step that the schedule skips has no row: it is part of the update between its two neighbours. At each evaluation a
 computing slot of the program is filled by one of its variants, or by a weighted sum of its own earlier outputs.
 """
@@ -16,7 +17,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from .recurrence import Array, Recurrence, of_draws, one_number
+from .forms import Prediction
+from .recurrence import PREDICTION, Array, Recurrence, below, of_calls, of_draws, one_number
 
 LARGEST_WEIGHT = 1e30  # a product with it is still a float32 number
 REUSED = -1
@@ -66,6 +68,33 @@ class Cell:
 
 
 @dataclass(frozen=True, eq=False)
+class Update:
+    """The weights of one update of a plan of N evaluations.
+
+    Attributes:
+        state: of the latent.
+        conditional: [N] of the conditional outputs.
+        unconditional: [N] of the unconditional outputs.
+        predicted: [N] of the bounded predictions; None where nothing is bounded.
+    """
+
+    state: float
+    conditional: Array
+    unconditional: Array
+    predicted: Array | None = None
+
+    def plus(self, other: Update) -> Update:
+        """The sum of two updates of one plan."""
+        predicted = None if self.predicted is None or other.predicted is None else self.predicted + other.predicted
+        return Update(
+            self.state + other.state,
+            self.conditional + other.conditional,
+            self.unconditional + other.unconditional,
+            predicted,
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """The loop a bundle runs: N evaluations, what fills the slots at each, and one linear update after it.
 
@@ -81,6 +110,8 @@ class Plan:
         landings: [N] grid call at which the latent stands after the update; S after the last.
         cells: computing slots by name; a slot without a cell is filled by the variant of the grid call.
         noise: [N, D] weights of the draws of noise; [N, 0] for a deterministic sampler.
+        prediction: bounded samples that the updates weigh too; None for a sampler that bounds nothing.
+        scales: [N] guidance scale of each evaluation, for the forms that need the guided output itself; 1 without.
     """
 
     positions: Array
@@ -94,10 +125,13 @@ class Plan:
     landings: Array
     cells: Mapping[str, Cell] = field(default_factory=dict)
     noise: Array = field(default_factory=lambda: np.zeros((0, 0)))
+    prediction: Prediction | None = None
+    scales: Array = field(default_factory=lambda: np.ones(0))
 
     def __post_init__(self) -> None:
         N = len(self.positions)
         object.__setattr__(self, "noise", of_draws(self.noise, N))
+        object.__setattr__(self, "scales", of_calls(self.scales, N))
         for name in ("timesteps", "input_scale", "guided", "state", "landings"):
             if getattr(self, name).shape != (N,):
                 raise ValueError(f"{name} of a plan of {N} evaluations must be [{N}]")
@@ -105,8 +139,10 @@ class Plan:
             weights = getattr(self, name)
             if weights.shape != (N, N) or not np.allclose(weights, np.tril(weights)):
                 raise ValueError(f"{name} of a plan of {N} evaluations must be lower triangular [{N}, {N}]")
-        for name in ("state", "conditional", "unconditional", "noise"):
-            if not (np.abs(getattr(self, name)) <= LARGEST_WEIGHT).all():  # also NaN
+        if self.prediction is not None and len(self.prediction.latent) != N:
+            raise ValueError(f"a plan of {N} evaluations has predictions of {len(self.prediction.latent)}")
+        for name, weights in self._weights().items():
+            if not (np.abs(weights) <= LARGEST_WEIGHT).all():  # also NaN
                 raise ValueError(f"{name} weights of a plan must be finite, at most {LARGEST_WEIGHT:g}")
         if self.unconditional[:, ~self.guided].any():
             raise ValueError("an unguided evaluation has no unconditional output to weigh")
@@ -131,6 +167,22 @@ class Plan:
         """How many evaluations run both branches."""
         return int(self.guided.sum())
 
+    def update(self, k: int) -> Update:
+        """The weights of the update after evaluation k."""
+        predicted = None if self.prediction is None else self.prediction.weights[k]
+        return Update(float(self.state[k]), self.conditional[k], self.unconditional[k], predicted)
+
+    def with_updates(self, updates: Sequence[Update]) -> Plan:
+        """The plan with other weights, those of the noise left as they are."""
+        predicted = [one.predicted for one in updates if one.predicted is not None]
+        return replace(
+            self,
+            state=np.asarray([one.state for one in updates]),
+            conditional=np.stack([one.conditional for one in updates]),
+            unconditional=np.stack([one.unconditional for one in updates]),
+            prediction=replace(self.prediction, weights=np.stack(predicted)) if self.prediction is not None else None,
+        )
+
     def same_as(self, other: Plan) -> bool:
         """Whether two plans are equal, number by number."""
         mine, theirs = self.arrays(), other.arrays()
@@ -138,11 +190,14 @@ class Plan:
 
     def last_reader(self, j: int) -> int:
         """The last update that reads the outputs of evaluation j; the ring may drop them afterwards."""
-        used = np.nonzero((self.conditional[:, j] != 0) | (self.unconditional[:, j] != 0))[0]
-        return int(used.max(initial=j))
+        columns = [self.conditional[:, j], self.unconditional[:, j]]
+        if self.prediction is not None:
+            columns.append(self.prediction.weights[:, j])
+        return int(np.nonzero(np.any(columns, axis=0))[0].max(initial=j))
 
     def arrays(self) -> dict[str, Array]:
         """The plan as named arrays, for `tables.safetensors`."""
+        predicted = {} if self.prediction is None else self.prediction.arrays()
         return {
             "positions": self.positions.astype(np.int64),
             "timesteps": self.timesteps.astype(np.float64),
@@ -154,6 +209,8 @@ class Plan:
             "initial_scale": np.asarray([self.initial_scale], np.float64),
             "landings": self.landings.astype(np.int64),
             **({"noise": self.noise.astype(np.float64)} if self.draws else {}),
+            **({"scales": self.scales.astype(np.float64)} if (self.scales != 1.0).any() else {}),
+            **{f"{PREDICTION}/{name}": value for name, value in predicted.items()},
             **{
                 f"{CELLS}/{name}/{key}": array
                 for name, cell in self.cells.items()
@@ -176,7 +233,13 @@ class Plan:
             landings=arrays["landings"],
             cells=_cells(arrays),
             noise=arrays.get("noise", np.zeros((0, 0))),
+            prediction=Prediction.from_arrays(below(PREDICTION, arrays)),
+            scales=arrays.get("scales", np.ones(0)),
         )
+
+    def _weights(self) -> dict[str, Array]:
+        weights = {name: getattr(self, name) for name in ("state", "conditional", "unconditional", "noise")}
+        return weights if self.prediction is None else weights | {"predicted": self.prediction.weights}
 
 
 def _cells(arrays: Mapping[str, Array]) -> dict[str, Cell]:
@@ -219,30 +282,36 @@ def fold(
     N = len(chosen)
     forecasts = np.stack([_forecast(i, chosen, order) for i in range(S)])  # [S, N]: v_i ~ forecasts_i . evaluated
     ends = np.append(chosen[1:], S)
-    state, outputs, noise = np.ones(N), np.zeros((N, N)), np.zeros((N, recurrence.draws))
+    bounded = recurrence.prediction
+    state, outputs, noise, predicted = np.ones(N), np.zeros((N, N)), np.zeros((N, recurrence.draws)), np.zeros((N, N))
     for k, (start, end) in enumerate(zip(chosen, ends, strict=True)):
         for i in range(start, end):
             state[k] *= recurrence.state[i]
             outputs[k] = recurrence.state[i] * outputs[k] + recurrence.outputs[i] @ forecasts
             noise[k] = recurrence.state[i] * noise[k] + recurrence.noise[i]
-    return replace(with_guidance(recurrence, scale, chosen, state, outputs), noise=noise)
+            if bounded is not None:
+                predicted[k] = recurrence.state[i] * predicted[k] + bounded.weights[i] @ forecasts
+    prediction = None
+    if bounded is not None:
+        prediction = Prediction(bounded.latent[chosen], bounded.output[chosen], predicted, bounded.bound)
+    plan = with_guidance(recurrence, scale, chosen, state, outputs)
+    return replace(plan, noise=noise, prediction=prediction)
 
 
 def with_guidance(recurrence: Recurrence, scale: float | None, positions: Array, state: Array, outputs: Array) -> Plan:
     """Build the plan whose update weighs *guided* outputs `v = u + scale (c - u)` by `outputs` [N, N]."""
-    N = len(positions)
-    guided = guides(scale)
-    factor = scale if guided and scale is not None else 1.0
+    scales = recurrence.scales(scale if guides(scale) else None)[positions]
     return Plan(
         positions=positions,
         timesteps=recurrence.timesteps[positions],
         input_scale=recurrence.input_scale[positions],
-        guided=np.full(N, guided),
+        guided=scales > 1.0,
         state=state,
-        conditional=factor * outputs,
-        unconditional=(1.0 - factor) * outputs,
+        conditional=scales * outputs,
+        unconditional=(1.0 - scales) * outputs,
         initial_scale=recurrence.initial_scale,
         landings=np.append(positions[1:], recurrence.calls),
+        scales=scales,
     )
 
 

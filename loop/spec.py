@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import UsageError
 from .reading import Expected
-from .values import DTYPES, TIMESTEP_DTYPES, ArrayLike, Factor, Plain, Scale, Shape
+from .values import DTYPES, LARGEST_FACTOR, TIMESTEP_DTYPES, ArrayLike, Factor, Plain, Scale, Shape
 from .yaml_files import read_yaml
 
 LOOP_FILE = Expected("a loop file, YAML")
@@ -76,16 +76,45 @@ class GuidanceValues(Strict):
         return values
 
 
+class RescaleSpec(Strict):
+    """The guided output v times a number that brings its size near that of the conditional output c.
+
+    Attributes:
+        over: `sample` for one number for each sample, `row` for one for each row of the last axis (a token of a packed
+            latent).
+        measure: size that is compared: Euclidean `norm`, or standard `deviation`.
+        share: how much of the rescaled output there is; the rest is v as it was (`guidance_rescale` of arXiv 2305.08891,
+            section 3.4).
+        limit: v is only made smaller, to at most this many times the size of c; None makes the sizes equal.
+    """
+
+    over: Literal["sample", "row"] = "sample"
+    measure: Literal["norm", "deviation"] = "norm"
+    share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
+    limit: Annotated[float, Field(gt=0, le=LARGEST_FACTOR, allow_inf_nan=False)] | None = None
+
+
+Strength = Annotated[float, Field(ge=0, le=LARGEST_FACTOR, allow_inf_nan=False)]
+
+
 class GuidanceSpec(Strict):
     """Classifier-free guidance `v = u + scale (c - u)` between the conditional c and the unconditional u.
 
-    `unconditional` gives the value of each condition in the unconditional branch, or `input` where the caller
-    supplies them (a negative prompt).
+    Attributes:
+        scale: scale, or several of them.
+        unconditional: value of each condition in the unconditional branch, or `input` where the caller supplies them (a
+            negative prompt).
+        strict: whether any other scale is refused at run time.
+        strength: for loops that guide some calls only, or more and less: how much of the guidance each call has. The
+            scale of a call is `1 + strength (scale - 1)`, so that 0 is the conditional branch alone.
+        rescale: what is done to the size of v; None leaves it.
     """
 
     scale: Scale | GuidanceValues
     unconditional: dict[str, ArrayLike] | Literal["input"]
     strict: bool = False
+    strength: tuple[Strength, ...] | None = Field(default=None, max_length=2 * MOST_STEPS)
+    rescale: RescaleSpec | None = None
 
     @property
     def scales(self) -> tuple[float, ...]:

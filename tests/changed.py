@@ -16,6 +16,35 @@ STEPS = 6
 SIZE = 8  # of a latent
 
 
+def deviation_shared(noise: torch.Tensor, conditional: torch.Tensor) -> torch.Tensor:
+    """`guidance_rescale` of 0.7, in diffusers' own code."""
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+    return rescale_noise_cfg(noise, conditional, guidance_rescale=0.7)
+
+
+def norm_by_row(noise: torch.Tensor, conditional: torch.Tensor) -> torch.Tensor:
+    """As QwenImage and Lumina 2 do it."""
+    return noise * (torch.norm(conditional, dim=-1, keepdim=True) / torch.norm(noise, dim=-1, keepdim=True))
+
+
+def norm_by_sample_at_most(noise: torch.Tensor, conditional: torch.Tensor) -> torch.Tensor:
+    """As Z-Image does it, and negates."""
+    rows = []
+    for one, base in zip(noise, conditional, strict=True):
+        most, size = 0.9 * torch.linalg.vector_norm(base), torch.linalg.vector_norm(one)
+        rows.append(-one * (most / size) if size > most else -one)
+    return torch.stack(rows)
+
+
+RESCALED = {
+    "rescaled by deviation": deviation_shared,
+    "rescaled by rows": norm_by_row,
+    "rescaled at most": norm_by_sample_at_most,
+    "rescaled by another rule": lambda noise, _: noise * (1 + noise.abs().amax((1, 2, 3), keepdim=True)),
+}
+
+
 class ChangedPipeline(diffusers.DiffusionPipeline):
     """`DiTPipeline` in plain words, with a change that a test asks for."""
 
@@ -52,13 +81,16 @@ class ChangedPipeline(diffusers.DiffusionPipeline):
             return self.output(images=(images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())
 
     def _step(self, i: int, t: Any, latents: Any, classes: Any, scale: float, generator: Any) -> Any:
-        off = self.change == "guidance in an interval" and i >= 3
+        guides = {"guidance in an interval": i < 3, "guidance that begins later": 2 <= i < 5}.get(self.change, True)
         conditional = self._prediction(i, t, latents, classes)
-        if off or scale <= 1:
+        if self.change == "dynamic guidance":
+            scale = 1 + (scale - 1) * (i + 1) / STEPS
+        if not guides or scale <= 1:
             noise = conditional
         else:
             unconditional = self._prediction(i, t, latents, [1000] * len(latents))
             noise = unconditional + scale * (conditional - unconditional)
+            noise = RESCALED.get(self.change, lambda noise, _: noise)(noise, conditional)
         if self.change == "negated output":
             noise = -noise
         extra = {"eta": 0.5} if self.change == "other eta" else {}

@@ -18,14 +18,14 @@ import numpy as np
 from ...calibration.trajectories import Trajectories
 from ...loop.driver import LoopRun, run_loop
 from ...loop.metrics import sample_psnr
-from ...loop.plan import Plan, fold, guides
+from ...loop.plan import Plan, Update, fold, guides
 from ...loop.ports import BoundProgram
 from ...loop.recurrence import Array, Recurrence
 from ...loop.spec import LoopSpec
 from .methods import METHODS
 from .methods.method import Normal, Seen
 from .outline import Outline, fillable
-from .terms import Term, Terms, basis, forget, prior_weights, row
+from .terms import Term, Terms, basis, forget, prior_weights, update_of
 
 RIDGE = 1e-7
 """Ridge of the least squares, relative to the mean square of the terms; pulls towards the unfitted update."""
@@ -96,13 +96,11 @@ class Fitter:
         plan = self._plan(prior, outline)
         N, known = plan.evaluations, 0 if like is None else like.shared(outline)
         runs = self.runs(plan, keep=REACH if self._slots else 0)
-        state, conditional, unconditional = np.ones(N), np.zeros((N, N)), np.zeros((N, N))
         first = max(0, known - 1)  # the update after the last evaluation that both have aims elsewhere
+        updates: list[Update] = []
         if like is not None and known:
             before = like.fit.plan
-            state[:first] = before.state[:first]
-            conditional[:first, :first] = before.conditional[:first, :first]
-            unconditional[:first, :first] = before.unconditional[:first, :first]
+            updates = [_of_length(before.update(k), N) for k in range(first)]
             plan = _reweighed(plan, {name: cell.weights[:known, :known] for name, cell in before.cells.items()})
             for run, stand in zip(runs, like.stands[first], strict=True):
                 run.stand_where(stand)
@@ -115,13 +113,12 @@ class Fitter:
             target = self.data.latents[plan.landings[k]]
             chosen = basis(k, plan.guided, terms)
             weights = self._solve(runs, chosen, target, prior, k)
-            solved = row(chosen, weights, plan.guided, self.scale)
-            state[k], conditional[k], unconditional[k] = solved.state, solved.conditional, solved.unconditional
+            updates.append(update_of(chosen, weights, plan))
             for run in runs:
-                run.update(k, state[k], conditional[k], unconditional[k])
+                run.update(k, updates[k])
                 forget(run, k, plan.guided, terms)
         cells = {name: cell for name, cell in plan.cells.items() if cell.variant.any()}
-        fitted = replace(plan, state=state, conditional=conditional, unconditional=unconditional, cells=cells)
+        fitted = replace(plan.with_updates(updates), cells=cells)
         return Fit(fitted, np.concatenate([run.latent for run in runs]))
 
     def _plan(self, prior: Plan, outline: Outline) -> Plan:
@@ -132,8 +129,9 @@ class Fitter:
         return replace(prior, guided=guided, conditional=zero, unconditional=zero, cells=cells)
 
     def guided(self, outline: Outline) -> Array:
-        """[N] whether both guidance branches run at each evaluation of an outline."""
-        return np.asarray([guides(self.scale) and one not in outline.unguided for one in outline.positions], bool)
+        """[N] whether both guidance branches run at each evaluation of an outline: where the loop guides at all."""
+        scales = self.recurrence.scales(self.scale if guides(self.scale) else None)
+        return np.asarray([scales[one] > 1.0 and one not in outline.unguided for one in outline.positions], bool)
 
     def _weighed(self, runs: Sequence[LoopRun], plan: Plan, outline: Outline, k: int) -> Plan:
         """The plan with the weights of what evaluation k does not compute; the runs follow it.
@@ -167,7 +165,7 @@ class Fitter:
         m = len(chosen)
         gram, right, start = np.zeros((m, m)), np.zeros(m), 0
         for run in runs:
-            columns = [term.value(run, self.scale).ravel().astype(np.float64) for term in chosen]
+            columns = [term.value(run, prior).ravel().astype(np.float64) for term in chosen]
             aim, added = target[start : start + run.batch], run.added(k)
             goal = (aim if added is None else aim - added).ravel().astype(np.float64)
             start += run.batch
@@ -180,6 +178,16 @@ class Fitter:
         normalized = gram / np.outer(scale, scale)
         residual = right / scale - normalized @ (start_weights * scale)
         return start_weights + np.linalg.solve(normalized + RIDGE * np.eye(m), residual) / scale
+
+
+def _of_length(update: Update, evaluations: int) -> Update:
+    """An update for a plan of another number of evaluations, of which it weighs those that both plans have."""
+
+    def cut(weights: Array) -> Array:
+        return np.resize(np.append(weights, np.zeros(evaluations)), evaluations)
+
+    predicted = None if update.predicted is None else cut(update.predicted)
+    return Update(update.state, cut(update.conditional), cut(update.unconditional), predicted)
 
 
 def _reweighed(plan: Plan, weights: Mapping[str, Array], start: int = 0) -> Plan:

@@ -10,7 +10,7 @@ by gradient descent through the network.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from ...loop.driver import LoopRun
 from ...loop.plan import Plan
 from ...loop.recurrence import Array
 from .fit import Fit, Fitter
-from .terms import Term, Terms, basis, forget, row
+from .terms import Term, Terms, basis, forget, update_of
 
 NUDGE = 0.02
 """Size of a nudge relative to the samples: above the rounding of an int8 engine, below the bends of the loop."""
@@ -83,7 +83,7 @@ def polish(fitter: Fitter, fit: Fit, terms: Terms, progress: Progress) -> Fit:
         return fit
     weights = _weights(fit.plan, terms)
     normal = _normal_equations(fitter, fit, weights, terms, progress)
-    plans = [_moved(fit.plan, weights, normal.step(damping), fitter.scale) for damping in DAMPINGS]
+    plans = [_moved(fit.plan, weights, normal.step(damping)) for damping in DAMPINGS]
     fits = [fit, *(Fit(plan, fitter.samples(plan)) for plan in plans)]
     return max(fits, key=lambda one: float(fitter.psnr(one.samples, fitter.data.latents[-1]).mean()))
 
@@ -107,7 +107,7 @@ def _normal_equations(fitter: Fitter, fit: Fit, weights: list[Weight], terms: Te
         columns = []
         for k, stand in enumerate(_stands(run, fit.plan, terms)):
             for weight in (weight for weight in weights if weight.k == k):
-                ahead = _nudged(stand, weight, nudge, fit.plan, fitter.scale)
+                ahead = _nudged(stand, weight, nudge, fit.plan)
                 change = (ahead.samples - fit.samples[start:stop]).reshape(run.batch, -1) / ahead.size
                 columns.append((change * importance).ravel())
                 progress(done * len(weights) + len(columns), total)
@@ -129,13 +129,13 @@ def _stands(run: LoopRun, plan: Plan, terms: Terms) -> Iterator[LoopRun]:
     for k in range(plan.evaluations):
         run.evaluate(k)
         yield run
-        run.update(k, float(plan.state[k]), plan.conditional[k], plan.unconditional[k])
+        run.update(k, plan.update(k))
         forget(run, k, plan.guided, terms)
 
 
-def _nudged(stand: LoopRun, weight: Weight, nudge: float, plan: Plan, scale: float | None) -> Nudged:
+def _nudged(stand: LoopRun, weight: Weight, nudge: float, plan: Plan) -> Nudged:
     """The rest of the loop after one weight of the update that comes next was changed."""
-    value = weight.term.value(stand, scale)
+    value = weight.term.value(stand, plan)
     size = nudge / max(float(np.sqrt(np.mean(np.square(value, dtype=np.float64)))), 1e-12)
     run = stand.fork()
     run.advance(weight.k, plan)
@@ -146,13 +146,10 @@ def _nudged(stand: LoopRun, weight: Weight, nudge: float, plan: Plan, scale: flo
     return Nudged(run.latent, size)
 
 
-def _moved(plan: Plan, weights: list[Weight], change: Array, scale: float | None) -> Plan:
+def _moved(plan: Plan, weights: list[Weight], change: Array) -> Plan:
     """The plan with its weights changed."""
-    state, conditional, unconditional = plan.state.copy(), plan.conditional.copy(), plan.unconditional.copy()
+    updates = [plan.update(k) for k in range(plan.evaluations)]
     for weight, value in zip(weights, change, strict=True):
         only = np.where(np.arange(len(weight.chosen)) == weight.index, value, 0.0)
-        extra = row(list(weight.chosen), only, plan.guided, scale)
-        state[weight.k] += extra.state
-        conditional[weight.k] += extra.conditional
-        unconditional[weight.k] += extra.unconditional
-    return replace(plan, state=state, conditional=conditional, unconditional=unconditional)
+        updates[weight.k] = updates[weight.k].plus(update_of(weight.chosen, only, plan))
+    return plan.with_updates(updates)

@@ -1,54 +1,56 @@
-"""What an update weighs: the latent, the newest guided outputs, the newest guidance directions."""
+"""What an update weighs: the latent, the newest guided outputs, guidance directions and bounded predictions."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ...loop.driver import LoopRun
-from ...loop.plan import Plan
+from ...loop.forms import guided
+from ...loop.plan import Plan, Update
 from ...loop.recurrence import Array
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What an update may weigh beside the latent: the newest guided outputs and guidance directions (c - u)."""
+    """What an update may weigh beside the latent.
+
+    Attributes:
+        outputs: number of the newest guided outputs.
+        directions: number of the newest guidance directions (c - u).
+        predictions: number of the newest bounded predictions.
+    """
 
     outputs: int = 3
     directions: int = 0
+    predictions: int = 0
 
     @property
     def reach(self) -> int:
         """How many evaluations back a term may lie."""
-        return max(self.outputs, self.directions)
+        return max(self.outputs, self.directions, self.predictions)
 
 
 @dataclass(frozen=True)
 class Term:
-    """One value an update weighs: the latent, the guided output of evaluation j, or its guidance direction."""
+    """One value an update weighs: the latent, or the guided output, direction or prediction of evaluation j."""
 
     kind: str
     evaluation: int = -1
 
-    def value(self, run: LoopRun, scale: float | None) -> Array:
-        """The value [B, *latent] where a run stands."""
+    def value(self, run: LoopRun, plan: Plan) -> Array:
+        """The value [B, *latent] where a run along a plan stands."""
         if self.kind == "latent":
             return run.latent
+        if self.kind == "prediction":
+            return run.predictions[self.evaluation]
         c, u = run.history[self.evaluation]
         if self.kind == "direction":
             assert u is not None
             return c - u
-        return c if u is None or scale is None else u + np.float32(scale) * (c - u)
-
-
-@dataclass(frozen=True)
-class Row:
-    """The weights of one update: state, conditional [N] and unconditional [N]."""
-
-    state: float
-    conditional: Array
-    unconditional: Array
+        return guided(c, u, float(plan.scales[self.evaluation]))
 
 
 def basis(k: int, guided: Array, terms: Terms) -> list[Term]:
@@ -64,6 +66,7 @@ def basis(k: int, guided: Array, terms: Terms) -> list[Term]:
     recent = [j for j in range(k, -1, -1) if guided[j]]
     missing = 0 if guided[k] else 1  # an unguided output needs a direction from an earlier evaluation
     chosen += [Term("direction", j) for j in recent[: max(terms.directions, missing)]]
+    chosen += [Term("prediction", j) for j in range(k, max(-1, k - terms.predictions), -1)]
     return chosen
 
 
@@ -76,24 +79,28 @@ def forget(run: LoopRun, k: int, guided: Array, terms: Terms) -> None:
         run.forget(k - terms.reach)
 
 
-def row(chosen: list[Term], weights: Array, guided: Array, scale: float | None) -> Row:
-    """Weights of terms as weights of the two branches."""
-    state, conditional, unconditional = 0.0, np.zeros(len(guided)), np.zeros(len(guided))
+def update_of(chosen: Sequence[Term], weights: Array, plan: Plan) -> Update:
+    """The weights of terms as those of an update of a plan, which weighs the two branches."""
+    state, N = 0.0, plan.evaluations
+    conditional, unconditional, predicted = np.zeros(N), np.zeros(N), np.zeros(N)
     for term, weight in zip(chosen, weights, strict=True):
         if term.kind == "latent":
             state = float(weight)
         elif term.kind == "direction":
             conditional[term.evaluation] += weight
             unconditional[term.evaluation] -= weight
+        elif term.kind == "prediction":
+            predicted[term.evaluation] += weight
         else:
-            factor = scale if scale is not None and guided[term.evaluation] else 1.0
+            factor = plan.scales[term.evaluation] if plan.guided[term.evaluation] else 1.0
             conditional[term.evaluation] += factor * weight
             unconditional[term.evaluation] += (1.0 - factor) * weight
-    return Row(state, conditional, unconditional)
+    return Update(state, conditional, unconditional, predicted if plan.prediction is not None else None)
 
 
-def prior_weights(chosen: list[Term], prior: Plan, k: int) -> Array:
-    """Update k of an unfitted plan in these terms: its weights of guided outputs."""
-    outputs = prior.conditional[k] + prior.unconditional[k]  # of the guided outputs, at any scale, 0 included
-    values = {"latent": prior.state[k], "direction": 0.0}
-    return np.asarray([outputs[t.evaluation] if t.kind == "output" else values[t.kind] for t in chosen])
+def prior_weights(chosen: Sequence[Term], prior: Plan, k: int) -> Array:
+    """Update k of an unfitted plan in these terms: its weights of guided outputs, and of predictions."""
+    update = prior.update(k)
+    by_kind = {"output": update.conditional + update.unconditional, "prediction": update.predicted}  # at any scale
+    fixed = {"latent": update.state, "direction": 0.0}
+    return np.asarray([fixed[t.kind] if t.kind in fixed else by_kind[t.kind][t.evaluation] for t in chosen])

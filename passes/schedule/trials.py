@@ -43,8 +43,8 @@ class Candidate:
 
     @property
     def thinned(self) -> bool:
-        """Whether some evaluations run one guidance branch and others both, or do not compute everything."""
-        return bool(self.plan.cells or (self.plan.guided.any() and not self.plan.guided.all()))
+        """Whether some evaluations leave out a branch that the loop has there, or do not compute everything."""
+        return bool(self.plan.cells or ((self.plan.scales > 1.0) & ~self.plan.guided).any())
 
     def cheap_like(self, plan: Plan) -> bool:
         """Whether it costs what another plan does: the same branches, and the same cells."""
@@ -109,7 +109,11 @@ class Trials:
         few = first(self._data, options.search_samples)
         self._quick = Fitter(bound, program.loop, self.recurrence, scale, few)
         self._full = Fitter(bound, program.loop, self.recurrence, scale, self._data)
-        self._terms = Terms(options.outputs, options.directions if guides(scale) else 0)
+        self._terms = Terms(
+            options.outputs,
+            directions=options.directions if guides(scale) else 0,
+            predictions=options.outputs if self.recurrence.prediction is not None else 0,
+        )
         self._fits: dict[Outline, tuple[Fit, Candidate]] = {}
         self._polished: dict[Outline, Candidate] = {}
         self._model: Trace | None = None

@@ -101,7 +101,8 @@ def table_of(baseline: Baseline, loop: LoopSpec | None) -> Plan | None:
         return None
     scale = float(loop.guidance.scales[0]) if loop.guidance is not None else None
     steps = baseline.steps or loop.sampler.steps
-    return fold(solver_recurrence(loop.sampler, baseline.solver_class, steps), scale)
+    recurrence = solver_recurrence(loop.sampler, baseline.solver_class, steps)
+    return fold(recurrence.guided_by(loop.guidance.strength if loop.guidance is not None else None), scale)
 
 
 def read_table(file: str) -> Plan:

@@ -324,12 +324,6 @@ def test_missing_tokenizer(tmp_path: Path) -> None:
         load_checkpoint(folder)
 
 
-def test_a_scheduler_that_clips(tmp_path: Path) -> None:
-    folder = dit(tmp_path / "dit", clip_sample=True)
-    with pytest.raises(UsageError, match="clip_sample"):
-        load_checkpoint(folder)
-
-
 @pytest.mark.slow
 def test_our_loop_makes_what_the_pipeline_makes(folders: Callable[[str], Path]) -> None:
     """SD3 with guidance, all 28 steps: roles, branches, scale, grid and update agree."""

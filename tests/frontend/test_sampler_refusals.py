@@ -58,26 +58,6 @@ def test_a_timestep_for_each_sample_is_refused() -> None:
     assert refusal("DDPMWuerstchenScheduler").startswith("DDPMWuerstchenScheduler: stochastic: ")
 
 
-@pytest.mark.parametrize(
-    ("name", "config", "reason", "remedy"),
-    [
-        ("DDIMScheduler", {}, "clip_sample is True", "set clip_sample: false"),
-        ("HeunDiscreteScheduler", {"clip_sample": True}, "clip_sample is True", "set clip_sample: false"),
-        ("DDIMScheduler", {"clip_sample": False, "thresholding": True}, "quantile", "set thresholding: false"),
-        ("DPMSolverMultistepScheduler", {"thresholding": True}, "quantile", "set thresholding: false"),
-        ("DDPMScheduler", {}, "clip_sample is True", "set clip_sample: false"),
-        ("UnCLIPScheduler", {}, "clip_sample is True", "set clip_sample: false"),
-    ],
-)
-def test_clipping_is_refused_with_the_key(name: str, config: dict[str, Any], reason: str, remedy: str) -> None:
-    message = refusal(name, config=config)
-    assert message.startswith(f"{name}: not a linear recurrence") and reason in message and remedy in message
-
-
-def test_clipping_of_a_single_step_consistency_sampler_is_refused() -> None:
-    assert "set clip_denoised: false" in refusal("CMStochasticIterativeScheduler", steps=1)
-
-
 @pytest.mark.parametrize("variance", ["learned", "learned_range"])
 def test_learned_variance_is_refused(variance: str) -> None:
     message = refusal("DPMSolverMultistepScheduler", config={"variance_type": variance})
@@ -171,8 +151,30 @@ class Toy(SchedulerMixin, ConfigMixin):
 
 
 class ClipsFarAway(Toy):
+    """To a range that is none around zero."""
+
     def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True) -> tuple[torch.Tensor]:
-        return (super().step(model_output, timestep, sample)[0].clamp(-8.0, 8.0),)
+        return (super().step(model_output, timestep, sample)[0].clamp(-8.0, 9.0),)
+
+
+class ClipsTwice(Toy):
+    def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True) -> tuple[torch.Tensor]:
+        return (super().step(model_output.clamp(-1.0, 1.0), timestep, sample)[0].clamp(-1.0, 1.0),)
+
+
+class ClipsWider(Toy):
+    def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True) -> tuple[torch.Tensor]:
+        limit = 1.0 + float(timestep) / 1000
+        return (super().step(model_output, timestep, sample)[0].clamp(-limit, limit),)
+
+
+class ClipsWhatItRemembers(Toy):
+    before: Any = 0.0
+
+    def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True) -> tuple[torch.Tensor]:
+        result = super().step((model_output + self.before).clamp(-1.0, 1.0), timestep, sample)
+        self.before = model_output
+        return result
 
 
 class Adapts(Toy):
@@ -213,6 +215,12 @@ class Remembers(Toy):
     ("toy", "reason"),
     [
         (ClipsFarAway, "not a linear recurrence: a random run at magnitude 10 differs"),
+        (ClipsTwice, "it bounds the latent twice at call 0"),
+        (ClipsWider, "the range of its bound changes from call to call"),
+        (
+            ClipsWhatItRemembers,
+            "at call 1 it bounds something else than what the latent and the output of that call predict",
+        ),
         (Adapts, "An adaptive loop cannot be folded"),
         (Normalizes, "its input scale depends on the latent"),
         (Shuffles, "scale_model_input does more than multiply by a number"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ import torch
 import zoo
 from safetensors.torch import save_file
 
-from stepfold.frontend.load import Checkpoint, load_checkpoint
+from stepfold.frontend.capture import with_draws, with_strength
+from stepfold.frontend.load import load_checkpoint
+from stepfold.frontend.sampler import probe
+from stepfold.ir.program import Program
 from stepfold.loop.classes import class_conditions
 from stepfold.loop.driver import Request, run_loop
 from stepfold.loop.errors import UsageError
@@ -23,7 +27,7 @@ from stepfold.loop.plan import fold
 REFUSED = {
     "second network": r"step 4 of 6: .* calls second \(DiTTransformer2DModel\) within its loop, in the place of",
     "second network on the input": r"step 4 of 6: .* second \(DiTTransformer2DModel\) within its loop, besides",
-    "guidance in an interval": "step 4 of 6: the pipeline turns guidance off, which is on before",
+    "rescaled by another rule": "rescales its guided output by a factor that follows neither the norm nor the deviation",
     "one more call": "behind step 6: the pipeline calls its denoiser 1 more times",
     "timesteps from step 3 on": "step 3 of 6: .* is given the timestep",
     "clipped latent": r"step 2 of 6: the pipeline changes the latent .* \(clipped to -1 and 1\)",
@@ -41,10 +45,58 @@ def test_refused(name: str, folder: Path) -> None:
         load_checkpoint(folder)
 
 
-@pytest.mark.parametrize("name", [pytest.param("", marks=pytest.mark.slow), "negated output", "other eta"])
-def test_equal(name: str, folder: Path) -> None:
+EQUAL: dict[str, tuple[list[float] | None, dict[str, Any] | None]] = {
+    # strength of the guidance, rule of its size
+    "": (None, None),
+    "negated output": (None, None),
+    "other eta": (None, None),
+    "guidance in an interval": ([1, 1, 1, 0, 0, 0], None),
+    "guidance that begins later": ([0, 0, 1, 1, 1, 0], None),
+    "dynamic guidance": ([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1], None),
+    "rescaled by deviation": (None, {"over": "sample", "measure": "deviation", "share": 0.7, "limit": None}),
+    "rescaled by rows": (None, {"over": "row", "measure": "norm", "share": 1.0, "limit": None}),
+    "rescaled at most": (None, {"over": "sample", "measure": "norm", "share": 1.0, "limit": 0.9}),
+}
+
+
+@pytest.fixture(scope="module")
+def network(folder: Path) -> Program:
+    """The denoiser, captured once: what a change makes of the loop is put around it."""
+    with changed.change(""):
+        return load_checkpoint(folder).capture()
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_equal(name: str, folder: Path, network: Program) -> None:
     with changed.change(name) as load:
-        got, wanted = drawn_twice(load, folder, DRAWS if name == "other eta" else 0)
+        loop = load_checkpoint(folder).loop
+        assert loop is not None and loop.guidance is not None
+        strength, rescale = EQUAL[name]
+        assert loop.guidance.strength == (None if strength is None else pytest.approx(strength, abs=1e-4))
+        assert (None if loop.guidance.rescale is None else loop.guidance.rescale.model_dump()) == rescale
+        recurrence = with_strength(probe(loop.sampler), loop)
+        program = replace(network, loop=with_draws(loop, recurrence.draws), recurrence=recurrence)
+        got, wanted = drawn_twice(load, folder, program, DRAWS if name == "other eta" else 0)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=CLOSE * np.abs(wanted).max())
+
+
+CLIPPING = {
+    "ddim": diffusers.DDIMScheduler,
+    "ddpm": diffusers.DDPMScheduler,
+    "thresholding": partial(diffusers.DPMSolverMultistepScheduler, thresholding=True),
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["ddim", *(pytest.param(one, marks=pytest.mark.slow) for one in ("ddpm", "thresholding"))]
+)
+def test_samplers_that_bound_what_they_predict(name: str, tmp_path: Path) -> None:
+    """With guidance, at sizes at which nearly every value is out of range."""
+    folder = changed.folder(tmp_path / "pipeline", CLIPPING[name]())
+    with changed.change("") as load:
+        program = load_checkpoint(folder).capture()
+        assert program.recurrence is not None and program.recurrence.prediction is not None
+        got, wanted = drawn_twice(load, folder, program, DRAWS if name == "ddpm" else 0)
     np.testing.assert_allclose(got, wanted, rtol=0, atol=CLOSE * np.abs(wanted).max())
 
 
@@ -64,21 +116,20 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in NOISY if name != 
 def test_noise_in_the_steps(name: str, tmp_path: Path) -> None:
     """On the same draws, taken from the same generator in the order in which the pipeline takes them."""
     with changed.change("") as load:
-        got, wanted = drawn_twice(load, changed.folder(tmp_path / "pipeline", NOISY[name]()), DRAWS)
+        folder = changed.folder(tmp_path / "pipeline", NOISY[name]())
+        got, wanted = drawn_twice(load, folder, load_checkpoint(folder).capture(), DRAWS)
     np.testing.assert_allclose(got, wanted, rtol=0, atol=CLOSE * np.abs(wanted).max())
 
 
-def drawn_twice(load: Any, folder: Path, draws: int) -> tuple[np.ndarray, np.ndarray]:
+def drawn_twice(load: Any, folder: Path, program: Program, draws: int) -> tuple[np.ndarray, np.ndarray]:
     """Samples of the captured loop, and of the pipeline."""
-    checkpoint = load_checkpoint(folder)
     wanted = load(folder)([0, 1], generator=torch.Generator().manual_seed(0), output_type="latent").images
     generator = torch.Generator().manual_seed(0)
     drawn = torch.stack([torch.randn(2, 4, 8, 8, generator=generator) for _ in range(1 + draws)], dim=1)
-    return samples(checkpoint, drawn if draws else drawn[:, 0], draws), wanted.numpy()
+    return samples(program, drawn if draws else drawn[:, 0], draws), wanted.numpy()
 
 
-def samples(checkpoint: Checkpoint, noise: torch.Tensor, draws: int) -> Any:
-    program = checkpoint.capture()
+def samples(program: Program, noise: torch.Tensor, draws: int) -> Any:
     loop = program.loop
     assert loop is not None and loop.guidance is not None and program.recurrence is not None
     assert isinstance(loop.guidance.unconditional, dict) and loop.draws == draws

@@ -30,7 +30,7 @@ from loops import (
 
 from stepfold.loop import driver
 from stepfold.loop.driver import LoopRun, Request, run_loop
-from stepfold.loop.plan import Plan, fold
+from stepfold.loop.plan import Plan, Update, fold
 from stepfold.loop.ports import BoundProgram, BoundStage, InputPort, Rate, bound_slots
 from stepfold.loop.recurrence import Recurrence
 
@@ -176,8 +176,8 @@ def test_ring_holds_what_updates_read_and_no_more(
     ring: list[set[int]] = []
 
     class Watched(LoopRun):
-        def update(self, k: int, state: float, conditional: Array, unconditional: Array) -> None:
-            super().update(k, state, conditional, unconditional)
+        def update(self, k: int, weights: Update) -> None:
+            super().update(k, weights)
             ring.append(set(self.history))
 
     monkeypatch.setattr(driver, "LoopRun", Watched)
@@ -192,7 +192,7 @@ def test_forgotten_outputs_are_not_read_again() -> None:
     run.forget(0)  # forgetting twice is no error
     assert run.history == {}
     before = run.latent.copy()
-    run.update(0, 0.5, np.ones(S), np.ones(S))
+    run.update(0, Update(0.5, np.ones(S), np.ones(S)))
     np.testing.assert_array_equal(run.latent, np.float32(0.5) * before)
 
 
@@ -203,7 +203,7 @@ def test_stepping_by_hand_is_run_loop() -> None:
     for k in range(table.evaluations):
         c, u = run.evaluate(k)
         assert u is not None and c.shape == u.shape == (5, *LATENT)
-        run.update(k, float(table.state[k]), table.conditional[k], table.unconditional[k])
+        run.update(k, table.update(k))
     np.testing.assert_array_equal(run.latent, run_loop(hoisted(Counter()), LOOP, req, table))
 
 

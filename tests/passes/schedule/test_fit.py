@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepfold.calibration.trajectories import Trajectories, first, trajectories
+from stepfold.loop.forms import Bound, Prediction
 from stepfold.loop.noise import SampleSet
-from stepfold.loop.plan import fold
+from stepfold.loop.plan import Plan, fold
 from stepfold.loop.recurrence import Recurrence
+from stepfold.loop.spec import GuidanceSpec
 from stepfold.passes.schedule.fit import Fitter
 from stepfold.passes.schedule.outline import Outline
+from stepfold.passes.schedule.polish import polish
 from stepfold.passes.schedule.positions import warped
 from stepfold.passes.schedule.terms import Terms
 
@@ -65,6 +69,45 @@ def test_noise_is_no_error_to_be_made_up_for(tmp_path: Path) -> None:
         np.testing.assert_allclose(getattr(plan, name), getattr(wanted, name), atol=COEFFICIENT)
     half = found.fit(Outline(tuple(range(0, STEPS, 2))), Terms(2))
     assert error(half.samples, data) < 0.5 * error(found.samples(fold(noisy(), 2.0, range(0, STEPS, 2))), data)
+
+
+# -- forms
+
+
+def clips(steps: int = STEPS) -> Recurrence:
+    """Euler towards a prediction that is kept in a narrow range, and an output that is not."""
+    first = euler(steps)
+    prediction = Prediction(np.ones(steps), -first.timesteps / 1000, 0.5 * np.eye(steps) / steps, Bound(0.3))
+    return replace(first, prediction=prediction)
+
+
+FORMS: dict[str, tuple[Recurrence, dict[str, Any]]] = {
+    "clipped": (clips(), {}),
+    "rescaled": (euler(STEPS), {"rescale": {"over": "row", "measure": "norm"}}),
+    "in an interval": (replace(euler(STEPS), strength=np.repeat([0.0, 1.0, 0.0], STEPS // 3)), {}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_updates_are_fitted_behind_a_form(form: str, tmp_path: Path) -> None:
+    """All calls: the trajectory itself; a third of them, polished: nearer to it than the unfitted fold."""
+    sampler, guidance = FORMS[form]
+    spec = loop(2.0)
+    assert spec.guidance is not None
+    spec = spec.model_copy(update={"guidance": GuidanceSpec.model_validate(spec.guidance.model_dump() | guidance)})
+    samples = SampleSet("calibration", 0, COUNT)
+    program = analytic_program(sampler, spec)
+    data = trajectories(program, Counter().bound(), samples, 2.0, tmp_path, lambda done, total: None)
+    found = Fitter(Counter().bound(), spec, sampler, 2.0, data)
+    terms = Terms(2, directions=1, predictions=2 if form == "clipped" else 0)
+    whole = found.fit(Outline(tuple(range(STEPS))), terms)
+    np.testing.assert_allclose(whole.samples, data.latents[-1], atol=COEFFICIENT)
+    fit = found.fit(Outline(tuple(range(0, STEPS, 3))), terms)
+    better = polish(found, fit, terms, lambda done, total: None)
+    unfitted = error(found.samples(fold(sampler, 2.0, range(0, STEPS, 3))), data)
+    assert error(better.samples, data) <= error(fit.samples, data) < 0.5 * unfitted
+    np.testing.assert_array_equal(found.samples(better.plan), better.samples)
+    assert better.plan.same_as(Plan.from_arrays(better.plan.arrays()))
 
 
 # -- the sampler's own coefficients

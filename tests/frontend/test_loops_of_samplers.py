@@ -1,7 +1,8 @@
-"""Schedulers that draw noise in their steps, against their own loop on the same draws."""
+"""Schedulers that draw noise in their steps, or bound what they predict, against their own loop on the same draws."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import diffusers
@@ -35,7 +36,23 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, int]] = {
 }
 
 
-SINGLE = ("flow", "sde", "sde of velocities")
+BOUNDED: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, int]] = {
+    "ddim as it is": ("DDIMScheduler", {}, {}, 0, 0),
+    "ddim with eta, clipped": ("DDIMScheduler", {"clip_sample_range": 0.5}, {"eta": 0.7}, 7, 7),
+    "ddim, outputs clipped too": ("DDIMScheduler", {}, {"use_clipped_model_output": True}, 0, 0),
+    "ddim of velocities": ("DDIMScheduler", {"prediction_type": "v_prediction"}, {}, 0, 0),
+    "ddim of samples": ("DDIMScheduler", {"prediction_type": "sample"}, {}, 0, 0),
+    "ddim, thresholds": ("DDIMScheduler", {"thresholding": True, "sample_max_value": 1.5}, {}, 0, 0),
+    "ddpm as it is": ("DDPMScheduler", {}, {}, 7, 7),
+    "unclip": ("UnCLIPScheduler", {}, {}, 7, 7),
+    "heun": ("HeunDiscreteScheduler", {"clip_sample": True}, {}, 0, 0),
+    "dpm++, thresholds": ("DPMSolverMultistepScheduler", {"thresholding": True}, {}, 0, 0),
+    "sde, thresholds": ("DPMSolverMultistepScheduler", {**SDE, "thresholding": True}, {}, 7, 7),
+    "unipc, thresholds": ("UniPCMultistepScheduler", {"thresholding": True}, {}, 0, 0),
+    "deis, thresholds": ("DEISMultistepScheduler", {"thresholding": True}, {}, 0, 0),
+}
+
+SINGLE = ("sde, thresholds", "flow", "sde", "sde of velocities")
 """They draw in float32, whatever their latent is."""
 
 
@@ -48,17 +65,19 @@ def own_loop(name: str, seed: int, held: set[int] | None = None) -> tuple[np.nda
 
     What it draws is what its generator gives one after the other, so a second generator of the seed says it.
     """
-    scheduler_name, config, step, _, draws = CASES[name]
+    scheduler_name, config, step, _, draws = (CASES | BOUNDED)[name]
     scheduler = getattr(diffusers, scheduler_name)(**config)
     scheduler.set_timesteps(STEPS)
     start = np.random.default_rng(seed).standard_normal(WIDTH)
     x = torch.from_numpy(start)[None, :, None, None] * float(getattr(scheduler, "init_noise_sigma", 1.0))
     generator, output = torch.Generator().manual_seed(seed), np.zeros(WIDTH)
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        step = step | {"generator": generator}
     for call, t in enumerate(scheduler.timesteps):
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         if held is None or call in held:
             output = answer(scaled.flatten().numpy(), float(t))
-        x = scheduler.step(torch.from_numpy(output)[None, :, None, None], t, x, generator=generator, **step).prev_sample
+        x = scheduler.step(torch.from_numpy(output)[None, :, None, None], t, x, **step).prev_sample
     twin, dtype = torch.Generator().manual_seed(seed), torch.float32 if name in SINGLE else torch.float64
     drawn = [torch.randn((1, WIDTH, 1, 1), generator=twin, dtype=dtype).flatten().numpy() for _ in range(draws)]
     return start, np.asarray(drawn, np.float64).reshape(draws, WIDTH), x.flatten().numpy()
@@ -67,10 +86,13 @@ def own_loop(name: str, seed: int, held: set[int] | None = None) -> tuple[np.nda
 def folded(recurrence: Recurrence, positions: list[int] | None, start: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     """The plan by its definition, in float64."""
     plan = fold(recurrence, None, positions)
-    x, outputs = plan.initial_scale * start, []
+    x, outputs, predicted = plan.initial_scale * start, [], []
     for k in range(plan.evaluations):
         outputs.append(answer(plan.input_scale[k] * x, float(plan.timesteps[k])))
+        if plan.prediction is not None:
+            predicted.append(plan.prediction.at(k, x[None], outputs[k][None])[0])
         x = plan.state[k] * x + plan.noise[k] @ drawn
+        x = x + sum(plan.prediction.weights[k, j] * one for j, one in enumerate(predicted))
         x = x + sum(plan.conditional[k, j] * output for j, output in enumerate(outputs))
     return x
 
@@ -85,6 +107,17 @@ def test_the_fold_is_the_loop_on_the_same_draws(name: str, positions: list[int] 
     for seed in (1, 2):
         start, drawn, wanted = own_loop(name, seed, None if positions is None else set(positions))
         received = folded(found.recurrence, positions, start, drawn[found.kept])
+        assert np.linalg.norm(received - wanted) < REPLAY * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_the_fold_bounds_what_the_scheduler_bounds(name: str) -> None:
+    scheduler, config, step, counted, _ = BOUNDED[name]
+    found = probed(SamplerSpec(scheduler=scheduler, config=config, steps=STEPS, step=step))
+    assert found.recurrence.prediction is not None and found.recurrence.draws == counted
+    for seed in (1, 2):
+        start, drawn, wanted = own_loop(name, seed)
+        received = folded(found.recurrence, None, start, drawn[found.kept])
         assert np.linalg.norm(received - wanted) < REPLAY * np.linalg.norm(wanted)
 
 
