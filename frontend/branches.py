@@ -14,6 +14,7 @@ from .calling import prediction
 from .guidance import BY_HAND, OVER, row_weights
 from .recorder import Call, Step
 
+MASK = "mask"  # at the end of the name of an argument
 TOLERANCE = 1e-4  # relative; pipelines compute in float32
 
 
@@ -82,7 +83,10 @@ def guided(step: Step, batch: int, where: str) -> Guided:
     elif rows == (2 * batch,):
         one, two = (_half(step.calls[0], part, batch, shape) for part in (0, 1))
     elif rows == (batch, batch):
-        one, two = (Branch(call.arguments, prediction(call.output, shape)) for call in step.calls)
+        calls = _with_masks(*(call.arguments for call in step.calls))
+        one, two = (
+            Branch(given, prediction(call.output, shape)) for given, call in zip(calls, step.calls, strict=True)
+        )
     else:
         raise UsageError(f"{where}: {_other_calls(step, rows, batch)}")
     received = prediction(one_of_two(step.guided, batch), shape)
@@ -100,6 +104,20 @@ def guided(step: Step, batch: int, where: str) -> Guided:
     if apart.share >= 0.5:  # one + (1 - s) (two - one) says the same with the branches exchanged; s is at least 1
         return Guided(two, one, round(apart.share, 4), sign, rows, received / sign)
     return Guided(one, two, round(1.0 - apart.share, 4), sign, rows, received / sign)
+
+
+def _with_masks(*calls: dict[str, Any]) -> list[dict[str, Any]]:
+    """The arguments of calls, with a mask of ones where one leaves out a mask that another gives.
+
+    Pipelines leave out a mask that masks nothing (QwenImage). The proof shows whether this one does.
+    """
+    masks = {
+        name: torch.ones_like(value)
+        for given in calls
+        for name, value in given.items()
+        if name.endswith(MASK) and isinstance(value, torch.Tensor)
+    }
+    return [given | {name: mask for name, mask in masks.items() if given.get(name) is None} for given in calls]
 
 
 def _half(call: Call, part: int, batch: int, shape: tuple[int, ...]) -> Branch:

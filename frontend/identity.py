@@ -1,4 +1,4 @@
-"""The hash of a model's weights."""
+"""The hash of weights."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from ..ir.digest import add_tensor
 
 
-def weights_hash(model: torch.nn.Module) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of the state, in name order, one tensor at a time."""
+def weights_hash(*models: torch.nn.Module) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of the states, in name order, one tensor at a time."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        add_tensor(digest, name, tensor)
+    for model in models:
+        for name, tensor in sorted(model.state_dict().items()):
+            add_tensor(digest, name, tensor)
     return digest.hexdigest()

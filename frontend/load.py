@@ -22,6 +22,7 @@ from .calling import flatten
 from .capture import capture
 from .dense import dense
 from .examples import TEXT_ENCODERS, example_kwargs, read_tensors, unknown_inputs
+from .experts import Experts
 from .foreign import require_method, require_own_code, require_plain
 from .identity import weights_hash
 from .proof import PipelineRun
@@ -71,6 +72,7 @@ class Checkpoint:
         unconditional: conditions [B, ...] of the other branch in that call, where a pipeline gave them.
         around: what a pipeline does before and behind the loop, where stepfold knows it.
         run: the pipeline's call that the loop was recorded from; None where no pipeline was run.
+        experts: networks that take the model's place at some calls; None where it runs at all of them.
     """
 
     path: Path
@@ -84,6 +86,7 @@ class Checkpoint:
     unconditional: Mapping[str, torch.Tensor] = field(default_factory=dict)
     around: Around | None = None
     run: PipelineRun | None = None
+    experts: Experts | None = None
 
     @property
     def method(self) -> str:
@@ -94,6 +97,8 @@ class Checkpoint:
         """Capture the model as its loop, or its caller, calls it."""
         identity = ModelIdentity(self.class_name, self.weights_sha256)
         program = capture(self.model, self.kwargs, self.loop, method=self.method, identity=identity)
+        if self.experts is not None:
+            program = self.experts.beside(program, self.kwargs)
         return replace(program, unconditional=self.unconditional)
 
     def capture_ends(self) -> CapturedEnds | None:

@@ -51,7 +51,8 @@ def _networks(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 
 def _left_out(checkpoint: Checkpoint, name: str, part: torch.nn.Module) -> str:
     """Why a network does not go into the bundle; empty for one that does."""
-    if part is checkpoint.model:
+    networks = (checkpoint.model,) if checkpoint.experts is None else checkpoint.experts.called()
+    if any(part is one for one in networks):
         return ""
     if checkpoint.around is None:
         return "only the denoiser of this pipeline is compiled"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from ..loop.pipeline_call import PipelineCall
 from .components import Index, read_index, read_parts, staged
 from .dense import dense
 from .examples import BATCH, read_tensors
+from .experts import Experts
 from .guidance import BY_HAND
 from .identity import weights_hash
 from .load import (
@@ -89,8 +90,10 @@ def load_pipeline(
     pipeline = _pipeline(index, parts, denoiser)
     given = read_tensors(inputs or path / INPUTS_FILE) if inputs or (path / INPUTS_FILE).is_file() else {}
     arguments = _arguments(path, pipeline, given, call or PipelineCall())
-    run = PipelineRun(pipeline, denoiser, arguments, BATCH)
+    others = {name: part for name, part in parts.items() if type(part) is type(denoiser) and part is not denoiser}
+    run = PipelineRun(pipeline, denoiser, others, arguments, BATCH)
     inferred = _with_nothing(denoiser, record(path, run))
+    experts = None if inferred.networks is None else Experts((denoiser, *others.values()), inferred.networks)
     return Checkpoint(
         path=path,
         class_name=type(denoiser).__name__,
@@ -98,7 +101,8 @@ def load_pipeline(
         loop=inferred.loop,
         component=None,
         kwargs=inferred.kwargs,
-        weights_sha256=weights_hash(denoiser),
+        weights_sha256=weights_hash(*(experts.called() if experts is not None else (denoiser,))),
+        experts=experts,
         config=read_config(path / role),
         unconditional=inferred.unconditional,
         around=_around(run, guided=inferred.loop.guidance is not None),
@@ -222,7 +226,10 @@ def record(path: Path, run: PipelineRun) -> Inferred:
             )
             raise UsageError(told) from error
         raise
-    _mention_others(pipeline, denoiser)
+    called = [
+        network for i, network in enumerate((denoiser, *run.experts.values())) if i in (inferred.networks or (0,))
+    ]
+    _mention_others(pipeline, called)
     return inferred
 
 
@@ -245,12 +252,13 @@ def _switches(run: PipelineRun) -> list[str]:
     return found
 
 
-def _mention_others(pipeline: Any, denoiser: torch.nn.Module) -> None:
+def _mention_others(pipeline: Any, called: Sequence[torch.nn.Module]) -> None:
     """Tell of networks of the denoiser's kind that the loop does not call: an expert that is switched off, a prior."""
     import diffusers
 
     for name, part in pipeline.components.items():
-        if isinstance(part, diffusers.ModelMixin) and part is not denoiser and not hasattr(part, "decode"):
+        aside = all(part is not one for one in called)
+        if isinstance(part, diffusers.ModelMixin) and aside and not hasattr(part, "decode"):
             logger.warning(
                 "%s (%s): the loop of the pipeline does not call it, so it is not compiled", name, type(part).__name__
             )

@@ -40,12 +40,14 @@ class PipelineRun:
     Attributes:
         pipeline: pipeline as diffusers loads it.
         denoiser: its network.
+        experts: others of its class by name, which may take its place at some steps.
         arguments: arguments of the call.
         batch: how many samples they ask for.
     """
 
     pipeline: Any
     denoiser: torch.nn.Module
+    experts: Mapping[str, torch.nn.Module]
     arguments: Mapping[str, Any]
     batch: int
 
@@ -77,7 +79,7 @@ class PipelineRun:
         parameter = inspect.signature(self.pipeline.__call__).parameters.get(LONGEST_PROMPT)
         tokens = self.arguments.get(LONGEST_PROMPT, parameter.default if parameter is not None else 0)
         return recording(
-            self.denoiser,
+            (self.denoiser, *self.experts.values()),
             self.pipeline.scheduler,
             dict(self.pipeline.components),
             on_step,

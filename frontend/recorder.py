@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,10 +28,11 @@ NOT_ITS_OWN = ("model_output", "timestep", "sample", "generator", "return_dict",
 
 @dataclass(frozen=True)
 class Call:
-    """One denoiser call: its arguments by name, and what was answered."""
+    """One denoiser call: its arguments by name, what was answered, and which of several networks it was."""
 
     arguments: dict[str, Any]
     output: torch.Tensor
+    network: int = 0
 
 
 @dataclass
@@ -83,7 +85,7 @@ LARGER, APART = 1.15, 0.03
 
 @contextmanager
 def recording(
-    denoiser: torch.nn.Module,
+    denoisers: Sequence[torch.nn.Module],
     scheduler: Any,
     networks: Mapping[str, Any],
     on_step: OnStep,
@@ -94,8 +96,9 @@ def recording(
     """Watch every step that a pipeline makes within.
 
     Args:
-        denoiser: its network. It runs once for each form of its arguments, to learn what it returns; every call is
-            answered with noise of that form: the branches of guidance then differ clearly, whatever the weights.
+        denoisers: its network, and others of its class that may take its place. Each runs once for each form of its
+            arguments, to learn what it returns; every call is answered with noise of that form: the branches of guidance
+            then differ clearly, whatever the weights.
         scheduler: its scheduler, which makes its steps.
         networks: its components by name; those that are no modules are left aside.
         on_step: called when the scheduler has made a step.
@@ -105,26 +108,26 @@ def recording(
     Raises:
         UsageError: within the pipeline, where it sets another grid on its way.
     """
-    recorder = _Recorder(denoiser, scheduler, networks, on_step, answer, tokens)
+    recorder = _Recorder(denoisers, scheduler, networks, on_step, answer, tokens)
     hook = register_module_forward_pre_hook(recorder.ran)
-    patches: dict[str, tuple[Any, Any]] = {
-        "forward": (denoiser, recorder.forward),
-        "set_timesteps": (scheduler, recorder.set_timesteps),
-        "step": (scheduler, recorder.step),
-    }
+    patches: list[tuple[Any, str, Any]] = [
+        *((network, "forward", partial(recorder.forward, i)) for i, network in enumerate(denoisers)),
+        (scheduler, "set_timesteps", recorder.set_timesteps),
+        (scheduler, "step", recorder.step),
+    ]
     if hasattr(scheduler, "set_begin_index"):
-        patches["set_begin_index"] = scheduler, recorder.set_begin_index
-    before = {name: vars(owner).get(name) for name, (owner, _) in patches.items()}
-    for name, (owner, patched) in patches.items():
+        patches.append((scheduler, "set_begin_index", recorder.set_begin_index))
+    before = [vars(owner).get(name) for owner, name, _ in patches]
+    for owner, name, patched in patches:
         object.__setattr__(owner, name, _like(getattr(owner, name), patched))
     try:
         yield recorder.found
     finally:
-        for name, (owner, _) in patches.items():
-            if before[name] is None:
+        for (owner, name, _), old in zip(patches, before, strict=True):
+            if old is None:
                 object.__delattr__(owner, name)
             else:
-                object.__setattr__(owner, name, before[name])
+                object.__setattr__(owner, name, old)
         hook.remove()
         recorder.found.rest = len(recorder.current.calls)
 
@@ -144,23 +147,23 @@ class _Recorder:
 
     def __init__(
         self,
-        denoiser: torch.nn.Module,
+        denoisers: Sequence[torch.nn.Module],
         scheduler: Any,
         networks: Mapping[str, Any],
         on_step: OnStep,
         answer: bool,
         tokens: int,
     ):
-        self._denoiser, self._scheduler, self._tokens = denoiser, scheduler, tokens
+        self._denoisers, self._scheduler, self._tokens = denoisers, scheduler, tokens
         self.found, self.current = Recording(), Step()
         self._on_step, self._answer = on_step, answer
         self._names = {
             id(part): (name, type(network).__name__)
             for name, network in networks.items()
-            if isinstance(network, torch.nn.Module) and network is not denoiser
+            if isinstance(network, torch.nn.Module) and all(network is not one for one in denoisers)
             for part in network.modules()
         }
-        self._own = {id(part) for part in denoiser.modules()}
+        self._own = {id(part) for denoiser in denoisers for part in denoiser.modules()}
         self._forms: dict[str, Any] = {}
         self._generator = torch.Generator().manual_seed(0)
 
@@ -174,16 +177,17 @@ class _Recorder:
             name, kind = self._names[id(module)]
             self.current.networks[name] = kind
 
-    def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The denoiser's."""
+    def forward(self, network: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """That of the denoiser of a number."""
         arguments = _cloned(dict(inspect.signature(original).bind(*args, **kwargs).arguments))
         arguments |= arguments.pop("kwargs", {}) if isinstance(arguments.get("kwargs"), dict) else {}
-        answer = self._noise(original, args, kwargs) if self._answer else original(*args, **kwargs)
-        self.current.calls.append(Call(dense_arguments(self._denoiser, arguments, self._tokens), _first(answer)))
+        answer = self._noise(network, original, args, kwargs) if self._answer else original(*args, **kwargs)
+        arguments = dense_arguments(self._denoisers[network], arguments, self._tokens)
+        self.current.calls.append(Call(arguments, _first(answer), network))
         return answer
 
-    def _noise(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        form = repr(pytree.tree_map(_form, (args, kwargs)))
+    def _noise(self, network: int, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        form = repr((network, pytree.tree_map(_form, (args, kwargs))))
         if form not in self._forms:
             with torch.no_grad():
                 self._forms[form] = pytree.tree_map(_sizes, original(*args, **kwargs))

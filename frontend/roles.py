@@ -37,11 +37,13 @@ class Inferred:
         loop: roles, sampler and guidance.
         kwargs: one example call of the conditional branch.
         unconditional: conditions of the other branch in that call, where the caller supplies them.
+        networks: [S] number of the network that each call runs; None where it is the same.
     """
 
     loop: LoopSpec
     kwargs: dict[str, Any]
     unconditional: dict[str, torch.Tensor]
+    networks: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -69,20 +69,21 @@ def probed(sampler: SamplerSpec) -> Probed:
 
     Returns:
         the recurrence over the S denoiser calls in `scheduler.timesteps` (a two-evaluation solver makes about two
-        calls a step); it replays the scheduler to 1e-6.
+        calls a step; a last timestep that the scheduler cannot step from is the end of the grid and no call); it replays
+        the scheduler to 1e-6.
 
     Raises:
         UsageError: the scheduler is unknown, is configured wrongly, or is no linear recurrence.
     """
     scheduler = build(sampler)
-    name, S = sampler.scheduler, len(scheduler.timesteps)
+    name = sampler.scheduler
     _refuse_signature(name, scheduler)
-    run = partial(_run, name, scheduler, _step_arguments(scheduler, sampler))
-    survey = _survey(name, run, S)
-    found = _solve(name, _basis_run(run, S, survey), _grid(scheduler, sampler), survey)
+    run = partial(_run, name, scheduler, _step_arguments(scheduler, sampler), _takes_each(scheduler))
+    survey = _survey(name, run, len(scheduler.timesteps))
+    found = _solve(name, _basis_run(run, survey), _grid(scheduler, sampler, survey.calls), survey)
     _check_replay(name, run, found)
     kept = np.nonzero(found.noise.any(axis=0))[0]
-    logger.info("%s: %d steps fold into %d calls, %d outputs deep", name, sampler.steps, S, found.depth)
+    logger.info("%s: %d steps fold into %d calls, %d outputs deep", name, sampler.steps, found.calls, found.depth)
     return Probed(_of_guided(replace(found, noise=found.noise[:, kept]), sampler.output_scale), kept)
 
 
@@ -113,10 +114,15 @@ def refuse_partial_grid(begin_index: int | None, steps: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Survey:
-    """What a scheduler does in its steps besides weighing: how often it draws noise, and what it bounds at which call."""
+    """What a scheduler does: in how many calls, how often it draws noise, and what it bounds at which call."""
 
+    calls: int
     draws: int
     bounds: Mapping[int, Bound]
+
+
+class _EndOfGrid(Exception):
+    """The scheduler steps from all timesteps of its grid but the last."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +162,7 @@ class _Noted:
         return torch.from_numpy(answer).reshape(sample.shape).to(sample.dtype)
 
 
-def _basis_run(run: Run, calls: int, survey: _Survey) -> _Basis:
+def _basis_run(run: Run, survey: _Survey) -> _Basis:
     """Run a scheduler on basis vectors.
 
     Many schedulers round the latent to float32 on the way; that rounding would stand where an exact zero belongs, so
@@ -171,6 +177,7 @@ def _basis_run(run: Run, calls: int, survey: _Survey) -> _Basis:
             rounds = func in (torch.Tensor.to, torch.Tensor.float) and args[0].dtype == torch.float64
             return args[0] if rounds and result.dtype.is_floating_point else result
 
+    calls = survey.calls
     bounded = calls if survey.bounds else 0
     basis = np.eye(1 + calls + survey.draws + bounded)
     outputs, draws, answers = np.split(basis[1:], [calls, calls + survey.draws])
@@ -180,9 +187,9 @@ def _basis_run(run: Run, calls: int, survey: _Survey) -> _Basis:
     return _Basis(latents, scales, noted.asked if noted is not None else {})
 
 
-def _grid(scheduler: Any, sampler: SamplerSpec) -> tuple[Array, float]:
+def _grid(scheduler: Any, sampler: SamplerSpec, calls: int) -> tuple[Array, float]:
     """Timesteps [S] as the denoiser receives them, and the scale of the initial noise."""
-    timesteps = sampler.timestep_scale * np.asarray([float(t) for t in scheduler.timesteps])
+    timesteps = sampler.timestep_scale * np.asarray([float(t) for t in scheduler.timesteps[:calls]])
     return timesteps + sampler.timestep_offset, float(getattr(scheduler, "init_noise_sigma", 1.0))
 
 
@@ -205,6 +212,7 @@ def _run(
     name: str,
     scheduler: Any,
     given: Mapping[str, Any],
+    each: bool,
     start: Array,
     outputs: Array,
     draws: Drawing,
@@ -217,6 +225,7 @@ def _run(
         name: name of the scheduler, for messages.
         scheduler: its grid is set and no step was taken; it is left so.
         given: further arguments of every step, such as `eta`.
+        each: whether a step takes a timestep for each sample instead of one for all.
         start: [D] the first latent, already scaled.
         outputs: [S, D] what the denoiser answers at each call.
         draws: how the scheduler draws noise.
@@ -228,10 +237,12 @@ def _run(
 
     Raises:
         UsageError: a step fails, the grid changes on the way, or the input scaling is not one factor.
+        _EndOfGrid: the step of the last timestep fails, for want of a next one.
     """
     import torch
 
     scheduler = copy.deepcopy(scheduler)
+    grid = list(scheduler.timesteps)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # else equal neighbours at the start are taken for a start in the middle
     extra = dict(given)
@@ -246,45 +257,46 @@ def _run(
         bounding(scheduler, bounds),
     ):
         torch.manual_seed(seed)
-        for i, t in enumerate(list(scheduler.timesteps)):
+        for i, t in enumerate(grid[: len(outputs)]):
             if bounds is not None:
                 bounds.call = i
             output = torch.from_numpy(outputs[i]).reshape(1, -1, 1, 1)
             try:
                 scales.append(_input_scale(name, scheduler, latent, t))
-                latent = scheduler.step(output, t, latent, return_dict=False, **extra)[0]
+                time = torch.as_tensor(t).reshape(1) if each else t
+                latent = scheduler.step(output, time, latent, return_dict=False, **extra)[0]
             except SCHEDULER_ERRORS as error:
-                if _adds_noise_for_each(scheduler, extra):
-                    raise UsageError(f"{name}: {STOCHASTIC}") from None
+                if isinstance(error, IndexError) and 0 < i == len(grid) - 1:
+                    raise _EndOfGrid from None
                 raise UsageError(
                     f"{name}: its step failed at call {i} of {len(outputs)}: {type(error).__name__}: {error}. "
                     + about_variance(scheduler)
                     + f"It cannot be folded; {DETERMINISTIC}"
                 ) from None
-            if latent.shape != output.shape or len(scheduler.timesteps) != len(outputs):
+            if latent.shape != output.shape or len(scheduler.timesteps) != len(grid):
                 raise UsageError(
                     f"{name}: call {i} changed the latent to {tuple(latent.shape)} and the grid to "
-                    f"{len(scheduler.timesteps)} calls; expected {tuple(output.shape)} and {len(outputs)}. An adaptive "
+                    f"{len(scheduler.timesteps)} calls; expected {tuple(output.shape)} and {len(grid)}. An adaptive "
                     f"loop cannot be folded; {DETERMINISTIC}"
                 )
             latents.append(latent.flatten().double().numpy())
     return np.stack(latents), np.asarray(scales)
 
 
-def _adds_noise_for_each(scheduler: Any, given: Mapping[str, Any]) -> bool:
-    """Whether a step that failed with one timestep for all samples works with one for each, and adds noise."""
+def _takes_each(scheduler: Any) -> bool:
+    """Whether a step fails with one timestep for all samples, and works with one for each."""
     import torch
 
-    time, latent = torch.as_tensor(scheduler.timesteps[0]).reshape(1), torch.ones(1, REPLAY_WIDTH, 1, 1)
-    answers = []
-    for seed in (1, 2):
-        extra = dict(given) | ({"generator": torch.Generator().manual_seed(seed)} if "generator" in given else {})
-        torch.manual_seed(seed)  # its caller puts the generator's state back
-        try:
-            answers.append(copy.deepcopy(scheduler).step(latent, time, latent, return_dict=False, **extra)[0])
-        except SCHEDULER_ERRORS:
-            return False
-    return not torch.equal(*answers)
+    time, latent = torch.as_tensor(scheduler.timesteps[0]), torch.ones(1, REPLAY_WIDTH, 1, 1)
+    worked = []
+    for form in (time, time.reshape(1)):
+        with torch.random.fork_rng(devices=[]):
+            try:
+                copy.deepcopy(scheduler).step(latent, form, latent, return_dict=False)
+                worked.append(True)
+            except SCHEDULER_ERRORS:
+                worked.append(False)
+    return worked == [False, True]
 
 
 def _input_scale(name: str, scheduler: Any, latent: Any, t: Any) -> float:
@@ -407,21 +419,31 @@ def _refuse_signature(name: str, scheduler: Any) -> None:
         )
 
 
-def _survey(name: str, run: Run, calls: int) -> _Survey:
-    """How often a scheduler draws noise, and what it bounds.
+def _survey(name: str, run: Run, timesteps: int) -> _Survey:
+    """In how many calls a scheduler goes through its timesteps, how often it draws noise, and what it bounds.
 
     Raises:
         UsageError: it is random by other means: two runs with the same draws, and another seed, must agree.
     """
     generator = np.random.default_rng(0)
     start = generator.standard_normal(REPLAY_WIDTH)
-    outputs = generator.standard_normal((calls, REPLAY_WIDTH))
-    drawn, bounds = list[Any](), _Noted(name)
-    run(start, outputs, noting(drawn), bounds, 1)
+    outputs = generator.standard_normal((timesteps, REPLAY_WIDTH))
+    try:
+        drawn, bounds = _noted(name, run, start, outputs)
+    except _EndOfGrid:
+        outputs = outputs[:-1]
+        drawn, bounds = _noted(name, run, start, outputs)
     if any(one.numel() != REPLAY_WIDTH for one in drawn):
         raise UsageError(f"{name}: {STOCHASTIC}")
     given = generator.standard_normal((len(drawn), REPLAY_WIDTH))
     runs = [run(start, outputs, giving(given), None, seed)[0] for seed in (1, 2)]
     if not np.array_equal(*runs, equal_nan=True):
         raise UsageError(f"{name}: {STOCHASTIC}")
-    return _Survey(len(drawn), bounds.bounds)
+    return _Survey(len(outputs), len(drawn), bounds)
+
+
+def _noted(name: str, run: Run, start: Array, outputs: Array) -> tuple[list[Any], Mapping[int, Bound]]:
+    """What a scheduler draws, and what it bounds, in one run."""
+    drawn, bounds = list[Any](), _Noted(name)
+    run(start, outputs, noting(drawn), bounds, 1)
+    return drawn, bounds.bounds

@@ -113,6 +113,7 @@ class _Followed:
         self._probed = probed(inferred.loop.sampler)
         self._inferred, self.recurrence = inferred, self._probed.recurrence
         self._both, self._guidance = both, Guidance()
+        self._networks: list[int] = []  # which one each step called
         self._drawn: list[torch.Tensor] = []  # by the scheduler, those without a weight too
         self._loop: LoopSpec = inferred.loop
         self._first, self._batch = first, batch
@@ -126,12 +127,14 @@ class _Followed:
         Raises:
             UsageError: the guided outputs are rescaled in a way that the fold does not hold.
         """
-        loop = self._loop
+        loop, inferred = self._loop, self._inferred
+        if any(self._networks):
+            inferred = replace(inferred, networks=tuple(self._networks))
         if loop.guidance is None:
-            return self._inferred
+            return inferred
         guidance, factor = in_all_steps(loop.guidance, self._guidance), self._guidance.factor() or 1.0
         sampler = loop.sampler.model_copy(update={"output_scale": loop.sampler.output_scale * factor})
-        return replace(self._inferred, loop=loop.model_copy(update={"guidance": guidance, "sampler": sampler}))
+        return replace(inferred, loop=loop.model_copy(update={"guidance": guidance, "sampler": sampler}))
 
     def check(self, number: int, seen: Seen) -> None:
         """Raise UsageError where a step is not that of the loop."""
@@ -153,6 +156,7 @@ class _Followed:
             self._require_arguments(number, branch, seen.latent, where)
         self._require_same_call(seen.guided, where)
         self._advance(number, seen, where)
+        self._networks.append(seen.step.calls[0].network)
         here, other = seen.guided, seen.guided.unconditional
         self._guidance.add(here.scale, here.output, here.conditional.output, other.output if other else None)
 
@@ -252,7 +256,13 @@ def _refuse_networks(step: Step, where: str) -> None:
         raise UsageError(
             f"{where}: the pipeline calls {names} within its loop, "
             f"{'besides' if step.calls else 'in the place of'} the denoiser that is compiled; the fold holds one network "
-            "for all steps (no second expert, ControlNet or adapter). Use a pipeline without it."
+            "for a step (an expert of the same class may take its place, a ControlNet or adapter stands beside it). Use a "
+            "pipeline without it."
+        )
+    if len({call.network for call in step.calls}) > 1:
+        raise UsageError(
+            f"{where}: the pipeline calls two networks of one class in one step; the fold holds one network for a step. "
+            f"{BY_HAND}"
         )
 
 

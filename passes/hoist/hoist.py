@@ -50,10 +50,10 @@ class Hoist(Pass[HoistOptions]):
 
     def requires(self, program: Program) -> None:
         """A scale over a whole batch would cover a different batch in a stage of lower rate."""
-        if len(program.steps) > 1:
+        if len(program.computing) > 1:
             raise UsageError(
-                "hoist: expected one stage that computes every evaluation; received several. Put hoist before cut and "
-                "quantize in the recipe."
+                "hoist: expected one slot that is filled at every evaluation; received several. Put hoist before cut in "
+                "the recipe."
             )
         nodes = [node for stage in program.stages for node in stage.graph.graph.nodes]
         if any(map(couples_batch, nodes)):
@@ -63,14 +63,13 @@ class Hoist(Pass[HoistOptions]):
             )
 
     def run(self, program: Program, context: Context) -> PassResult:
-        """Cut the step stage, then the once×timestep stage, then tabulate the timestep stage."""
+        """Cut the step stages, then the once×timestep stages, then tabulate the timestep stages."""
         done = bool(program.tables) or any(slot.rate in BELOW[Rate.STEP] for slot in program.slots)
-        (step,) = program.steps
-        program, moved, refused = _cut(program, step)
-        combined = next((stage for stage in program.stages if stage.rate is Rate.ONCE_TIMESTEP), None)
-        if combined is not None:
-            program, more, also_refused = _cut(program, combined)
-            moved, refused = moved + more, [*refused, *also_refused]
+        moved, refused = 0, list[Refusal]()
+        for rate in (Rate.STEP, Rate.ONCE_TIMESTEP):
+            for stage in [stage for stage in program.stages if stage.rate is rate]:
+                program, more, also_refused = _cut(program, stage)
+                moved, refused = moved + more, [*refused, *also_refused]
         program = _tabulate(program)
         return PassResult(program, moved, tuple(refused), identity=done and not moved)
 
@@ -88,9 +87,9 @@ def _cut(program: Program, stage: Stage) -> tuple[Program, int, list[Refusal]]:
         values = [node for node in frontier if rates[node] is rate]
         if values:
             lower.append(extract(stage, _stage_name(program, rate), rate, values, [names[n] for n in values]))
-    slots = [slot for slot in program.slots if slot.original is not stage]
     moved = _operators(stage) - _operators(slim)
-    return _ordered(replace(program, slots=(*slots, *slots_of(*lower, slim)))), moved, refused
+    slots = (*slots_of(*lower), *program.with_stage(slim).slots)
+    return _ordered(replace(program, slots=slots)), moved, refused
 
 
 def _frontier(stage: Stage, rates: dict[fx.Node, Rate]) -> tuple[list[fx.Node], list[Refusal]]:

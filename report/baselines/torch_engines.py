@@ -12,6 +12,7 @@ import yaml
 
 from ...frontend.calling import Calling, flatten, in_signature_order
 from ...frontend.load import LOOP_FILE, PIPELINE_FILE, Checkpoint, load_checkpoint
+from ...loop.errors import UsageError
 from ...loop.pipeline_call import PipelineCall
 from ...loop.ports import StageCallable
 from ...loop.spec import LoopSpec
@@ -44,9 +45,17 @@ def module_of(checkpoint: Path, model_work: Work) -> tuple[Calling, dict[str, to
     """The network of a checkpoint as a function of positional tensors, with an example value [2, ...] of each.
 
     Tensors whose role is `constant` are baked in, as in a bundle.
+
+    Raises:
+        UsageError: it cannot be loaded, or several networks take turns in its loop.
     """
     loop = model_work.loop
     loaded = load(checkpoint, loop, model_work.call)
+    if loaded.experts is not None:
+        raise UsageError(
+            f"{checkpoint}: expected a model of one network; {len(loaded.experts.called())} take turns in its loop, which "
+            "baselines do not have. Leave them out: --baselines ''."
+        )
     kwargs = in_signature_order(getattr(loaded.model, loaded.method), loaded.kwargs)
     tensors, _ = flatten(kwargs)
     constant = loop.names("constant") if loop is not None else []

@@ -12,10 +12,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-import zoo
+from programs import run
 from safetensors.torch import save_file
 
 from stepfold.frontend.capture import with_draws, with_strength
+from stepfold.frontend.identity import weights_hash
 from stepfold.frontend.load import load_checkpoint
 from stepfold.frontend.sampler import probe
 from stepfold.ir.program import Program
@@ -23,10 +24,10 @@ from stepfold.loop.classes import class_conditions
 from stepfold.loop.driver import Request, run_loop
 from stepfold.loop.errors import UsageError
 from stepfold.loop.plan import fold
+from stepfold.passes.hoist.hoist import Hoist, HoistOptions
 
 REFUSED = {
-    "second network": r"step 4 of 6: .* calls second \(DiTTransformer2DModel\) within its loop, in the place of",
-    "second network on the input": r"step 4 of 6: .* second \(DiTTransformer2DModel\) within its loop, besides",
+    "second network on the input": "step 4 of 6: the pipeline calls two networks of one class in one step",
     "rescaled by another rule": "rescales its guided output by a factor that follows neither the norm nor the deviation",
     "one more call": "behind step 6: the pipeline calls its denoiser 1 more times",
     "timesteps from step 3 on": "step 3 of 6: .* is given the timestep",
@@ -153,37 +154,23 @@ def test_guidance_of_at_most_one_is_one_branch(folder: Path, tmp_path: Path) -> 
     assert loop is not None and loop.guidance is None
 
 
-def wan(path: Path) -> Path:
-    """Wan 2.2: two experts behind one another."""
-    torch.manual_seed(0)
-    config: dict[str, Any] = zoo.WAN.config | {"num_layers": 1}
-    build: Any = diffusers.WanPipeline
-    pipeline = build(
-        tokenizer=None,
-        text_encoder=None,
-        vae=diffusers.AutoencoderKLWan(
-            base_dim=3,
-            z_dim=4,
-            dim_mult=[1, 1, 1, 1],
-            num_res_blocks=1,
-            temperal_downsample=[False, True, True],
-            latents_mean=[0.0] * 4,
-            latents_std=[1.0] * 4,
-        ),
-        scheduler=diffusers.UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
-        transformer=diffusers.WanTransformer3DModel(**config),
-        transformer_2=diffusers.WanTransformer3DModel(**config),
-        boundary_ratio=0.875,
-    )
-    pipeline.save_pretrained(path)
-    embeds = {f"{sign}prompt_embeds": torch.randn(2, 6, 24) for sign in ("", "negative_")}
-    sizes = {"height": 64, "width": 64, "num_frames": 5, "num_inference_steps": 8}
-    save_file(embeds | {name: torch.tensor(value) for name, value in sizes.items()}, path / "inputs.safetensors")
-    return path
-
-
-def test_two_experts_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"calls transformer_2 \(WanTransformer3DModel\) within its loop"):
-        load_checkpoint(wan(tmp_path / "wan"))
+def test_networks_that_take_turns(folder: Path) -> None:
+    """Each runs at its own calls, and other weights of the second give other samples."""
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    with changed.change("second network") as load:
+        checkpoint = load_checkpoint(folder)
+        program = checkpoint.capture()
+        (slot,) = program.computing
+        assert slot.by_call == (0, 0, 0, 1, 1, 1) and [stage.name for stage in slot.variants] == ["step", "step_1"]
+        got, wanted = drawn_twice(load, folder, program, 0)
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=CLOSE * np.abs(wanted).max())
+        assert checkpoint.experts is not None
+        with torch.no_grad():
+            for parameter in checkpoint.experts.networks[1].parameters():
+                parameter.mul_(1.5)
+        after, _ = drawn_twice(load, folder, program, 0)  # the program holds the same weights
+    assert np.abs(after - got).max() > 0.01 * np.abs(got).max()
+    assert weights_hash(*checkpoint.experts.called()) != checkpoint.weights_sha256
+    hoisted = run(program, Hoist(HoistOptions()))
+    assert len(hoisted.computing[0].variants) == 2 and len(hoisted.stages) > 2
+    np.testing.assert_allclose(samples(hoisted, noise, 0), samples(program, noise, 0), rtol=0, atol=CLOSE)
