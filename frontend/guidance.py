@@ -31,7 +31,7 @@ class RowWeights:
     Attributes:
         share: weight of the second branch, the same in all rows.
         factor: [R, 1].
-        over: what a row is, as in `RescaleSpec`.
+        over: meaning of a row, as in `RescaleSpec`.
     """
 
     share: float
@@ -50,10 +50,10 @@ def row_weights(
     """Take an output apart into two branches row by row; None where it is no such sum, or its shares differ.
 
     Args:
-        received: [B, ...] what the scheduler was given.
+        received: [B, ...] output that the scheduler was given.
         one: [B, ...] output of a branch.
         two: [B, ...] output of the other.
-        over: what a row is.
+        over: meaning of a row.
         tolerance: relative error that rounding may make.
     """
     b, x, y = (rows_of(value, over) for value in (received, one, two))
@@ -89,8 +89,8 @@ class Guidance:
         """Note a step.
 
         Args:
-            scale: its scale.
-            received: [B, ...] the output that the scheduler was given, its sign that of linear guidance.
+            scale: guidance scale of the step.
+            received: [B, ...] output that the scheduler was given, its sign that of linear guidance.
             conditional: [B, ...] output of the conditional branch.
             other: [B, ...] output of the unconditional branch; None where it did not run.
         """

@@ -225,11 +225,11 @@ def _run(
         name: name of the scheduler, for messages.
         scheduler: its grid is set and no step was taken; it is left so.
         given: further arguments of every step, such as `eta`.
-        each: whether a step takes a timestep for each sample instead of one for all.
+        each: flag of a step that takes a timestep for each sample instead of one for all.
         start: [D] the first latent, already scaled.
         outputs: [S, D] what the denoiser answers at each call.
         draws: how the scheduler draws noise.
-        bounds: what answers for its bounds; None leaves them as they are.
+        bounds: answers for its bounds; None leaves them as they are.
         seed: seed of every random generator that the scheduler may use.
 
     Returns:

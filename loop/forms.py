@@ -118,7 +118,7 @@ def rescaled_branches(
         conditional: [B, ...].
         unconditional: [B, ...].
         scale: guidance scale of the evaluation.
-        rescale: how the guided output is rescaled.
+        rescale: rule by which the guided output is rescaled.
 
     Returns:
         c' and u' with `u' + scale (c' - u')` the rescaled output and `c' - u' = c - u`.
@@ -135,7 +135,7 @@ def rescaling(output: Array, conditional: Array, rescale: RescaleSpec) -> Array:
     Args:
         output: [B, ...] guided output.
         conditional: [B, ...] output of the conditional branch.
-        rescale: see `RescaleSpec`.
+        rescale: rule, see `RescaleSpec`.
     """
     axes = (-1,) if rescale.over == "row" else tuple(range(1, output.ndim))
     sizes = [_size(value, axes, rescale.measure) for value in (conditional, output)]

@@ -72,10 +72,10 @@ class Update:
     """The weights of one update of a plan of N evaluations.
 
     Attributes:
-        state: of the latent.
-        conditional: [N] of the conditional outputs.
-        unconditional: [N] of the unconditional outputs.
-        predicted: [N] of the bounded predictions; None where nothing is bounded.
+        state: weight of the latent.
+        conditional: [N] weights of the conditional outputs.
+        unconditional: [N] weights of the unconditional outputs.
+        predicted: [N] weights of the bounded predictions; None where nothing is bounded.
     """
 
     state: float

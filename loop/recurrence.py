@@ -34,7 +34,7 @@ class Recurrence:
         initial_scale: g, multiplies the standard normal noise (`init_noise_sigma`).
         noise: [S, D] e, weights of the D draws of standard normal noise; [S, 0] for a deterministic sampler.
         prediction: bounded samples that the updates weigh too; None for a sampler that bounds nothing.
-        strength: [S] how much of the guidance each call has, see `GuidanceSpec`; all ones where it is the same.
+        strength: [S] share of the guidance that each call has, see `GuidanceSpec`; all ones where it is the same.
     """
 
     timesteps: Array
@@ -79,7 +79,7 @@ class Recurrence:
         """The recurrence with a strength for each call; one of another number of calls is spread over these.
 
         Args:
-            strength: see `GuidanceSpec`; None leaves all calls alike.
+            strength: share of the guidance for each call, see `GuidanceSpec`; None leaves all calls alike.
         """
         if strength is None:
             return self

@@ -80,12 +80,12 @@ class RescaleSpec(Strict):
     """The guided output v times a number that brings its size near that of the conditional output c.
 
     Attributes:
-        over: `sample` for one number for each sample, `row` for one for each row of the last axis (a token of a packed
+        over: part of a latent that has a number of its own: a `sample`, or a `row` of the last axis (a token of a packed
             latent).
-        measure: size that is compared: Euclidean `norm`, or standard `deviation`.
-        share: how much of the rescaled output there is; the rest is v as it was (`guidance_rescale` of arXiv 2305.08891,
+        measure: size that is compared, the Euclidean `norm` or the standard `deviation`.
+        share: part of the rescaled output in the result; the rest is v as it was (`guidance_rescale` of arXiv 2305.08891,
             section 3.4).
-        limit: v is only made smaller, to at most this many times the size of c; None makes the sizes equal.
+        limit: largest size of the result in sizes of c, which makes nothing larger; None makes the sizes equal.
     """
 
     over: Literal["sample", "row"] = "sample"
@@ -105,9 +105,9 @@ class GuidanceSpec(Strict):
         unconditional: value of each condition in the unconditional branch, or `input` where the caller supplies them (a
             negative prompt).
         strict: whether any other scale is refused at run time.
-        strength: for loops that guide some calls only, or more and less: how much of the guidance each call has. The
-            scale of a call is `1 + strength (scale - 1)`, so that 0 is the conditional branch alone.
-        rescale: what is done to the size of v; None leaves it.
+        strength: share of the guidance that each call has, in loops that guide some calls only, or with other scales. The
+            scale of a call is `1 + strength (scale - 1)`, so that 0 is the conditional branch alone; None is 1 for all.
+        rescale: rule for the size of v; None leaves it.
     """
 
     scale: Scale | GuidanceValues

@@ -215,7 +215,7 @@ TABLE_CHANGES: list[tuple[Callable[[dict[str, np.ndarray]], Any], str]] = [
     ),
     (lambda a: a.update({"values/x": np.full((4, 2), np.nan, "f4")}), "the values of the calls are not all finite"),
     (lambda a: a.update({"values/time": np.zeros((3, 1))}), "values/time must have 4 rows; received shape [3, 1]"),
-    (lambda a: [a.pop(key) for key in list(a) if key.startswith("recurrence")], "needs positions that ascend"),
+    (lambda a: [a.pop(key) for key in list(a) if key.startswith("recurrence")], "has no sampler"),
 ]
 
 

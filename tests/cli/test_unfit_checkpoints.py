@@ -57,13 +57,9 @@ def without_loop(folder: Path) -> None:
     (folder / "loop.yaml").unlink()
 
 
-def stochastic(folder: Path) -> None:
-    sampler = {"scheduler": "DDPMWuerstchenScheduler", "steps": 8}
+def learned_variance(folder: Path) -> None:
+    sampler = {"scheduler": "DPMSolverMultistepScheduler", "config": {"variance_type": "learned"}, "steps": 8}
     rewrite(folder / "loop.yaml", sampler=sampler)
-
-
-def clipping(folder: Path) -> None:
-    rewrite(folder / "loop.yaml", sampler={"scheduler": "DDIMScheduler", "steps": 8})
 
 
 def unknown_scheduler(folder: Path) -> None:
@@ -82,8 +78,7 @@ DAMAGES = {
     another_size: "the weights do not fit DiTTransformer2DModel as config.json describes it",
     without_config: "config.json: expected the JSON of a model; there is no such file",
     without_loop: "no loop.yaml",
-    stochastic: "DDPMWuerstchenScheduler: stochastic",
-    clipping: "clip_sample",
+    learned_variance: "variance_type 'learned' takes half of the denoiser output",
     unknown_scheduler: "EulerDiscreteScheduler",
     two_states: "exactly one input must have the role 'state'",
 }

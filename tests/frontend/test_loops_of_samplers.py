@@ -32,6 +32,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, int]] = {
     "flow": ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, {}, 7, 8),
     "sde": ("DPMSolverMultistepScheduler", SDE, {}, 7, 7),
     "sde of velocities": ("DPMSolverMultistepScheduler", {**SDE, "prediction_type": "v_prediction"}, {}, 7, 7),
+    "a timestep for each sample, and a last one that is the end": ("DDPMWuerstchenScheduler", {}, {}, 7, 8),
     "stochastic Adams": ("SASolverScheduler", {}, {}, 5, 7),
 }
 
@@ -51,6 +52,9 @@ BOUNDED: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, int]] = {
     "unipc, thresholds": ("UniPCMultistepScheduler", {"thresholding": True}, {}, 0, 0),
     "deis, thresholds": ("DEISMultistepScheduler", {"thresholding": True}, {}, 0, 0),
 }
+
+EACH = ("DDPMWuerstchenScheduler",)
+"""They take a timestep for each sample, and their pipelines make no step from the last one of the grid."""
 
 SINGLE = ("sde, thresholds", "flow", "sde", "sde of velocities")
 """They draw in float32, whatever their latent is."""
@@ -73,11 +77,13 @@ def own_loop(name: str, seed: int, held: set[int] | None = None) -> tuple[np.nda
     generator, output = torch.Generator().manual_seed(seed), np.zeros(WIDTH)
     if "generator" in inspect.signature(scheduler.step).parameters:
         step = step | {"generator": generator}
-    for call, t in enumerate(scheduler.timesteps):
+    each = scheduler_name in EACH
+    for call, t in enumerate(scheduler.timesteps[:-1] if each else scheduler.timesteps):
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         if held is None or call in held:
             output = answer(scaled.flatten().numpy(), float(t))
-        x = scheduler.step(torch.from_numpy(output)[None, :, None, None], t, x, **step).prev_sample
+        time = t.reshape(1) if each else t
+        x = scheduler.step(torch.from_numpy(output)[None, :, None, None], time, x, **step).prev_sample
     twin, dtype = torch.Generator().manual_seed(seed), torch.float32 if name in SINGLE else torch.float64
     drawn = [torch.randn((1, WIDTH, 1, 1), generator=twin, dtype=dtype).flatten().numpy() for _ in range(draws)]
     return start, np.asarray(drawn, np.float64).reshape(draws, WIDTH), x.flatten().numpy()

@@ -53,11 +53,6 @@ def test_other_noise_is_refused(monkeypatch: pytest.MonkeyPatch, wide: bool) -> 
     assert message.endswith("EulerDiscreteScheduler.")
 
 
-def test_a_timestep_for_each_sample_is_refused() -> None:
-    """It fails with one for all, and works with one for each."""
-    assert refusal("DDPMWuerstchenScheduler").startswith("DDPMWuerstchenScheduler: stochastic: ")
-
-
 @pytest.mark.parametrize("variance", ["learned", "learned_range"])
 def test_learned_variance_is_refused(variance: str) -> None:
     message = refusal("DPMSolverMultistepScheduler", config={"variance_type": variance})
