@@ -91,7 +91,7 @@ def print_pipeline(document: Mapping[str, Any]) -> None:
     """Print what a person asks about a pipeline before compiling it."""
     screen, pipeline = console(), document["pipeline"]
     rows = [
-        (entry["name"], entry["class"], f"{entry['parameters']:,}", entry["reason"] or "yes")
+        (entry["name"], entry["class"], f"{entry['parameters']:,}", entry["reason"] or _where(entry))
         for entry in pipeline["networks"]
     ]
     columns = ("network", "class", "parameters", "in the bundle")
@@ -108,6 +108,10 @@ def print_pipeline(document: Mapping[str, Any]) -> None:
     ]
     for line in filter(None, lines):
         screen.print(line, markup=False, soft_wrap=True)
+
+
+def _where(entry: Mapping[str, Any]) -> str:
+    return f"yes, at {entry['calls']} calls" if "calls" in entry else "yes"
 
 
 def print_checkpoint(document: Mapping[str, Any]) -> None:

@@ -18,9 +18,9 @@ def overview(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """Describe the pipeline of a checkpoint and the bundle that it becomes; None for a folder without a pipeline.
 
     Returns:
-        `class`, `networks` (`name`, `class`, `parameters`, `in_bundle`, `reason`), `image` ([height, width] or None),
-        `guidance`, `takes` (what a request gives) and `refused` (what stands
-        in the way, with what to do).
+        `class`, `networks` (`name`, `class`, `parameters`, `in_bundle`, `reason`, and `calls` of those that take turns),
+        `image` ([height, width] or None), `guidance`, `takes` (what a request gives) and `refused` (what stands in the
+        way, with what to do).
     """
     run, loop = checkpoint.run, checkpoint.loop
     if run is None or loop is None:
@@ -45,8 +45,15 @@ def _networks(checkpoint: Checkpoint) -> list[dict[str, Any]]:
         reason = _left_out(checkpoint, name, part)
         parameters = sum(value.numel() for value in part.parameters())
         row = {"name": name, "class": type(part).__name__, "parameters": parameters}
-        found.append(row | {"in_bundle": not reason, "reason": reason})
+        found.append(row | {"in_bundle": not reason, "reason": reason} | _turns(checkpoint, part))
     return found
+
+
+def _turns(checkpoint: Checkpoint, part: torch.nn.Module) -> dict[str, int]:
+    """At how many calls a network runs that takes turns with others."""
+    experts = checkpoint.experts
+    numbers = [i for i, network in enumerate(experts.networks) if network is part] if experts is not None else []
+    return {"calls": experts.by_call.count(numbers[0])} if experts is not None and numbers else {}
 
 
 def _left_out(checkpoint: Checkpoint, name: str, part: torch.nn.Module) -> str:
@@ -80,9 +87,16 @@ def _image(pipeline: Any, arguments: Mapping[str, Any], latent: tuple[int, ...])
 def _guidance(loop: LoopSpec) -> str:
     if loop.guidance is None:
         return "one branch"
-    scale = loop.guidance.scales[0]
-    other = "the request gives the other" if loop.guidance.unconditional == "input" else "the other is written down"
-    return f"two branches at scale {scale:g}, {other}"
+    guidance = loop.guidance
+    other = "the request gives the other" if guidance.unconditional == "input" else "the other is written down"
+    text = f"two branches at scale {guidance.scales[0]:g}, {other}"
+    if guidance.strength is not None:
+        guided = [strength for strength in guidance.strength if strength]
+        scales = ", at scales of their own" if len(set(guided)) > 1 else ""
+        text += f"; {len(guided)} of {len(guidance.strength)} calls are guided{scales}"
+    if guidance.rescale is not None:
+        text += f"; each {guidance.rescale.over} of the output follows the {guidance.rescale.measure} of the conditional one"
+    return text
 
 
 def _takes(checkpoint: Checkpoint, loop: LoopSpec) -> tuple[list[str], list[str]]:

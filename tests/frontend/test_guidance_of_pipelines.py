@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from stepfold.frontend.load import load_checkpoint
+from stepfold.frontend.overview import overview
 from stepfold.frontend.proof import prove
 from stepfold.loop.pipeline_call import PipelineCall
 
@@ -62,5 +63,11 @@ def test_it_is_what_the_pipeline_computes(case: str, folder: Callable[[str], Pat
     found = program.loop.guidance.rescale
     assert (None if found is None else found.model_dump()) == rescale
     assert (program.recurrence.scales(program.loop.guidance.scales[0]) > 1.0).tolist() == guided
+    described = overview(checkpoint)
+    assert described is not None and (f"{sum(guided)} of {len(guided)} calls are guided" in described["guidance"]) == (
+        program.loop.guidance.strength is not None
+    )
+    turns = [row["calls"] for row in described["networks"] if "calls" in row]
+    assert turns == ([2, 2] if case == "wan 2.2" else [])
     assert checkpoint.run is not None
     assert prove(checkpoint.run, program, None, lambda done, total: None).latent_db > EXACT_DB
