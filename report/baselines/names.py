@@ -38,8 +38,9 @@ class Baseline:
     Attributes:
         name: the exact string that asked for it, the name of its row.
         engine: one of `NEEDS`.
-        steps: number of steps of the sampler; None takes those of the loop.
-        solver: `ab2`, one of `ALIASES` or a diffusers scheduler class; None takes that of the loop.
+        steps: number of steps of the sampler, or of evaluations of a cache; None takes those of the loop.
+        solver: `ab2`, one of `ALIASES`, a diffusers scheduler class, or the cache `taylorseer_lite`; None takes that of the
+            loop.
     """
 
     name: str

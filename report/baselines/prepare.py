@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from ...frontend.sampler import probe
 from ...frontend.schedulers import scheduler_class
 from ...frontend.solvers import solver_recurrence
 from ...loop.errors import StepfoldError, UsageError
 from ...loop.pipeline_call import PipelineCall
 from ...loop.plan import Plan, fold
-from ...loop.solvers import AB2
+from ...loop.solvers import AB2, TAYLORSEER_LITE, taylorseer_lite
 from ...loop.spec import LoopSpec
 from .names import Baseline, parse
 from .torch_engines import load
@@ -47,7 +48,7 @@ def prepare(
     """
     parsed = [parse(name) for name in baselines]
     for baseline in parsed:
-        if baseline.solver_class not in (None, AB2):
+        if baseline.solver_class not in (None, AB2, TAYLORSEER_LITE):
             scheduler_class(str(baseline.solver_class))
     bundles_loop = LoopSpec.model_validate(loop) if loop is not None else None
     loaded = load(checkpoint, bundles_loop, _call(call))
@@ -99,10 +100,14 @@ def table_of(baseline: Baseline, loop: LoopSpec | None) -> Plan | None:
         if not baseline.is_full_loop:
             raise UsageError("a component without a loop has no steps and no solver.")
         return None
-    scale = float(loop.guidance.scales[0]) if loop.guidance is not None else None
+    guidance = loop.guidance
+    scale = float(guidance.scales[0]) if guidance is not None else None
+    strength = guidance.strength if guidance is not None else None
+    if baseline.solver == TAYLORSEER_LITE:
+        recurrence = probe(loop.sampler).guided_by(strength)
+        return fold(recurrence, scale, taylorseer_lite(recurrence.calls, baseline.steps), order=1)
     steps = baseline.steps or loop.sampler.steps
-    recurrence = solver_recurrence(loop.sampler, baseline.solver_class, steps)
-    return fold(recurrence.guided_by(loop.guidance.strength if loop.guidance is not None else None), scale)
+    return fold(solver_recurrence(loop.sampler, baseline.solver_class, steps).guided_by(strength), scale)
 
 
 def read_table(file: str) -> Plan:

@@ -1,4 +1,4 @@
-"""The two-step Adams-Bashforth method on Euler grids, uneven ones included."""
+"""The two-step Adams-Bashforth method on Euler grids, uneven ones included, and the calls of TaylorSeer Lite."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from diffusers.hooks import TaylorSeerCacheConfig
+from diffusers.models.cache_utils import CacheMixin
 
 from stepfold.loop.errors import UsageError
 from stepfold.loop.recurrence import Recurrence
-from stepfold.loop.solvers import adams_bashforth2
+from stepfold.loop.plan import fold
+from stepfold.loop.solvers import adams_bashforth2, taylorseer_lite
 
 
 def euler(grid: np.ndarray) -> Recurrence:
@@ -72,3 +76,60 @@ def test_one_step_is_euler() -> None:
 def test_other_samplers_are_refused(state: np.ndarray, outputs: np.ndarray) -> None:
     with pytest.raises(UsageError, match=r"'ab2' replaces an Euler step .* Name a diffusers scheduler instead"):
         adams_bashforth2(Recurrence(np.arange(2.0), np.ones(2), state, outputs, 1.0))
+
+
+# -- TaylorSeer Lite
+
+
+class Doubles(torch.nn.Module):
+    """Counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.computed: list[int] = []
+        self.call = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.computed.append(self.call)
+        return 2 * x
+
+
+class Network(torch.nn.Module, CacheMixin):
+    """A network of diffusers, whose caches act on its last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj_out = Doubles()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj_out(x)
+
+
+@pytest.mark.parametrize("calls", [12, 28, 50])
+def test_calls_and_forecasts_are_those_of_diffusers(calls: int) -> None:
+    """With the settings of OpenVINO GenAI."""
+    network = Network()
+    numbers = {"cache_interval": 3, "disable_cache_before_step": 6, "disable_cache_after_step": calls - 2}
+    network.enable_cache(TaylorSeerCacheConfig(**numbers, taylor_factors_dtype=torch.float32, use_lite_mode=True))
+    values = np.random.default_rng(0).standard_normal(calls).astype(np.float32)
+    outputs = []
+    with network.cache_context("loop"):
+        for network.proj_out.call, value in enumerate(values):
+            outputs.append(float(network(torch.full((1,), float(value)))))
+    positions = taylorseer_lite(calls)
+    assert network.proj_out.computed == positions
+    sampler = euler(np.linspace(1.0, 0.0, calls + 1))
+    plan = fold(sampler, None, positions, order=1)
+    wanted, made = 0.0, 0.0
+    for h, output in zip(np.diag(sampler.outputs), outputs, strict=True):
+        wanted += h * output
+    for k in range(plan.evaluations):
+        made += plan.conditional[k, : k + 1] @ (2 * values[positions[: k + 1]])
+    assert made == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_number_of_evaluations_is_an_interval() -> None:
+    assert len(taylorseer_lite(50)) == 22 and taylorseer_lite(50, 22) == taylorseer_lite(50)
+    assert len(taylorseer_lite(50, 17)) == 17
+    with pytest.raises(UsageError, match=r"taylorseer_lite evaluates .*22.* of 50 calls, by its interval; received 21"):
+        taylorseer_lite(50, 21)
