@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 
 from stepfold.backends.instructions import VNNI, instructions
 from stepfold.frontend.load import load_checkpoint
+from stepfold.loop.budget import QualityBudget
 from stepfold.loop.classes import class_conditions
 from stepfold.loop.metrics import psnr
 from stepfold.loop.noise import noise
@@ -113,7 +114,7 @@ def bundle(name: str, scratch: Path, samples: int, seed: int) -> Draw:
     print(f"building {name}", file=sys.stderr)
     if name == DEFAULT:
         path = scratch / "default"
-        optimize(Job(REFERENCE.checkpoint, path, min_psnr=40.0), lambda task, done, total: None)
+        optimize(Job(REFERENCE.checkpoint, path, min_psnr=QualityBudget(mean=40)), lambda task, done, total: None)
     else:
         path = ROWS[name].build(REFERENCE, scratch)
     return lambda out: (DRAW_BUNDLE, json.dumps([str(path), samples, seed, str(out)]))

@@ -161,18 +161,26 @@ class ScheduleEntry(Strict):
 
 
 class PsnrEntry(Strict):
-    """PSNR in dB over samples; `low` is the lower 95 % confidence bound of the mean."""
+    """PSNR in dB over samples.
+
+    Attributes:
+        mean: mean of the samples.
+        min: worst sample.
+        low: lower 95 % confidence bound of the mean.
+        p05: 5th percentile of the samples; None in bundles that were written before it was told.
+    """
 
     mean: float
     min: float
     low: float
+    p05: float | None = None
 
 
 class QualityEntry(Strict):
     """How close the bundle's samples are to those of the full loop.
 
     Attributes:
-        psnr_db: mean, worst and lower bound of the mean; of pixels its peak is 2, of latents the range of the reference.
+        psnr_db: figures of the samples; of pixels its peak is 2, of latents the range of the reference.
         samples: number of samples.
         set: set of the samples.
         of: what was compared.

@@ -117,6 +117,7 @@ FIGURES = (
     ("speedup", _number("speedup", "{:.1f}x")),
     ("evaluations", _number("evaluations", "{}")),
     ("PSNR dB", _number("psnr_db.mean", "{:.2f}")),
+    ("5th percentile", _number("psnr_db.p05", "{:.2f}")),
     ("worst dB", _number("psnr_db.min", "{:.2f}")),
     ("SSIM", _number("ssim", "{:.4f}")),
     ("drift", _number("drift", "{:.1e}")),

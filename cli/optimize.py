@@ -19,7 +19,7 @@ from .options import (
     NO_CALL,
     Json,
     MinPsnr,
-    check_min_psnr,
+    quality_budget,
     with_pipeline_call,
 )
 
@@ -69,13 +69,13 @@ def optimize(
 
     $ stepfold optimize examples/mnist_dit --out out/mnist --min-psnr 40
     """
-    check_min_psnr(min_psnr)
+    budget = quality_budget(min_psnr)
     chosen = [parse_setting(text) for text in settings or ()]
     from ..report.bundle_report import write_bundle_report
     from ..runtime.compiler import Job
     from ..runtime.compiler import optimize as run
 
-    job = Job(checkpoint, out, recipe, chosen, backend, loop, inputs, min_psnr, seed, overwrite, calibration, call)
+    job = Job(checkpoint, out, recipe, chosen, backend, loop, inputs, budget, seed, overwrite, calibration, call)
     job = replace(job, proof=not no_proof)
     with working() as progress:
         document = run(job, progress, write_bundle_report)
@@ -198,7 +198,8 @@ def quality_line(quality: Mapping[str, Any] | None) -> str:
         return "Quality: not measured; the model has no loop."
     figures = quality["psnr_db"]
     what = "latent PSNR" if quality.get("of") == "latents" else "PSNR"
+    percentile = "" if figures.get("p05") is None else f"5th percentile {figures['p05']:.2f}, "
     return (
-        f"Quality: {figures['mean']:.2f} dB {what} against the full loop (worst {figures['min']:.2f}, lower 95 % bound "
-        f"of the mean {figures['low']:.2f}) over {quality['samples']} {quality['set']} samples."
+        f"Quality: {figures['mean']:.2f} dB {what} against the full loop (lower 95 % bound of the mean "
+        f"{figures['low']:.2f}, {percentile}worst {figures['min']:.2f}) over {quality['samples']} {quality['set']} samples."
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..loop.budget import QualityBudget
 from ..loop.errors import UsageError
 from ..loop.pipeline_call import PipelineCall, pipeline_call
 from ..loop.reading import Expected
@@ -33,8 +33,12 @@ AllowNative = Annotated[
     ),
 ]
 MinPsnr = Annotated[
-    float | None,
-    typer.Option("--min-psnr", metavar="DB", help="Quality budget in dB; overrides that of the recipe."),
+    str | None,
+    typer.Option(
+        "--min-psnr",
+        metavar="DB|mean=DB,p05=DB",
+        help="Quality budget in dB, of the mean or of mean and 5th percentile; overrides that of the recipe.",
+    ),
 ]
 ReferenceCheckpoint = Annotated[
     Path | None,
@@ -122,10 +126,25 @@ def asked_call(arguments: Sequence[str] | None, **options: Any) -> PipelineCall:
     return pipeline_call(**options, arguments=named)
 
 
-def check_min_psnr(value: float | None) -> None:
-    """Raise UsageError unless a budget is a number of decibels."""
-    if value is not None and not (math.isfinite(value) and value >= 0):
-        raise UsageError(f"--min-psnr: expected a number of decibels, 0 or more; received {value:g}.")
+def quality_budget(text: str | None) -> QualityBudget | None:
+    """The budget of `--min-psnr`: `40`, or `mean=40,p05=34`.
+
+    Raises:
+        UsageError: it has another form, or a figure is no number of decibels.
+    """
+    if text is None:
+        return None
+    words = [part.strip().partition("=") for part in (text if "=" in text else f"mean={text}").split(",")]
+    try:
+        figures = {name: float(value) for name, _, value in words}
+        if len(figures) < len(words):
+            raise ValueError
+        return QualityBudget.model_validate(figures)
+    except ValueError:
+        raise UsageError(
+            "--min-psnr: expected a number of decibels, 0 or more, or two of them, as in mean=40,p05=34; received "
+            f"{text!r:.60}."
+        ) from None
 
 
 def is_bundle(path: Path) -> bool:

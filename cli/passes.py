@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 
 from ..loop.errors import UsageError, nearest
+from ..loop.options import Options
 from .console import console, print_json, table
 from .options import Json
 
@@ -71,11 +72,16 @@ def describe_options(options: type[BaseModel]) -> dict[str, dict[str, Any]]:
     return {
         name: {
             "type": type_name(field.annotation),
-            "default": None if field.is_required() else field.get_default(call_default_factory=True),
+            "default": None if field.is_required() else _plain(field.get_default(call_default_factory=True)),
             "description": meanings.get(name, ""),
         }
         for name, field in options.model_fields.items()
     }
+
+
+def _plain(default: Any) -> Any:
+    """A default as JSON and recipes write it."""
+    return default.model_dump(mode="json") if isinstance(default, Options) else default
 
 
 def attributes(docstring: str) -> dict[str, str]:
@@ -108,4 +114,6 @@ def type_name(annotation: Any) -> str:
         return f"list of {type_name(arguments[0])}"
     if annotation in (None, NoneType):
         return "null"
+    if isinstance(annotation, type) and issubclass(annotation, Options):
+        return f"{{{', '.join(annotation.model_fields)}}}"
     return {float: "number", bool: "true | false"}.get(annotation, getattr(annotation, "__name__", str(annotation)))

@@ -13,7 +13,7 @@ from rich.markup import escape
 from ..loop.writing import require_writable
 from .console import console, print_json, working
 from .optimize import quality_line, schedule_line
-from .options import AllowNative, Json, MinPsnr, check_min_psnr
+from .options import AllowNative, Json, MinPsnr, quality_budget
 
 
 def refit(
@@ -32,13 +32,13 @@ def refit(
 
     $ stepfold refit out/mnist --reference examples/mnist_dit
     """
-    check_min_psnr(min_psnr)
+    budget = quality_budget(min_psnr)
     if os.path.isdir(bundle):
         require_writable("BUNDLE", bundle.resolve())
     from ..runtime.refit import refit as run
 
     with working() as progress:
-        document = run(bundle, reference, min_psnr, progress, allow_native=allow_native)
+        document = run(bundle, reference, budget, progress, allow_native=allow_native)
     if as_json:
         print_json(document)
     else:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from ..calibration.read import Calibration
 from ..ir.program import Program, Refusal
+from ..loop.budget import QualityBudget
 from ..loop.options import Options
 from ..loop.ports import BoundProgram
 
@@ -66,7 +67,7 @@ class Context:
     engine_name: str
     seed: int
     cache: Path
-    min_psnr: float | None = None
+    min_psnr: QualityBudget | None = None
     calibration: Calibration | None = None
     quality: Callable[[Program], float] | None = None
     progress: Progress = silent

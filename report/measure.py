@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from pydantic import JsonValue
 
 from ..bundle.cache import Cache, key_of
 from ..bundle.files import sha256_of
+from ..loop.budget import PsnrFigures
 from ..loop.metrics import drift, sample_psnr, ssim
 from ..loop.spec import Values
 from .plan import RowPlan
@@ -240,8 +241,7 @@ def quality(samples: Array | None, reference: Array | None, of: Values | None) -
         return {}
     found: dict[str, Any] = {"drift": drift(samples, reference)}
     if of is not None:
-        decibels = sample_psnr(of)(samples, reference)
-        found["psnr_db"] = Psnr(mean=float(decibels.mean()), min=float(decibels.min()))
+        found["psnr_db"] = Psnr(**asdict(PsnrFigures.of(sample_psnr(of)(samples, reference))))
         images = of == "pixels" and samples.ndim == 4
         found["ssim"] = float(ssim(samples, reference).mean()) if images else None
     return found

@@ -249,7 +249,7 @@ def _bundle_headline(manifest: Mapping[str, Any]) -> str:
     if quality:
         psnr = quality["psnr_db"]
         text += (
-            f"; its samples are {prose.decibels(psnr['mean'])} from those of the full loop (worst "
-            f"{prose.decibels(psnr['min'])}, over {quality['samples']} {quality['set']} samples)"
+            f"; its samples are {prose.decibels(psnr['mean'])} from those of the full loop ({prose.tail(psnr)}, over "
+            f"{quality['samples']} {quality['set']} samples)"
         )
     return text + "."

@@ -47,6 +47,12 @@ def decibels(value: float) -> str:
     return "equal" if value >= EXACT_DB else f"{value:.1f} dB"
 
 
+def tail(psnr: Mapping[str, Any]) -> str:
+    """The worse samples of a PSNR: `5th percentile 36.1 dB, worst 33.0 dB`."""
+    percentile = "" if psnr.get("p05") is None else f"5th percentile {decibels(psnr['p05'])}, "
+    return f"{percentile}worst {decibels(psnr['min'])}"
+
+
 def proof_words(proof: Mapping[str, Any]) -> str:
     """How close the unoptimized program is to its pipeline: `equal latents and images ... 2 samples`."""
     if "skipped" in proof:
@@ -113,8 +119,8 @@ def _headline(row: Row, report: Report) -> str:
         text += f", {times(row.speedup)} {'the speed of' if row.speedup < 1 else 'as fast as'} eager PyTorch"
     if row.psnr_db is not None:
         quality = "equal to" if row.psnr_db.mean >= EXACT_DB else f"{row.psnr_db.mean:.1f} dB from"
-        worst = "" if row.psnr_db.min >= EXACT_DB else f" (worst sample {row.psnr_db.min:.1f} dB)"
-        text += f"; its samples are {quality} those of the full loop{worst}"
+        worse = "" if row.psnr_db.min >= EXACT_DB else f" ({tail(row.psnr_db.model_dump())})"
+        text += f"; its samples are {quality} those of the full loop{worse}"
     elif row.drift is not None:
         text += f"; its output differs by {drift(row.drift)} from that of the checkpoint"
     return text + "."

@@ -41,10 +41,19 @@ class Latency(Record):
 
 
 class Psnr(Record):
-    """PSNR in dB against the reference: mean and worst sample."""
+    """PSNR in dB against the reference.
+
+    Attributes:
+        mean: mean of the samples.
+        min: worst sample.
+        low: lower 95 % confidence bound of the mean; None in reports that were written before it was told.
+        p05: 5th percentile of the samples; None as `low`.
+    """
 
     mean: FiniteFloat
     min: FiniteFloat
+    low: FiniteFloat | None = None
+    p05: FiniteFloat | None = None
 
 
 class Row(Record):

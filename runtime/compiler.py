@@ -16,6 +16,7 @@ from ..backends import registry
 from ..bundle.cache import Cache, cache_folder
 from ..bundle.manifest import Manifest
 from ..bundle.writer import check_out, writing
+from ..loop.budget import QualityBudget
 from ..loop.calls import instance, place, whole
 from ..loop.errors import UsageError
 from ..loop.pipeline_call import PipelineCall
@@ -73,7 +74,7 @@ class Job:
     backend: str | None = None
     loop: Path | None = None
     inputs: Path | None = None
-    min_psnr: float | None = None
+    min_psnr: QualityBudget | None = None
     seed: int = 0
     overwrite: bool = False
     calibration: Path | None = None
@@ -128,7 +129,7 @@ def optimize(job: Job, progress: Progress, finish: Finish | None = None) -> dict
         bound = shop.open(program)
         quality = measure(program, bound, context)
         entry = quality.entry if quality else None
-        check_budget(program, entry, job.min_psnr)
+        check_budget(program, quality.psnr if quality else None, job.min_psnr)
         with writing(job.out, job.overwrite) as folder:
             pipeline = None if ends is None else pack_ends(folder, ends, shop, recipe)
             manifest = pack(folder, program, bound, shop, recipe, entry, job.seed, pipeline, job.call, proof)
@@ -151,7 +152,7 @@ def _recipe(job: Job) -> Recipe:
     loaded.steps()  # a mistake of the file is reported with its line, before the command line replaces options
     settings = [setting for setting in job.settings if not _addresses_backend(setting)]
     if job.min_psnr is not None and any(entry.name == "schedule" for entry in loaded.entries):
-        settings.append(("schedule", "min_psnr", job.min_psnr))
+        settings.append(("schedule", "min_psnr", job.min_psnr.plain()))
     return override(loaded, settings)
 
 
@@ -193,7 +194,7 @@ def make_context(
     original: Program,
     shop: Workshop,
     seed: int,
-    min_psnr: float | None,
+    min_psnr: QualityBudget | None,
     progress: Progress,
     calibration: Calibration | None = None,
 ) -> Context:

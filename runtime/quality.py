@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..bundle.manifest import QualityEntry
+from ..bundle.manifest import PsnrEntry, QualityEntry
+from ..loop.budget import PsnrFigures, QualityBudget
 from ..loop.errors import GateError, UsageError
-from ..loop.metrics import lower_bound, sample_psnr
+from ..loop.metrics import sample_psnr
 from ..loop.noise import SampleSet
 from ..loop.ports import BoundProgram
 
@@ -33,11 +34,13 @@ class Quality:
 
     Attributes:
         entry: figures as the manifest keeps them.
+        psnr: figures that a budget is compared with.
         samples: [B, *latent] of the compiled program.
         reference: [B, *latent] of the full loop.
     """
 
     entry: QualityEntry
+    psnr: PsnrFigures
     samples: Array
     reference: Array
 
@@ -54,9 +57,9 @@ def measure(program: Program, bound: BoundProgram, context: Context) -> Quality 
     samples = _samples(program, bound, held_out)
     kind = program.loop.latent.kind
     values = sample_psnr(kind)(samples, held_out.latents[-1])
-    figures = {"mean": float(values.mean()), "min": float(values.min()), "low": lower_bound(values)}
-    entry = QualityEntry.model_validate({"psnr_db": figures, "samples": HELD_OUT, "set": "held-out", "of": kind})
-    return Quality(entry, samples, held_out.latents[-1])
+    psnr = PsnrFigures.of(values)
+    entry = QualityEntry(psnr_db=PsnrEntry(**asdict(psnr)), samples=HELD_OUT, set="held-out", of=kind)
+    return Quality(entry, psnr, samples, held_out.latents[-1])
 
 
 def quality_of_pass(program: Program, bound: BoundProgram, context: Context) -> float:
@@ -102,19 +105,19 @@ def _scale(program: Program) -> float | None:
     return program.loop.guidance.scales[0] if program.loop.guidance else None
 
 
-def check_budget(program: Program, quality: QualityEntry | None, min_psnr: float | None) -> None:
+def check_budget(program: Program, psnr: PsnrFigures | None, budget: QualityBudget | None) -> None:
     """A budget given by the user holds for a recipe without a schedule too.
 
     Raises:
         GateError: the held-out quality of a program that was not searched is below the budget.
         UsageError: a budget for a component, which has no samples.
     """
-    if min_psnr is None or program.schedule is not None:
+    if budget is None or program.schedule is not None:
         return
-    if quality is None:
+    if psnr is None:
         raise UsageError("--min-psnr: expected a model with a loop; received a component, which makes no samples.")
-    if quality.psnr_db.low < min_psnr:
+    if not budget.met_by(psnr):
         raise GateError(
-            f"quality: expected {min_psnr:g} dB; the best that was reached is {quality.psnr_db.low:.2f} dB (lower "
-            "95 % bound of the mean). Lower --min-psnr, or use a recipe of higher precision."
+            f"quality: expected {budget}; the best that was reached is {budget.reached(psnr)}. Lower --min-psnr, or use "
+            "a recipe of higher precision."
         )

@@ -24,6 +24,7 @@ from ..bundle.files import AGAIN
 from ..bundle.manifest import Manifest, QualityEntry, ScheduleEntry
 from ..bundle.tables import TABLES, Tables
 from ..bundle.writer import SCHEDULE, write_manifest, write_schedule, write_tables, writing
+from ..loop.budget import QualityBudget
 from ..loop.errors import BundleError, UsageError
 from ..loop.options import option_problem
 from ..loop.plan import Plan
@@ -51,7 +52,7 @@ class Refitted:
 
 
 def refit(
-    bundle: Path, checkpoint: Path, min_psnr: float | None, progress: Progress, *, allow_native: bool = False
+    bundle: Path, checkpoint: Path, min_psnr: QualityBudget | None, progress: Progress, *, allow_native: bool = False
 ) -> dict[str, Any]:
     """Fit the schedule of a bundle again and write it back in one step.
 
@@ -94,7 +95,7 @@ def refit(
     }
 
 
-def _options(engine: Engine, min_psnr: float | None) -> ScheduleOptions:
+def _options(engine: Engine, min_psnr: QualityBudget | None) -> ScheduleOptions:
     """The options of the `schedule` pass the bundle was built with; a budget replaces a number of evaluations."""
     from ..passes.schedule.options import ScheduleOptions
 
@@ -154,7 +155,7 @@ def _calling(engine: Engine, folder: Path) -> tuple[Path, Path]:
     return loop, inputs
 
 
-def _context(original: Program, engine: Engine, min_psnr: float | None, progress: Progress) -> Context:
+def _context(original: Program, engine: Engine, min_psnr: QualityBudget | None, progress: Progress) -> Context:
     from ..passes.base import Context
 
     seed = engine.manifest.seeds.get("seed", 0)

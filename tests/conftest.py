@@ -15,6 +15,7 @@ import pytest
 from hypothesis import settings
 
 from stepfold.bundle import Manifest, Probe, Tables, write_manifest, write_probe, write_schedule, write_tables, writing
+from stepfold.loop.budget import QualityBudget
 from stepfold.loop.plan import fold
 from stepfold.loop.recurrence import Recurrence
 
@@ -300,5 +301,8 @@ def compiled_bundle(tiny_checkpoint: Path, tiny_program: Program, tmp_path_facto
     settings = [("schedule", name, value) for name, value in QUICK.items()]
     with pytest.MonkeyPatch.context() as patch:
         load_captured(patch, tiny_checkpoint, tiny_program)
-        optimize(Job(tiny_checkpoint, out, settings=settings, min_psnr=30.0), lambda task, done, total: None)
+        optimize(
+            Job(tiny_checkpoint, out, settings=settings, min_psnr=QualityBudget(mean=30)),
+            lambda task, done, total: None,
+        )
     return out

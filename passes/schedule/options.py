@@ -6,12 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from ...loop.budget import QualityBudget
 from ..base import Options
 from .methods import METHODS
 from .outline import FITTED
 
 MINIMUM_VALIDATION = 64
-"""A budget is met when the lower 95 % bound of the mean over at least so many validation samples meets it."""
+"""A budget is met by the lower 95 % bound of the mean, and the tail, of at least so many validation samples."""
 
 
 MOST_SAMPLES = 100_000
@@ -23,7 +24,8 @@ class ScheduleOptions(Options):
 
     Attributes:
         evaluations: denoiser calls in the plan, or `auto` for the fewest that meet `min_psnr`.
-        min_psnr: quality budget in dB against the full loop, on validation samples.
+        min_psnr: quality budget in dB against the full loop, on validation samples: that of the mean, or `{mean: 40,
+            p05: 34}` with one of the 5th percentile.
         samples: calibration samples the updates are fitted on.
         search_samples: how many of them score a candidate during the search.
         validation: samples that choose between schedules.
@@ -34,7 +36,7 @@ class ScheduleOptions(Options):
     """
 
     evaluations: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    min_psnr: float | None = Field(default=40.0, ge=0)
+    min_psnr: QualityBudget | None = QualityBudget(mean=40.0)
     samples: int = Field(default=40, ge=4, le=MOST_SAMPLES)
     search_samples: int = Field(default=16, ge=2, le=MOST_SAMPLES)
     validation: int = Field(default=MINIMUM_VALIDATION, ge=MINIMUM_VALIDATION, le=MOST_SAMPLES)

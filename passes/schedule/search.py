@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from ...ir.program import Program
+from ...loop.budget import QualityBudget
 from ...loop.errors import GateError, UsageError
 from ...loop.plan import Plan, guides
 from ...loop.ports import BoundProgram
@@ -81,7 +82,7 @@ class ScheduleSearch:
         else:
             fewest = self._fewest(self._budget)
             best = self._cheaper(fewest, self._budget) or self._best(fewest.plan.evaluations)
-        if self._budget is not None and not best.low >= self._budget:
+        if self._budget is not None and not self._budget.met_by(best.psnr):
             raise self._missed(self._budget)
         return best
 
@@ -100,11 +101,11 @@ class ScheduleSearch:
         self.trials.measure(plan, "as it was")
         as_cheap = [one for one in self.trials.tried if one.cheap_like(plan)]
         best = choice(as_cheap, self._budget)
-        if self._budget is None or best.low >= self._budget:
+        if self._budget is None or self._budget.met_by(best.psnr):
             return best, False
         return self.run(), True
 
-    def _fewest(self, budget: float) -> Candidate:
+    def _fewest(self, budget: QualityBudget) -> Candidate:
         """The fewest evaluations that meet the budget: bisection over warped grids, then refinement of fewer."""
         rungs = [n for n in LADDER if n < self._calls] + [self._calls]
         low, high = 0, len(rungs) - 1
@@ -112,31 +113,31 @@ class ScheduleSearch:
         middle = min(range(len(rungs)), key=lambda i: abs(rungs[i] - self._calls // 5))
         while low <= high:
             candidate = self.trials.fitted(Outline(self._best_warp(rungs[middle])))
-            if candidate.low >= budget:
+            if budget.met_by(candidate.psnr):
                 best, high = candidate, middle - 1
             else:
                 low = middle + 1
             middle = (low + high) // 2
         if best is None:
             best = self._best(self._calls)
-            if best.low < budget:
+            if not budget.met_by(best.psnr):
                 raise self._missed(budget)
         while best.plan.evaluations > 1:
             candidate = self._best(best.plan.evaluations - 1, sparing=True)
-            if candidate.low < budget:
+            if not budget.met_by(candidate.psnr):
                 break
             best = candidate
         return self._best(best.plan.evaluations, sparing=True)
 
-    def _missed(self, budget: float) -> GateError:
+    def _missed(self, budget: QualityBudget) -> GateError:
         reached = choice(self.trials.tried, budget)
         wanted = self._options.evaluations
         which = "no schedule" if wanted == "auto" else f"no schedule of {wanted} evaluations"
         return GateError(
-            f"schedule: {which} reaches {budget:g} dB; the best was {reached.low:.2f} dB (lower 95 % bound of "
-            f"the mean over {self._options.validation} validation samples) with {reached.plan.evaluations} of "
-            f"{self._calls} evaluations. Lower min_psnr, {'' if wanted == 'auto' else 'allow more evaluations, '}or use "
-            "a recipe of higher precision."
+            f"schedule: {which} reaches {budget}; the best was "
+            f"{budget.reached(reached.psnr, f' over {self._options.validation} validation samples')} with "
+            f"{reached.plan.evaluations} of {self._calls} evaluations. Lower min_psnr, "
+            f"{'' if wanted == 'auto' else 'allow more evaluations, '}or use a recipe of higher precision."
         )
 
     def _best(self, evaluations: int, sparing: bool = False) -> Candidate:
@@ -166,16 +167,16 @@ class ScheduleSearch:
 
         A sparing search stops where the budget is met, or so far away that a further polish would not reach it.
         """
-        ranked = sorted(fits.items(), key=lambda item: item[1].mean, reverse=True)
+        ranked = sorted(fits.items(), key=lambda item: item[1].psnr.mean, reverse=True)
         found, reach = list(fits.values()), POLISH_REACH
         for outline, fit in ranked:
-            missing = np.inf if self._budget is None else self._budget - choice(found, self._budget).low
-            if fit.mean <= ranked[0][1].mean - RIVAL_DB or (sparing and not 0 < missing < reach):
+            missing = np.inf if self._budget is None else self._budget.shortfall(choice(found, self._budget).psnr)
+            if fit.psnr.mean <= ranked[0][1].psnr.mean - RIVAL_DB or (sparing and not 0 < missing < reach):
                 return
             found.append(self.trials.polished(outline))
             reach = RIVAL_DB
 
-    def _cheaper(self, best: Candidate, budget: float) -> Candidate | None:
+    def _cheaper(self, best: Candidate, budget: QualityBudget) -> Candidate | None:
         """The cheapest plan that leaves out branches, and bodies of a cut, where the budget allows it, if any does.
 
         The fit weighs what remains instead of what is left out. It has to meet the budget alone: only what is shipped
@@ -188,12 +189,13 @@ class ScheduleSearch:
         savings = Savings(self.trials.score, self.trials.guided, self._costs, self._menus)
         for evaluations in range(N, min(self._calls, N + (MORE if self._menus else 0)) + 1):
             full = Outline(self._refined.get(evaluations) or self._best_warp(evaluations))
-            spare = (best if evaluations == N else self.trials.fitted(full)).low - budget + SCORE_DB
+            start = best if evaluations == N else self.trials.fitted(full)
+            spare = SCORE_DB - budget.shortfall(start.psnr)
             for outline in reversed(savings.outlines(full, self._score(full.positions) - spare)):
                 if savings.cost(outline) >= savings.cost(found[0] if found else Outline(self._refined[N])):
                     break
                 fit = self.trials.fitted(outline)
-                if fit.low >= budget:
+                if budget.met_by(fit.psnr):
                     found = outline, fit
                     break
         return None if found is None else choice([found[1], self.trials.polished(found[0])], budget)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...calibration.trajectories import Trajectories, first, trajectories
 from ...ir.program import Program
-from ...loop.metrics import lower_bound
+from ...loop.budget import PsnrFigures, QualityBudget
 from ...loop.noise import SampleSet
 from ...loop.plan import Plan, fold, guides
 from ...loop.ports import BoundProgram, BoundSlot
@@ -33,12 +33,18 @@ POLISHED = 20
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A plan with its quality on the validation samples."""
+    """A plan with its quality.
+
+    Attributes:
+        plan: the plan.
+        origin: how it was made.
+        psnr: figures of the validation samples.
+        calibration: mean PSNR in dB of the calibration samples; NaN for a plan that was not fitted on any.
+    """
 
     plan: Plan
     origin: str
-    mean: float
-    low: float
+    psnr: PsnrFigures
     calibration: float
 
     @property
@@ -58,8 +64,9 @@ class Candidate:
             "positions": [int(p) for p in self.plan.positions],
             "unguided": [int(p) for p in self.plan.positions[~self.plan.guided]],
             **({"reused": _reused(self.plan)} if self.plan.cells else {}),
-            "validation_psnr_db": round(self.mean, 3),
-            "validation_low_db": round(self.low, 3),
+            "validation_psnr_db": round(self.psnr.mean, 3),
+            "validation_low_db": round(self.psnr.low, 3),
+            "validation_p05_db": round(self.psnr.p05, 3),
             "calibration_psnr_db": round(self.calibration, 3),
         }
 
@@ -76,14 +83,17 @@ def _reused(plan: Plan) -> dict[str, list[int]]:
     return {name: [int(p) for p in plan.positions[cell.variant != 0]] for name, cell in plan.cells.items()}
 
 
-def choice(candidates: Iterable[Candidate], budget: float | None) -> Candidate:
+def choice(candidates: Iterable[Candidate], budget: QualityBudget | None) -> Candidate:
     """The best mean of those that meet the budget; where none meets it, the one that comes nearest.
 
-    A budget is met by the lower bound of the mean, so the candidate with the best mean may be one that misses it.
+    A budget is met by the lower bound of the mean and by the tail, so the candidate with the best mean may be one that
+    misses it.
     """
     listed = list(candidates)
-    met = [one for one in listed if budget is None or one.low >= budget]
-    return max(met, key=lambda one: one.mean) if met else max(listed, key=lambda one: one.low)
+    met = [one for one in listed if budget is None or budget.met_by(one.psnr)]
+    if budget is None or met:
+        return max(met, key=lambda one: one.psnr.mean)
+    return min(listed, key=lambda one: budget.shortfall(one.psnr))
 
 
 class Trials:
@@ -182,9 +192,9 @@ class Trials:
             if known.origin == origin and known.plan.same_as(plan):
                 return known
         values = self._full.psnr(self._full.samples(plan, self._validation), self._validation.latents[-1])
-        candidate = Candidate(plan, origin, float(values.mean()), lower_bound(values), calibration)
+        candidate = Candidate(plan, origin, PsnrFigures.of(values), calibration)
         self.tried.append(candidate)
-        logger.info("%d evaluations, %s: %.2f dB on validation", plan.evaluations, origin, candidate.mean)
+        logger.info("%d evaluations, %s: %.2f dB on validation", plan.evaluations, origin, candidate.psnr.mean)
         return candidate
 
     def _calibration(self, fit: Fit) -> float:

@@ -6,6 +6,7 @@ import pytest
 
 from stepfold.backends.registry import BACKENDS
 from stepfold.cli.passes import attributes, describe_options, type_name
+from stepfold.loop.budget import QualityBudget
 
 
 def test_passes(stepfold) -> None:
@@ -97,6 +98,7 @@ def test_attributes_are_read_from_a_docstring() -> None:
         (tuple[str, ...], "list of str"),
         (bool, "true | false"),
         (Literal["a", "b"], "a | b"),
+        (QualityBudget | None, "{mean, p05} | null"),
     ],
 )
 def test_types_in_words(annotation: object, text: str) -> None:

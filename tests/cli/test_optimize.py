@@ -11,8 +11,9 @@ import pytest
 from checkpoints import HOIST, QUICK
 from folders import empty
 
-from stepfold.bundle.manifest import QualityEntry
 from stepfold.cli.optimize import parse_setting, refusals, schedule_line
+from stepfold.cli.options import quality_budget
+from stepfold.loop.budget import PsnrFigures, QualityBudget
 from stepfold.loop.errors import GateError, UsageError
 from stepfold.runtime.quality import check_budget
 
@@ -128,8 +129,11 @@ WRONG = {
     "recipe file": (("--recipe", "none.yaml"), "none.yaml: expected a recipe, YAML; there is no such file."),
     "backend": (("--backend", "onnxruntim"), "did you mean 'onnxruntime'?"),
     "no backend": (("--backend", ""), "backend: expected one that this stepfold has; received"),
-    "budget": (("--min-psnr", "nan"), "--min-psnr: expected a number of decibels, 0 or more; received nan."),
-    "no budget": (("--min-psnr", "-3"), "--min-psnr: expected a number of decibels, 0 or more; received -3."),
+    "budget": (
+        ("--min-psnr", "nan"),
+        "--min-psnr: expected a number of decibels, 0 or more, or two of them, as in mean=40,p05=34; received 'nan'.",
+    ),
+    "no budget": (("--min-psnr", "-3"), "as in mean=40,p05=34; received '-3'."),
     "loop": (("--loop", "none.yaml"), "none.yaml: expected a loop file, YAML; there is no such file."),
     "inputs": (
         ("--inputs", "none.safetensors"),
@@ -214,10 +218,45 @@ def test_a_budget_without_a_search(stepfold, tiny_checkpoint: Path, out: Path, t
 
 @pytest.mark.parametrize(("budget", "met"), [(30.0, True), (30.1, False), (None, True)])
 def test_a_budget_without_a_search_is_met_by_the_lower_bound(budget: float | None, met: bool) -> None:
-    figures = {"psnr_db": {"mean": 33.0, "min": 20.0, "low": 30.0}, "samples": 64, "set": "held-out"}
     program: Any = SimpleNamespace(schedule=None)
     with nullcontext() if met else pytest.raises(GateError, match=r"reached is 30\.00 dB"):
-        check_budget(program, QualityEntry.model_validate(figures), budget)
+        check_budget(
+            program, PsnrFigures(33.0, 30.0, 25.0, 20.0), None if budget is None else QualityBudget(mean=budget)
+        )
+
+
+def test_a_tail_without_a_search() -> None:
+    program: Any = SimpleNamespace(schedule=None)
+    with pytest.raises(GateError, match=r"mean; met\) and 25\.00 dB at the 5th percentile \(missed\)"):
+        check_budget(program, PsnrFigures(33.0, 30.0, 25.0, 20.0), QualityBudget(mean=30, p05=26))
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("40", QualityBudget(mean=40)),
+        ("mean=40", QualityBudget(mean=40)),
+        ("mean=40, p05=34.5", QualityBudget(mean=40, p05=34.5)),
+        (None, None),
+    ],
+)
+def test_budgets_of_the_command_line(text: str | None, budget: QualityBudget | None) -> None:
+    assert quality_budget(text) == budget
+
+
+@pytest.mark.parametrize("text", ["p05=34", "mean=40,mean=30", "mean=40,p05", "mean=40,p50=3", "40,34", ""])
+def test_what_is_no_budget_of_the_command_line(text: str) -> None:
+    with pytest.raises(UsageError, match="--min-psnr: expected a number of decibels, 0 or more, or two of them"):
+        quality_budget(text)
+
+
+def test_a_tail_is_recorded(stepfold, tiny_checkpoint: Path, out: Path) -> None:
+    result = stepfold("optimize", tiny_checkpoint, "--out", out, "--min-psnr", "mean=25,p05=15", *SEARCH, "--json")
+    assert result.code == 0, result.err
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["recipe"]["passes"][-1]["schedule"]["min_psnr"] == {"mean": 25.0, "p05": 15.0}
+    figures = result.document()["quality"]["psnr_db"]
+    assert figures["min"] <= figures["p05"] <= figures["mean"]
 
 
 def raises(error: BaseException):

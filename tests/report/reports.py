@@ -14,7 +14,7 @@ def row(name: str, median: float, psnr: float | None = None, kind: str = "bundle
         "latency_ms": {"median": median, "p10": calls[0], "p90": calls[2], "n": 3, "samples_ms": calls},
         "speedup": None,
         "evaluations": 8,
-        "psnr_db": None if psnr is None else {"mean": psnr, "min": psnr - 5},
+        "psnr_db": None if psnr is None else {"mean": psnr, "min": psnr - 5, "low": psnr - 1, "p05": psnr - 3},
         "ssim": None if psnr is None else 0.98,
         "drift": None if psnr is None else 0.01,
         "size_bytes": 1000,
@@ -54,7 +54,11 @@ def manifest(**more: Any) -> dict[str, Any]:
         "backend": {"name": "onnxruntime", "version": "1.31", "device": "cpu"},
         "batch_invariant": False,
         "loop": {"sampler": {"scheduler": "EulerDiscreteScheduler", "steps": 8}, "guidance": {"scale": 2.0}},
-        "quality": {"psnr_db": {"mean": 41.25, "min": 30.0, "low": 40.5}, "samples": 64, "set": "held-out"},
+        "quality": {
+            "psnr_db": {"mean": 41.25, "min": 30.0, "low": 40.5, "p05": 33.0},
+            "samples": 64,
+            "set": "held-out",
+        },
         "schedule": {"grid_steps": 8, "evaluations": 3, "guided_evaluations": 2, "fitted_on": "engine"},
         "schedule_file": {
             "grid_steps": 8,

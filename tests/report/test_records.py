@@ -39,7 +39,7 @@ def test_document_has_the_keys_of_the_interface() -> None:
         "peak_memory_bytes",
     }
     assert {"median", "p10", "p90", "n"} <= set(document["rows"][0]["latency_ms"])
-    assert set(document["rows"][0]["psnr_db"]) == {"mean", "min"}
+    assert set(document["rows"][0]["psnr_db"]) == {"mean", "min", "low", "p05"}
 
 
 def test_keys_of_a_newer_stepfold_do_not_disturb(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from folders import hashes
 import stepfold
 from stepfold.bundle.verify import verify
 from stepfold.ir.program import Program
+from stepfold.loop.budget import QualityBudget
 from stepfold.loop.errors import GateError, StepfoldError, UsageError
 from stepfold.loop.metrics import drift, lower_bound, psnr
 from stepfold.loop.noise import noise
@@ -164,7 +165,7 @@ def test_options_progress_and_cache(tiny_checkpoint: Path, tmp_path: Path, monke
 def test_a_budget_that_cannot_be_met_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path, temporary: Path) -> None:
     recipe = {"passes": [{"quantize": {}}, {"schedule": QUICK}]}
     with pytest.raises(GateError, match=r"no schedule reaches 120 dB; the best was [\d.]+ dB") as caught:
-        build(tiny_checkpoint, tmp_path / "bundle", recipe, min_psnr=120.0)
+        build(tiny_checkpoint, tmp_path / "bundle", recipe, min_psnr=QualityBudget(mean=120))
     assert caught.value.exit_code == 3
     assert not (tmp_path / "bundle").exists() and list(temporary.iterdir()) == []
 
@@ -173,7 +174,7 @@ def test_a_budget_that_cannot_be_met_leaves_nothing(tiny_checkpoint: Path, tmp_p
 def test_a_budget_without_a_schedule_is_checked_too(tiny_checkpoint: Path, tmp_path: Path, temporary: Path) -> None:
     recipe = {"passes": ["quantize"]}
     with pytest.raises(GateError, match=r"quality: expected 120 dB; the best that was reached is [\d.]+ dB"):
-        build(tiny_checkpoint, tmp_path / "bundle", recipe, min_psnr=120.0)
+        build(tiny_checkpoint, tmp_path / "bundle", recipe, min_psnr=QualityBudget(mean=120))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["temporary"] and list(temporary.iterdir()) == []
 
 

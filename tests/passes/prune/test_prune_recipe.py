@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from checkpoints import QUICK
 
+from stepfold.loop.budget import QualityBudget
 from stepfold.runtime.compiler import Job, optimize
 
 
 @pytest.mark.usefixtures("captured_once")
 def test_prune_quantize_and_schedule(tiny_checkpoint: Path, tmp_path: Path) -> None:
     settings = [("schedule", name, value) for name, value in QUICK.items()]
-    job = Job(tiny_checkpoint, tmp_path / "out", recipe="prune", settings=settings, min_psnr=20.0)
+    job = Job(tiny_checkpoint, tmp_path / "out", recipe="prune", settings=settings, min_psnr=QualityBudget(mean=20))
     optimize(job, lambda task, done, total: None)
     passes = {item["name"]: item for item in json.loads((tmp_path / "out" / "manifest.json").read_text())["passes"]}
     assert list(passes) == ["hoist", "prune", "quantize", "fuse", "schedule"]

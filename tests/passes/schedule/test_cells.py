@@ -261,7 +261,7 @@ def test_the_cheapest_plan_within_the_budget_leaves_out_bodies(tmp_path: Path, m
     """Found with cells, it costs less than the one that is found without them, and meets the same budget."""
     cells, plain = (Search(tmp_path, monkeypatch, min_psnr=45.0, fill=fill) for fill in (("fitted",), ()))
     with_cells, without = cells.search.run(), plain.search.run()
-    assert min(with_cells.low, without.low) >= 45.0
+    assert min(with_cells.psnr.low, without.psnr.low) >= 45.0
     assert with_cells.plan.cells and not without.plan.cells
     assert cells.cost(with_cells.plan) < plain.cost(without.plan)
     row = with_cells.row()

@@ -14,6 +14,7 @@ from analytic import Counter, analytic_context, analytic_program, euler, loop
 from programs import component
 from searching import QUICK, STEPS, plans, program_of, quality, refit, search
 
+from stepfold.loop.budget import PsnrFigures, QualityBudget
 from stepfold.loop.errors import GateError, UsageError
 from stepfold.loop.metrics import lower_bound
 from stepfold.loop.plan import Plan, fold
@@ -69,6 +70,32 @@ def test_a_budget_that_cannot_be_met(cache: Path) -> None:
     assert found and 20 < float(found[1]) < 120
 
 
+def test_a_tail_that_is_missed_while_the_mean_is_met_costs_evaluations(cache: Path) -> None:
+    (easy,) = plans(search(cache, min_psnr=30.0)).values()
+    figures = PsnrFigures.of(quality(easy, cache))
+    assert figures.low >= 30.0 and figures.p05 == np.percentile(quality(easy, cache), 5)
+    result = search(cache, min_psnr={"mean": 30.0, "p05": figures.p05 + 1})
+    (hard,) = plans(result).values()
+    assert hard.evaluations > easy.evaluations
+    reached = PsnrFigures.of(quality(hard, cache))
+    assert reached.low >= 30.0 and reached.p05 >= figures.p05 + 1
+    assert result.details["2.0"]["chosen"]["validation_p05_db"] == pytest.approx(reached.p05, abs=1e-3)
+    again, searched = refit(cache, easy, Counter(), min_psnr={"mean": 30.0, "p05": figures.p05 + 1})
+    assert searched and again.psnr.p05 >= figures.p05 + 1
+
+
+def test_a_tail_that_cannot_be_met(cache: Path) -> None:
+    with pytest.raises(GateError) as caught:
+        search(cache, engine=Crooked(), min_psnr={"mean": 20.0, "p05": 120.0})
+    found = re.fullmatch(
+        r"schedule: no schedule reaches 20 dB and 120 dB at the 5th percentile; the best was ([\d.]+) dB \(lower 95 % "
+        r"bound of the mean over 64 validation samples; met\) and ([\d.]+) dB at the 5th percentile \(missed\) with "
+        r"(\d+) of 12 evaluations\. Lower min_psnr, or use a recipe of higher precision\.",
+        str(caught.value),
+    )
+    assert found and 20 < float(found[2]) < float(found[1]) < 120
+
+
 class Crooked(Counter):
     """An engine whose error no linear update can take back."""
 
@@ -79,7 +106,7 @@ class Crooked(Counter):
 
 def test_a_budget_of_the_user_wins_over_the_recipes(cache: Path) -> None:
     program = program_of()
-    context = analytic_context(program, cache, min_psnr=25.0)
+    context = analytic_context(program, cache, min_psnr=QualityBudget(mean=25))
     strict = SearchSchedule(ScheduleOptions.model_validate({**QUICK, "min_psnr": 60.0})).run(program, context)
     (plan,) = plans(strict).values()
     assert plan.evaluations == next(iter(plans(search(cache, min_psnr=25.0)).values())).evaluations
@@ -94,7 +121,7 @@ def spread_polish(monkeypatch: pytest.MonkeyPatch, budget: float) -> None:
         return found if origin != "polished" else widened(self, found)
 
     def widened(trials: Trials, found: Candidate) -> Candidate:
-        wide = replace(found, mean=found.mean + 5, low=budget - 0.1)
+        wide = replace(found, psnr=replace(found.psnr, mean=found.psnr.mean + 5, low=budget - 0.1))
         trials.tried[trials.tried.index(found)] = wide
         return wide
 
@@ -107,12 +134,12 @@ def test_a_better_mean_that_misses_the_budget_is_not_taken(cache: Path, monkeypa
     chosen = search(cache, scale=None, min_psnr=46.0).details["None"]["chosen"]
     assert chosen["validation_low_db"] >= 46.0 and chosen["origin"] != "polished"
     again, searched = refit(cache, before, Counter(), min_psnr=46.0)
-    assert again.low >= 46.0 and again.origin != "polished" and not searched
+    assert again.psnr.low >= 46.0 and again.origin != "polished" and not searched
 
 
 def test_a_budget_of_zero_is_a_budget(cache: Path) -> None:
     program = program_of()
-    context = analytic_context(program, cache, min_psnr=0.0)
+    context = analytic_context(program, cache, min_psnr=QualityBudget(mean=0))
     result = SearchSchedule(ScheduleOptions.model_validate({**QUICK, "min_psnr": 60.0})).run(program, context)
     assert next(iter(plans(result).values())).evaluations == 1
 
@@ -141,7 +168,9 @@ def test_a_budget_of_the_user_holds_for_a_number_too(cache: Path) -> None:
 
     def of(budget: float) -> PassResult:
         options = ScheduleOptions.model_validate({**QUICK, "evaluations": 5})
-        return SearchSchedule(options).run(program, analytic_context(program, cache, min_psnr=budget))
+        return SearchSchedule(options).run(
+            program, analytic_context(program, cache, min_psnr=QualityBudget(mean=budget))
+        )
 
     assert of(25.0).details["2.0"]["chosen"]["validation_low_db"] >= 25.0
     with pytest.raises(GateError, match=r"no schedule of 5 evaluations reaches 90 dB; .* allow more evaluations"):
@@ -235,13 +264,13 @@ def test_a_rival_is_polished_only_where_it_may_decide(
     outlines = {"rival": Outline((0, 4, 8)), "first": Outline((0, 3, 8)), "far": Outline((0, 2, 8))}
     below = {"first": 0.0, "rival": 0.1, "far": 0.6}
     fits = {
-        outline: Candidate(plan, name, low + 1 - below[name], low - below[name], 0)
+        outline: Candidate(plan, name, PsnrFigures(low + 1 - below[name], low - below[name], 0, 0), 0)
         for name, outline in outlines.items()
     }
 
     def polish(outline: Outline) -> Candidate:
         done.append(fits[outline].origin)
-        return replace(fits[outline], low=polished)
+        return replace(fits[outline], psnr=replace(fits[outline].psnr, low=polished))
 
     monkeypatch.setattr(one.trials, "polished", polish)
     one._polish(fits, sparing)

@@ -62,17 +62,17 @@ def test_progress_is_told(cache: Path) -> None:
 def test_refit_keeps_the_positions_while_the_budget_is_met(cache: Path) -> None:
     (plan,) = plans(search(cache, min_psnr=35.0)).values()
     candidate, searched = refit(cache, plan, Counter(gain=0.95), min_psnr=35.0)
-    assert not searched and candidate.low >= 35.0
+    assert not searched and candidate.psnr.low >= 35.0
     np.testing.assert_array_equal(candidate.plan.positions, plan.positions)
     assert (candidate.plan.conditional != plan.conditional).any()
     before = quality(plan, cache, engine=Counter(gain=0.95))
-    assert candidate.mean > before.mean()
+    assert candidate.psnr.mean > before.mean()
 
 
 def test_refit_searches_when_the_budget_is_missed(cache: Path) -> None:
     (plan,) = plans(search(cache, evaluations=2)).values()
     candidate, searched = refit(cache, plan, Counter(), min_psnr=60.0)
-    assert searched and candidate.low >= 60.0 and candidate.plan.evaluations > 2
+    assert searched and candidate.psnr.low >= 60.0 and candidate.plan.evaluations > 2
 
 
 def test_refit_of_a_number_of_evaluations_has_no_budget(cache: Path) -> None:
