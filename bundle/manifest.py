@@ -22,6 +22,8 @@ Seed = Annotated[int, Field(ge=0, strict=True)]
 MOST_CALLS = 1 << 20  # of a loop
 MOST_INDICES = 1 << 24  # of an embedding; a list of them fits memory
 Unprompted = Literal["empty", "zeros"]
+Compared = Values | Literal["images"]
+"""What a PSNR compares."""
 
 
 class PortEntry(Strict):
@@ -180,16 +182,18 @@ class QualityEntry(Strict):
     """How close the bundle's samples are to those of the full loop.
 
     Attributes:
-        psnr_db: figures of the samples; of pixels its peak is 2, of latents the range of the reference.
+        psnr_db: figures; their peak is 2 of pixels and images, the range of the reference of latents.
         samples: number of samples.
         set: set of the samples.
-        of: what was compared.
+        of: what was compared: samples, or the images that the decoder of a pipeline makes of them.
+        latent_psnr_db: figures of the latents behind images; None where samples themselves were compared.
     """
 
     psnr_db: PsnrEntry
     samples: Count
     set: str
-    of: Values = "pixels"
+    of: Compared = "pixels"
+    latent_psnr_db: PsnrEntry | None = None
 
 
 class ProofEntry(Strict):

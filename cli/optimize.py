@@ -197,9 +197,12 @@ def quality_line(quality: Mapping[str, Any] | None) -> str:
     if quality is None:
         return "Quality: not measured; the model has no loop."
     figures = quality["psnr_db"]
-    what = "latent PSNR" if quality.get("of") == "latents" else "PSNR"
+    what = {"latents": "latent PSNR", "images": "PSNR of images"}.get(quality.get("of", ""), "PSNR")
+    latents = quality.get("latent_psnr_db")
+    behind = "" if latents is None else f"; latent PSNR {latents['mean']:.2f} dB, worst {latents['min']:.2f}"
     percentile = "" if figures.get("p05") is None else f"5th percentile {figures['p05']:.2f}, "
     return (
         f"Quality: {figures['mean']:.2f} dB {what} against the full loop (lower 95 % bound of the mean "
-        f"{figures['low']:.2f}, {percentile}worst {figures['min']:.2f}) over {quality['samples']} {quality['set']} samples."
+        f"{figures['low']:.2f}, {percentile}worst {figures['min']:.2f}) over {quality['samples']} {quality['set']} "
+        f"samples{behind}."
     )

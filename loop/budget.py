@@ -80,6 +80,17 @@ class QualityBudget(Options):
         """Whether figures meet the budget."""
         return self.shortfall(psnr) <= 0
 
+    def of_latents(self, latents: PsnrFigures, images: PsnrFigures) -> QualityBudget:
+        """The budget of latents whose images are likely to meet this one: what latents reached, and what images lack.
+
+        Args:
+            latents: figures of latents.
+            images: figures of their images.
+        """
+        mean = max(self.mean, latents.low + self.mean - images.low)
+        tail = None if self.p05 is None else max(self.p05, latents.p05 + self.p05 - images.p05)
+        return QualityBudget(mean=mean, p05=tail)
+
     def reached(self, psnr: PsnrFigures, samples: str = "") -> str:
         """What figures reach, in words, and which of two bounds they miss.
 

@@ -9,6 +9,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
+import numpy as np
+
 from ..calibration.read import Calibration
 from ..ir.program import Program, Refusal
 from ..loop.budget import QualityBudget
@@ -17,6 +19,7 @@ from ..loop.ports import BoundProgram
 
 OptionsT = TypeVar("OptionsT", bound=Options)
 Progress = Callable[[str, int, int], None]
+Array = np.ndarray
 
 
 def silent(task: str, done: int, total: int) -> None:
@@ -56,6 +59,8 @@ class Context:
         cache: where reference trajectories and statistics are kept between runs.
         min_psnr: a quality budget given by the user, which wins over the recipe's.
         calibration: statistics of a store that the user gave; a pass asks it whether they are those of its program.
+        decoded: PSNR in dB [B] of the images of a program's latents [B, *latent] against those of the full loop's; None
+            where nothing decodes latents, so that budgets are about the samples themselves.
         quality: mean PSNR in dB of a program's samples, for the record of a lossy pass; None measures nothing.
         progress: called with (task, done, total) during long work.
         fitted_on: what `engine` gives: the engine, or the PyTorch reference where it cannot run on this machine.
@@ -69,6 +74,7 @@ class Context:
     cache: Path
     min_psnr: QualityBudget | None = None
     calibration: Calibration | None = None
+    decoded: Callable[[Array, Array], Array] | None = None
     quality: Callable[[Program], float] | None = None
     progress: Progress = silent
     fitted_on: Literal["engine", "reference"] = "engine"

@@ -247,9 +247,10 @@ def _bundle_headline(manifest: Mapping[str, Any]) -> str:
         text += f"; it evaluates the denoiser {schedule['evaluations']} times for a loop of {schedule['grid_steps']}"
     quality = manifest.get("quality")
     if quality:
-        psnr = quality["psnr_db"]
+        psnr, latents = quality["psnr_db"], quality.get("latent_psnr_db")
+        behind = "" if latents is None else f", with a latent PSNR of {prose.decibels(latents['mean'])}"
         text += (
-            f"; its samples are {prose.decibels(psnr['mean'])} from those of the full loop ({prose.tail(psnr)}, over "
-            f"{quality['samples']} {quality['set']} samples)"
+            f"; its {'images' if quality.get('of') == 'images' else 'samples'} are {prose.decibels(psnr['mean'])} from those "
+            f"of the full loop ({prose.tail(psnr)}, over {quality['samples']} {quality['set']} samples){behind}"
         )
     return text + "."

@@ -28,13 +28,11 @@ if TYPE_CHECKING:
     from ..ir.program import Program
     from ..passes.base import Context
     from ..passes.recipe import Recipe
+    from .decoding import Decoding
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_BACKEND = "onnxruntime"
-PICTURES = 10
-"""Held-out samples shown in a report."""
-
 Progress = Callable[[str, int, int], None]
 Finish = Callable[[Path, Manifest, dict[str, Any], dict[str, Any], dict[str, Any]], object]
 """Called with folder, manifest, summary, pictures and the captured model before a bundle takes its place."""
@@ -104,7 +102,7 @@ def optimize(job: Job, progress: Progress, finish: Finish | None = None) -> dict
     from ..passes.manager import run_passes
     from .packing import pack, summary
     from .proof import prove, skipped
-    from .surroundings import optimize_ends, pack_ends
+    from .surroundings import decoding_of, optimize_ends, pack_ends
 
     start = time.perf_counter()
     check_out(job.out, job.overwrite)
@@ -119,23 +117,25 @@ def optimize(job: Job, progress: Progress, finish: Finish | None = None) -> dict
         original = checkpoint.capture()
         if statistics is not None:
             statistics.require(original)
-        ends = checkpoint.capture_ends()
-        proof = prove(checkpoint, original, ends, progress) if job.proof else skipped(checkpoint)
-        context = make_context(original, shop, job.seed, job.min_psnr, progress, statistics)
-        if ends is not None:
-            ends = optimize_ends(ends, steps, lambda end: make_context(end, shop, job.seed, None, progress))
+        captured = checkpoint.capture_ends()
+        proof = prove(checkpoint, original, captured, progress) if job.proof else skipped(checkpoint)
+        ends, decoding = None, None
+        if captured is not None:
+            ends = optimize_ends(captured, steps, lambda end: make_context(end, shop, job.seed, None, progress))
+            decoding = decoding_of(captured, ends, shop, progress)
+        context = make_context(original, shop, job.seed, job.min_psnr, progress, statistics, decoding)
         program = run_passes(original, steps, context)
         progress("compiling", 0, len(program.stages))
         bound = shop.open(program)
-        quality = measure(program, bound, context)
-        entry = quality.entry if quality else None
-        check_budget(program, quality.psnr if quality else None, job.min_psnr)
+        quality = measure(program, bound, context, decoding)
+        check_budget(program, quality, job.min_psnr)
         with writing(job.out, job.overwrite) as folder:
             pipeline = None if ends is None else pack_ends(folder, ends, shop, recipe)
+            entry = quality.entry if quality else None
             manifest = pack(folder, program, bound, shop, recipe, entry, job.seed, pipeline, job.call, proof)
             document = summary(job.out, manifest, program, shop, time.perf_counter() - start)
             if finish is not None:
-                pictures = quality.pictures(PICTURES) if quality else {}
+                pictures = quality.pictures() if quality else {}
                 finish(folder, manifest, document, pictures, inspect_program(original))
     return document
 
@@ -197,6 +197,7 @@ def make_context(
     min_psnr: QualityBudget | None,
     progress: Progress,
     calibration: Calibration | None = None,
+    decoding: Decoding | None = None,
 ) -> Context:
     """What passes work with."""
     from ..passes.base import Context
@@ -210,6 +211,7 @@ def make_context(
         cache=cache_folder(),
         min_psnr=min_psnr,
         calibration=calibration,
+        decoded=decoding.psnr if decoding else None,
         progress=progress,
         fitted_on="engine" if shop.runs else "reference",
         activations=shop.backend.activations,

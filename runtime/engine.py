@@ -130,8 +130,8 @@ class Engine:
         """Let go of the sessions, with their memory, threads and files; a second call does nothing."""
         if self._program is None:
             return
-        ends = self.__dict__.pop("ends", None)
-        for program in (self._program, *(() if ends is None else (ends.text, ends.decoder))):
+        ends, decoder = (self.__dict__.pop(name, None) for name in ("ends", "decoder"))
+        for program in (self._program, decoder, None if ends is None else ends.text):
             close(program)
         self._program, self._open = None, self._refuse
         self.bundle = replace(self.bundle, held={})
@@ -149,17 +149,23 @@ class Engine:
         return self._refuse() if self._program is None else self._program
 
     @cached_property
+    def decoder(self) -> BoundProgram | None:
+        """What makes images of latents, opened when it is first asked for; None where nothing does."""
+        entry = self.manifest.pipeline
+        return None if entry is None or entry.decoder is None else self._open(entry.decoder)
+
+    @cached_property
     def ends(self) -> Ends:
         """What the pipeline does around the loop; its stages are opened when it is first asked for."""
         entry = self.manifest.pipeline
         if entry is None:
             return Ends()
-        text, decoder = (None if folder is None else self._open(folder) for folder in (entry.text, entry.decoder))
+        text = None if entry.text is None else self._open(entry.text)
         readers = tuple(
             PromptReader(item.input, read_text(self.bundle.opened(item.file), TOKENIZER), item.mask, item.cleaning)
             for item in entry.tokenizers
         )
-        return Ends(readers, text, decoder, entry.given, entry.unprompted)
+        return Ends(readers, text, self.decoder, entry.given, entry.unprompted)
 
     @property
     def manifest(self) -> Manifest:

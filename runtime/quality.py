@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..bundle.manifest import PsnrEntry, QualityEntry
+from ..bundle.manifest import Compared, PsnrEntry, QualityEntry
 from ..loop.budget import PsnrFigures, QualityBudget
 from ..loop.errors import GateError, UsageError
 from ..loop.metrics import sample_psnr
 from ..loop.noise import SampleSet
 from ..loop.ports import BoundProgram
+from .comparison import Comparison
 
 if TYPE_CHECKING:
     from ..calibration.trajectories import Trajectories
     from ..ir.program import Program
     from ..passes.base import Context
+    from .decoding import Decoding
 
 Array = np.ndarray
 
@@ -28,38 +30,64 @@ SAMPLES_OF_A_PASS = 16
 """Held-out samples behind the PSNR in the record of a pass."""
 
 
+SHOWN = 10
+"""Held-out samples shown in a report."""
+
+
 @dataclass(frozen=True, eq=False)
 class Quality:
     """Figures and the samples behind them.
 
     Attributes:
-        entry: figures as the manifest keeps them.
-        psnr: figures that a budget is compared with.
-        samples: [B, *latent] of the compiled program.
-        reference: [B, *latent] of the full loop.
+        of: what a budget is compared with: images where latents are decoded.
+        psnr: its figures.
+        latents: figures of the latents behind images; None where nothing is decoded.
+        shown: the samples that a report shows.
     """
 
-    entry: QualityEntry
+    of: Compared
     psnr: PsnrFigures
-    samples: Array
-    reference: Array
+    latents: PsnrFigures | None
+    shown: Comparison
 
-    def pictures(self, count: int) -> dict[str, Array]:
+    @property
+    def entry(self) -> QualityEntry:
+        """The figures as the manifest keeps them."""
+        latents = None if self.latents is None else _entry(self.latents)
+        return QualityEntry(
+            psnr_db=_entry(self.psnr), samples=HELD_OUT, set="held-out", of=self.of, latent_psnr_db=latents
+        )
+
+    def pictures(self) -> dict[str, Array]:
         """The first samples of both, for a report."""
-        return {"reference": self.reference[:count], "compiled": self.samples[:count]}
+        return {"reference": self.shown.reference, "compiled": self.shown.samples}
 
 
-def measure(program: Program, bound: BoundProgram, context: Context) -> Quality | None:
-    """PSNR of the compiled program's samples against the full loop on held-out samples; None without a loop."""
+def measure(
+    program: Program, bound: BoundProgram, context: Context, decoding: Decoding | None = None
+) -> Quality | None:
+    """PSNR of the compiled program's samples against the full loop on held-out samples; None without a loop.
+
+    Args:
+        program: program after all passes.
+        bound: the program on the engine.
+        context: what its passes worked with.
+        decoding: what makes images of latents; None where samples are compared as they are.
+    """
     if program.loop is None:
         return None
-    held_out = _held_out(program, context)
-    samples = _samples(program, bound, held_out)
-    kind = program.loop.latent.kind
-    values = sample_psnr(kind)(samples, held_out.latents[-1])
-    psnr = PsnrFigures.of(values)
-    entry = QualityEntry(psnr_db=PsnrEntry(**asdict(psnr)), samples=HELD_OUT, set="held-out", of=kind)
-    return Quality(entry, psnr, samples, held_out.latents[-1])
+    held_out, kind = _held_out(program, context), program.loop.latent.kind
+    samples, reference = _samples(program, bound, held_out), held_out.latents[-1]
+    values = sample_psnr(kind)(samples, reference)
+    figures = PsnrFigures.of(values)
+    if decoding is None:
+        return Quality(kind, figures, None, Comparison.of(samples, reference, values, SHOWN))
+    images = decoding.compared(samples, reference, SHOWN)
+    return Quality("images", PsnrFigures.of(images.psnr), figures, images)
+
+
+def _entry(psnr: PsnrFigures) -> PsnrEntry:
+    return PsnrEntry(**asdict(psnr))
 
 
 def quality_of_pass(program: Program, bound: BoundProgram, context: Context) -> float:
@@ -105,7 +133,7 @@ def _scale(program: Program) -> float | None:
     return program.loop.guidance.scales[0] if program.loop.guidance else None
 
 
-def check_budget(program: Program, psnr: PsnrFigures | None, budget: QualityBudget | None) -> None:
+def check_budget(program: Program, quality: Quality | None, budget: QualityBudget | None) -> None:
     """A budget given by the user holds for a recipe without a schedule too.
 
     Raises:
@@ -114,10 +142,11 @@ def check_budget(program: Program, psnr: PsnrFigures | None, budget: QualityBudg
     """
     if budget is None or program.schedule is not None:
         return
-    if psnr is None:
+    if quality is None:
         raise UsageError("--min-psnr: expected a model with a loop; received a component, which makes no samples.")
-    if not budget.met_by(psnr):
+    if not budget.met_by(quality.psnr):
+        latents = "" if quality.latents is None else f", where latents reach {budget.reached(quality.latents)}"
         raise GateError(
-            f"quality: expected {budget}; the best that was reached is {budget.reached(psnr)}. Lower --min-psnr, or use "
-            "a recipe of higher precision."
+            f"quality: expected {budget}{' of images' if quality.latents else ''}; the best that was reached is "
+            f"{budget.reached(quality.psnr)}{latents}. Lower --min-psnr, or use a recipe of higher precision."
         )

@@ -29,6 +29,7 @@ from ..loop.errors import BundleError, UsageError
 from ..loop.options import option_problem
 from ..loop.plan import Plan
 from .compiler import Progress, cache_folder
+from .decoding import Decoding
 from .engine import UNGUIDED, Engine, load
 from .packing import plain
 from .quality import measure
@@ -80,9 +81,10 @@ def refit(
     engine = load(bundle, allow_native=allow_native)
     options = _options(engine, min_psnr)
     original = _original(engine, checkpoint)
-    context = _context(original, engine, min_psnr, progress)
+    decoding = _decoding(engine, progress)
+    context = _context(original, engine, min_psnr, progress, decoding)
     refitted = _fit(engine, original, options, context)
-    quality = measure(replace(original, schedule=refitted.schedule), engine.program, context)
+    quality = measure(replace(original, schedule=refitted.schedule), engine.program, context, decoding)
     manifest = _manifest(engine.manifest, options, refitted, quality.entry if quality else None)
     _write(bundle, engine, manifest, refitted.schedule)
     return {
@@ -155,7 +157,17 @@ def _calling(engine: Engine, folder: Path) -> tuple[Path, Path]:
     return loop, inputs
 
 
-def _context(original: Program, engine: Engine, min_psnr: QualityBudget | None, progress: Progress) -> Context:
+def _decoding(engine: Engine, progress: Progress) -> Decoding | None:
+    """The decoder of the bundle for both sides: it stays as it is, and its error is none of the schedule's."""
+    decoder = engine.decoder
+    if decoder is None:
+        return None
+    return Decoding(lambda: decoder, lambda: decoder, lambda done, total: progress("decoding", done, total))
+
+
+def _context(
+    original: Program, engine: Engine, min_psnr: QualityBudget | None, progress: Progress, decoding: Decoding | None
+) -> Context:
     from ..passes.base import Context
 
     seed = engine.manifest.seeds.get("seed", 0)
@@ -167,6 +179,7 @@ def _context(original: Program, engine: Engine, min_psnr: QualityBudget | None, 
         seed=seed if isinstance(seed, int) else 0,
         cache=cache_folder(),
         min_psnr=min_psnr,
+        decoded=decoding.psnr if decoding else None,
         progress=progress,
     )
 
@@ -183,10 +196,7 @@ def _fit(engine: Engine, original: Program, options: ScheduleOptions, context: C
         search = ScheduleSearch(options, original, engine.program, context, scale)
         chosen, again = search.refit(engine.tables.fitted[key])
         tables[key] = chosen.plan
-        details[str(scale)] = {
-            "chosen": chosen.row(),
-            "tried": [candidate.row() for candidate in search.trials.tried],
-        }
+        details[str(scale)] = search.trials.record(chosen)
         searched = searched or again
     return Refitted(Schedule(tables, "engine", details), searched)
 

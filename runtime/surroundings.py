@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..bundle.manifest import PipelineEntry, TokenizerEntry
 from ..bundle.prompts import PromptReader
+from .decoding import Decoding
 from .packing import pack
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ..passes.recipe import Recipe
     from .workshop import Workshop
 
+Progress = Callable[[str, int, int], None]
 TEXT, DECODER, TOKENIZERS = "text", "decoder", "tokenizers"
 
 
@@ -40,6 +42,21 @@ def optimize_ends(ends: CapturedEnds, steps: Sequence[Step], context: Callable[[
         return None if program is None else run_passes(program, exact, context(program))
 
     return replace(ends, text=optimized(ends.text), decoder=optimized(ends.decoder))
+
+
+def decoding_of(captured: CapturedEnds, ends: CapturedEnds, shop: Workshop, progress: Progress) -> Decoding | None:
+    """What makes images of latents; None where latents are images, or the bundle gets no decoder.
+
+    Args:
+        captured: text encoder and decoder as captured.
+        ends: both after all passes.
+        shop: where the stages of the bundle are compiled; sessions are let go with the next program that it opens.
+        progress: called with (task, done, total).
+    """
+    original, compiled = captured.decoder, ends.decoder
+    if original is None or compiled is None:
+        return None
+    return Decoding(original.bind, lambda: shop.open(compiled), lambda done, total: progress("decoding", done, total))
 
 
 def pack_ends(folder: Path, ends: CapturedEnds, shop: Workshop, recipe: Recipe) -> PipelineEntry:

@@ -49,6 +49,6 @@ class SearchSchedule(Pass[ScheduleOptions]):
             search = ScheduleSearch(self.options, program, bound, context, scale)
             chosen = search.run()
             plans[1.0 if scale is None else scale] = chosen.plan
-            details[str(scale)] = {"chosen": chosen.row(), "tried": [tried.row() for tried in search.trials.tried]}
+            details[str(scale)] = search.trials.record(chosen)
         schedule = Schedule(plans, context.fitted_on, details)
         return PassResult(replace(program, schedule=schedule), len(plans), details=details)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +126,7 @@ class Trials:
         )
         self._fits: dict[Outline, tuple[Fit, Candidate]] = {}
         self._polished: dict[Outline, Candidate] = {}
+        self._images: dict[Candidate, PsnrFigures] = {}
         self._model: Trace | None = None
 
     def guided(self, outline: Outline) -> Array:
@@ -196,6 +197,33 @@ class Trials:
         self.tried.append(candidate)
         logger.info("%d evaluations, %s: %.2f dB on validation", plan.evaluations, origin, candidate.psnr.mean)
         return candidate
+
+    def judged(self, candidate: Candidate) -> PsnrFigures:
+        """What a budget is about: images of the validation samples; the samples where nothing decodes them."""
+        if self._context.decoded is None:
+            return candidate.psnr
+        if candidate not in self._images:
+            latents = self._full.samples(candidate.plan, self._validation)
+            found = PsnrFigures.of(self._context.decoded(latents, self._validation.latents[-1]))
+            logger.info("%d evaluations: %.2f dB of images on validation", candidate.plan.evaluations, found.mean)
+            self._images[candidate] = found
+        return self._images[candidate]
+
+    @property
+    def decoded(self) -> Mapping[Candidate, PsnrFigures]:
+        """The candidates whose images were compared."""
+        return self._images
+
+    def record(self, chosen: Candidate) -> dict[str, Any]:
+        """What is told of a search: the candidate that was chosen, and all that were tried."""
+        return {"chosen": self._row(chosen), "tried": [self._row(one) for one in self.tried]}
+
+    def _row(self, candidate: Candidate) -> dict[str, Any]:
+        images = self._images.get(candidate)
+        if images is None:
+            return candidate.row()
+        figures = {"mean": images.mean, "low": images.low, "p05": images.p05}
+        return {**candidate.row(), "validation_images_db": {name: round(value, 3) for name, value in figures.items()}}
 
     def _calibration(self, fit: Fit) -> float:
         return float(self._full.psnr(fit.samples, self._data.latents[-1]).mean())

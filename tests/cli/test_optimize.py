@@ -219,16 +219,16 @@ def test_a_budget_without_a_search(stepfold, tiny_checkpoint: Path, out: Path, t
 @pytest.mark.parametrize(("budget", "met"), [(30.0, True), (30.1, False), (None, True)])
 def test_a_budget_without_a_search_is_met_by_the_lower_bound(budget: float | None, met: bool) -> None:
     program: Any = SimpleNamespace(schedule=None)
+    measured: Any = SimpleNamespace(psnr=PsnrFigures(33.0, 30.0, 25.0, 20.0), latents=None)
     with nullcontext() if met else pytest.raises(GateError, match=r"reached is 30\.00 dB"):
-        check_budget(
-            program, PsnrFigures(33.0, 30.0, 25.0, 20.0), None if budget is None else QualityBudget(mean=budget)
-        )
+        check_budget(program, measured, None if budget is None else QualityBudget(mean=budget))
 
 
 def test_a_tail_without_a_search() -> None:
     program: Any = SimpleNamespace(schedule=None)
+    measured: Any = SimpleNamespace(psnr=PsnrFigures(33.0, 30.0, 25.0, 20.0), latents=None)
     with pytest.raises(GateError, match=r"mean; met\) and 25\.00 dB at the 5th percentile \(missed\)"):
-        check_budget(program, PsnrFigures(33.0, 30.0, 25.0, 20.0), QualityBudget(mean=30, p05=26))
+        check_budget(program, measured, QualityBudget(mean=30, p05=26))
 
 
 @pytest.mark.parametrize(
