@@ -178,7 +178,8 @@ def row_of(name: str, answer: Mapping[str, Any], code: int, out: str, err: str) 
         return Row(name, answer["pipeline"], answer["runs"], outcome, reason=errors[0] if errors else err[-200:])
     document = json.loads(out)
     proof, quality = document["proof"] or {}, document["quality"] or {}
-    figures = (proof.get("latent_db"), proof.get("image_db"), (quality.get("psnr_db") or {}).get("min"))
+    samples = quality.get("latent_psnr_db") or quality.get("psnr_db") or {}  # of the loop, not of images
+    figures = (proof.get("latent_db"), proof.get("image_db"), samples.get("min"))
     exact = figures[0] is not None and all(figure is None or figure >= EXACT_DB for figure in figures)
     return Row(name, answer["pipeline"], answer["runs"], "exact" if exact else "wrong", *figures)
 

@@ -223,5 +223,5 @@ def _write_page(out: Path, report: Report, bundles: Sequence[Bundle], outcome: _
         return
     title = "stepfold bench: " + ", ".join(bundle_name(bundle.path) for bundle in bundles)
     described = [describe_bundle(bundle.path) for bundle in bundles]
-    pictures = outcome.measured.images
+    pictures = outcome.measured.pictures
     write_page(out / PAGE, build_page(title, report.document(), described, pictures, outcome.model))

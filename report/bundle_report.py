@@ -7,24 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..bundle.files import MANIFEST, sha256_of
 from ..bundle.manifest import FileEntry, Manifest
 from ..bundle.writer import write_json
+from ..runtime.comparison import Pictures
 from .page import PAGE, build_page, describe_bundle, missing_packages, write_page
 from .records import REPORT
 
 logger = logging.getLogger(__name__)
-
-Array = np.ndarray
 
 
 def write_bundle_report(
     folder: Path,
     manifest: Manifest,
     summary: Mapping[str, Any],
-    pictures: Mapping[str, Array] | None = None,
+    pictures: Pictures | None = None,
     model: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Write report.json and report.html into a bundle in the making and enter them into its manifest.
@@ -35,7 +32,7 @@ def write_bundle_report(
         folder: folder of the bundle, with its manifest written; the name of the bundle is that of `summary["bundle"]`.
         manifest: manifest as it was written.
         summary: the object of `optimize --json`.
-        pictures: name -> samples [B, C, H, W] in [-1, 1]; `reference` stands first.
+        pictures: samples to show.
         model: the checkpoint as `inspect --json` tells it.
 
     Returns:

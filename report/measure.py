@@ -16,6 +16,7 @@ from ..bundle.files import sha256_of
 from ..loop.budget import PsnrFigures
 from ..loop.metrics import drift, sample_psnr, ssim
 from ..loop.spec import Values
+from ..runtime.comparison import Comparison, Pictures
 from .plan import RowPlan
 from .processes import Worker, WorkerError, Workers
 from .records import Latency, Psnr, Row, Skipped
@@ -57,11 +58,11 @@ class Settings:
 
 @dataclass
 class Measured:
-    """What came out: rows in their order, rows that failed, and the first samples of each row for the page."""
+    """What came out: rows in their order, rows that failed, and samples of each row for the page."""
 
     rows: list[Row] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
-    images: dict[str, Array] = field(default_factory=dict)
+    pictures: Pictures = field(default_factory=Pictures)
 
 
 @dataclass
@@ -117,9 +118,18 @@ class Measurement:
         self._sample_all()
         self._time_all()
         rows = [row for live in list(self._live) if (row := self._finished(live, of)) is not None]
-        images = {} if self._reference is None else {"reference": self._reference[:SHOWN]}
-        images |= {live.plan.name: live.samples[:SHOWN] for live in self._live if live.samples is not None}
-        return Measured(rows, self._skipped, images)
+        return Measured(rows, self._skipped, self._pictures(of))
+
+    def _pictures(self, of: Values | None) -> Pictures:
+        """The first samples of each row, and the worst of those that are not the reference itself."""
+        sampled = {live.plan.name: live.samples for live in self._live if live.samples is not None}
+        first = {name: samples[:SHOWN] for name, samples in sampled.items()}
+        reference = self._reference
+        if reference is None or of is None:
+            return Pictures(first if reference is None else {"reference": reference[:SHOWN], **first})
+        others = {name: samples for name, samples in sampled.items() if samples is not reference}
+        worst = {name: _worst(samples, reference, of) for name, samples in others.items()}
+        return Pictures({"reference": reference[:SHOWN], **first}, worst)
 
     def _open(self, plan: RowPlan) -> None:
         worker = self._workers.start(plan.name)
@@ -245,6 +255,11 @@ def quality(samples: Array | None, reference: Array | None, of: Values | None) -
         images = of == "pixels" and samples.ndim == 4
         found["ssim"] = float(ssim(samples, reference).mean()) if images else None
     return found
+
+
+def _worst(samples: Array, reference: Array, of: Values) -> Array:
+    """[2, ...] the sample of least PSNR, behind its reference."""
+    return Comparison.of(samples, reference, sample_psnr(of)(samples, reference), 0).worst
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from ..bundle.reader import MANIFEST_FILE
 from ..loop.errors import BundleError, UsageError
 from ..loop.reading import Expected, read_json
 from ..loop.spec import describe
+from ..runtime.comparison import Pictures
 from . import charts, images, prose
 from .compare import Comparison
 from .records import Report, write_text
@@ -67,7 +68,7 @@ def build_page(
     title: str,
     report: Mapping[str, Any] | None,
     manifests: Sequence[Mapping[str, Any]],
-    pictures: Mapping[str, Array] | None = None,
+    pictures: Pictures | None = None,
     model: Mapping[str, Any] | None = None,
 ) -> str:
     """The page of a bench, or of one `optimize` (no report).
@@ -76,8 +77,7 @@ def build_page(
         title: title of the page.
         report: the object of `bench --json`.
         manifests: manifests of bundles, best as `describe_bundle` gives them.
-        pictures: row name -> samples [B, C, H, W] in [-1, 1]; `reference` stands first. Samples that are no images
-            are left out.
+        pictures: samples of rows, which are drawn where they are images [B, C, H, W] in [-1, 1].
         model: the checkpoint as `inspect --json` tells it, for its rates and sites.
 
     Raises:
@@ -92,7 +92,7 @@ def build_page(
         latency=charts.latency_bars(parsed.rows) if parsed else None,
         quality=charts.quality_over_cost(parsed.rows) if parsed else None,
         bundles=[_bundle(manifest) for manifest in manifests],
-        pictures=_pictures(pictures or {}, parsed),
+        pictures=_pictures(pictures or Pictures(), parsed),
         exact=prose.EXACT_DB,
         columns=_columns(parsed),
         model=model,
@@ -151,14 +151,20 @@ def _columns(report: Report | None) -> list[tuple[str, str]]:
     return [(key, heading) for key, heading in COLUMNS if any(getattr(row, key) is not None for row in rows)]
 
 
-def _pictures(pictures: Mapping[str, Array], report: Report | None) -> list[dict[str, Any]]:
-    """Name, PNG and quality of the first samples of each row, the reference first."""
+def _pictures(pictures: Pictures, report: Report | None) -> list[dict[str, Any]]:
+    """Name, figures and PNG of the first samples of each row, the reference first, and of its worst sample."""
     rows = {row.name: row for row in report.rows} if report else {}
-    names = sorted(pictures, key=lambda name: name != "reference")
+    first = pictures.first
+    names = [name for name in sorted(first, key=lambda name: name != "reference") if images.is_image(first[name])]
+    drawn = [(name, first[name], pictures.worst.get(name)) for name in names]
     return [
-        {"name": name, "uri": images.data_uri(pictures[name]), "row": rows.get(name)}
-        for name in names
-        if images.is_image(pictures[name])
+        {
+            "name": name,
+            "uri": images.data_uri(samples),
+            "worst": None if worst is None else images.data_uri(worst),
+            "row": rows.get(name),
+        }
+        for name, samples, worst in drawn
     ]
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -31,6 +31,19 @@ class Comparison:
         """Keep of samples [B, ...] and their reference what a report shows."""
         i = int(psnr.argmin())
         return cls(psnr, samples[:shown].copy(), reference[:shown].copy(), np.stack([reference[i], samples[i]]))
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Samples that a report shows, by the name of what made them.
+
+    Attributes:
+        first: [shown, ...] first samples; those of the full loop are called `reference`.
+        worst: [2, ...] sample of least PSNR, behind its reference.
+    """
+
+    first: Mapping[str, Array] = field(default_factory=dict)
+    worst: Mapping[str, Array] = field(default_factory=dict)
 
 
 def join(parts: Sequence[Comparison]) -> Comparison:

@@ -20,6 +20,7 @@ from ..loop.budget import QualityBudget
 from ..loop.calls import instance, place, whole
 from ..loop.errors import UsageError
 from ..loop.pipeline_call import PipelineCall
+from .comparison import Pictures
 from .quality import check_budget, measure, quality_of_pass
 from .workshop import Workshop, workshop
 
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_BACKEND = "onnxruntime"
 Progress = Callable[[str, int, int], None]
-Finish = Callable[[Path, Manifest, dict[str, Any], dict[str, Any], dict[str, Any]], object]
+Finish = Callable[[Path, Manifest, dict[str, Any], Pictures, dict[str, Any]], object]
 """Called with folder, manifest, summary, pictures and the captured model before a bundle takes its place."""
 
 Settings = Sequence[tuple[str, str, Any]]
@@ -135,7 +136,7 @@ def optimize(job: Job, progress: Progress, finish: Finish | None = None) -> dict
             manifest = pack(folder, program, bound, shop, recipe, entry, job.seed, pipeline, job.call, proof)
             document = summary(job.out, manifest, program, shop, time.perf_counter() - start)
             if finish is not None:
-                pictures = quality.pictures() if quality else {}
+                pictures = quality.pictures() if quality else Pictures()
                 finish(folder, manifest, document, pictures, inspect_program(original))
     return document
 

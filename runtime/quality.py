@@ -13,7 +13,7 @@ from ..loop.errors import GateError, UsageError
 from ..loop.metrics import sample_psnr
 from ..loop.noise import SampleSet
 from ..loop.ports import BoundProgram
-from .comparison import Comparison
+from .comparison import Comparison, Pictures
 
 if TYPE_CHECKING:
     from ..calibration.trajectories import Trajectories
@@ -58,9 +58,11 @@ class Quality:
             psnr_db=_entry(self.psnr), samples=HELD_OUT, set="held-out", of=self.of, latent_psnr_db=latents
         )
 
-    def pictures(self) -> dict[str, Array]:
-        """The first samples of both, for a report."""
-        return {"reference": self.shown.reference, "compiled": self.shown.samples}
+    def pictures(self) -> Pictures:
+        """The first samples of both and the worst, for a report."""
+        return Pictures(
+            {"reference": self.shown.reference, "compiled": self.shown.samples}, {"compiled": self.shown.worst}
+        )
 
 
 def measure(

@@ -153,7 +153,7 @@ class ScheduleSearch:
         return self._best(best.plan.evaluations, sparing=True)
 
     def _missed(self, asked: QualityBudget) -> GateError:
-        images = self.trials.decoded
+        images = self.trials.images
         nearest = (
             min(images, key=lambda one: asked.shortfall(images[one])) if images else choice(self.trials.tried, asked)
         )

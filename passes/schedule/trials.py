@@ -210,7 +210,7 @@ class Trials:
         return self._images[candidate]
 
     @property
-    def decoded(self) -> Mapping[Candidate, PsnrFigures]:
+    def images(self) -> Mapping[Candidate, PsnrFigures]:
         """The candidates whose images were compared."""
         return self._images
 

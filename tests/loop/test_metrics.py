@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.ndimage import uniform_filter
 
 from stepfold.loop.metrics import drift, lower_bound, psnr, range_psnr, ssim
 
@@ -99,6 +100,37 @@ def test_ssim_equals_plain_loops(window: int, side: int) -> None:
     x = generator.uniform(-1, 1, (2, 3, 9, 11))
     y = np.clip(x + 0.3 * generator.standard_normal(x.shape), -1, 1)
     np.testing.assert_allclose(ssim(x, y, window), [ssim_by_loops(a, b, side) for a, b in zip(x, y, strict=True)])
+
+
+def noisy_images(sides: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(5)
+    x = generator.uniform(-1, 1, (3, 3, *sides))
+    return x, np.clip(x + 0.3 * generator.standard_normal(x.shape), -1, 1)
+
+
+def test_ssim_equals_that_of_scipy_filters() -> None:
+    """Moments by `uniform_filter`, borders cut, sample covariances: the formula of scikit-image."""
+    x, y = noisy_images((24, 20))
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return uniform_filter(values, size=(1, 1, 7, 7))[..., 3:-3, 3:-3]
+
+    mean_x, mean_y = mean(x), mean(y)
+    var_x, var_y, covariance = ((mean(a * b) - mean(a) * mean(b)) * 49 / 48 for a, b in ((x, x), (y, y), (x, y)))
+    luminance = (2 * mean_x * mean_y + 4e-4) / (mean_x**2 + mean_y**2 + 4e-4)
+    expected = luminance * (2 * covariance + 3.6e-3) / (var_x + var_y + 3.6e-3)
+    np.testing.assert_allclose(ssim(x, y), expected.mean(axis=(1, 2, 3)))
+
+
+def test_ssim_is_that_of_torchmetrics_inside_the_image() -> None:
+    """It counts windows that reach over the border too, on mirrored pixels, and its covariances are biased: 1 in 49."""
+    torch = pytest.importorskip("torch")
+    measure = pytest.importorskip("torchmetrics.functional.image").structural_similarity_index_measure
+    x, y = noisy_images((24, 20))
+    options = {"gaussian_kernel": False, "kernel_size": 7, "data_range": (-1.0, 1.0), "return_full_image": True}
+    _, found = measure(torch.from_numpy(x), torch.from_numpy(y), **options)
+    inside = found[..., 3:-3, 3:-3].numpy().mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(ssim(x, y), inside, atol=1e-4)
 
 
 def test_ssim_clips_to_the_data_range() -> None:

@@ -51,6 +51,7 @@ def test_bench_with_baselines(
     assert rows["onnxruntime"].peak_memory_bytes < 0.6 * rows["eager"].peak_memory_bytes
     page = (tmp_path / "out" / "report.html").read_text()
     assert "The checkpoint" in page and "Quality over cost" in page
+    assert "worst of onnxruntime@4:ab2" in page and "worst of eager" not in page  # which is the reference
 
     seen.clear()
     again = run(compiled_bundle, tiny_checkpoint, ["onnxruntime"], cache=tmp_path / "cache")

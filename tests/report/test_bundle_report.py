@@ -13,6 +13,7 @@ import pytest
 from stepfold.bundle import read
 from stepfold.report import bundle_report
 from stepfold.report.bundle_report import write_bundle_report
+from stepfold.runtime.comparison import Pictures
 
 SUMMARY: dict[str, Any] = {
     "bundle": "out/digits",
@@ -24,7 +25,7 @@ SUMMARY: dict[str, Any] = {
 
 def test_report_and_page_belong_to_the_bundle(bundle_folder: Path) -> None:
     before = read(bundle_folder).manifest
-    pictures = {"digits": np.zeros((2, 1, 8, 8), np.float32)}
+    pictures = Pictures({"digits": np.zeros((2, 1, 8, 8), np.float32)})
     manifest = write_bundle_report(bundle_folder, before, SUMMARY, pictures)
     assert json.loads((bundle_folder / "report.json").read_text()) == SUMMARY
     html = (bundle_folder / "report.html").read_text()

@@ -17,6 +17,7 @@ from stepfold.report import charts
 from stepfold.report.compare import compare
 from stepfold.report.page import build_page, comparison_page, describe_bundle, missing_packages
 from stepfold.report.records import Report
+from stepfold.runtime.comparison import Pictures
 
 from .reports import manifest, report, row
 
@@ -78,7 +79,8 @@ def full() -> dict[str, Any]:
 
 
 def test_page_shows_every_section() -> None:
-    pictures = {"tiny": np.zeros((2, 1, 8, 8)), "reference": np.ones((2, 1, 8, 8))}
+    first = {"tiny": np.zeros((2, 1, 8, 8)), "reference": np.ones((2, 1, 8, 8))}
+    pictures = Pictures(first, {"tiny": np.zeros((2, 1, 8, 8))})
     reader = Reader(build_page("A bench", full(), [manifest()], pictures, MODEL))
     assert reader.headings == [
         "A bench",
@@ -110,7 +112,7 @@ def test_page_shows_every_section() -> None:
     ):
         assert text in reader.text, text
     pictures_at = [address for address in reader.addresses if address.startswith("data:image/png")]
-    assert len(pictures_at) == 2
+    assert len(pictures_at) == 3
 
 
 def test_page_says_what_each_pass_cost() -> None:
@@ -121,7 +123,7 @@ def test_page_says_what_each_pass_cost() -> None:
 
 
 def test_page_loads_nothing_from_anywhere() -> None:
-    html = build_page("A bench", full(), [manifest()], {"tiny": np.zeros((1, 1, 8, 8))})
+    html = build_page("A bench", full(), [manifest()], Pictures({"tiny": np.zeros((1, 1, 8, 8))}))
     assert all(address.startswith("data:") for address in Reader(html).addresses)
     assert not re.search(r"@import|url\(", html)
 
@@ -175,13 +177,15 @@ def test_page_of_a_component_without_a_reference() -> None:
 
 
 def test_samples_that_are_no_images_are_left_out() -> None:
-    reader = Reader(build_page("A bench", full(), [], {"tiny": np.zeros((2, 4, 8, 8))}))
+    reader = Reader(build_page("A bench", full(), [], Pictures({"tiny": np.zeros((2, 4, 8, 8))})))
     assert "Samples" not in reader.headings
 
 
 def test_names_are_escaped() -> None:
     name = "<script>alert(1)</script>"
-    html = build_page(name, report(row(name, 10.0, 40.0)), [manifest(name=name)], {name: np.zeros((1, 1, 8, 8))})
+    html = build_page(
+        name, report(row(name, 10.0, 40.0)), [manifest(name=name)], Pictures({name: np.zeros((1, 1, 8, 8))})
+    )
     assert "<script>alert" not in html
     assert name in Reader(html).text
 

@@ -27,13 +27,15 @@ from stepfold.ir.program import Program
 from stepfold.loop.budget import PsnrFigures, QualityBudget
 from stepfold.loop.driver import run_loop
 from stepfold.loop.errors import GateError
-from stepfold.loop.metrics import lower_bound
+from stepfold.loop.metrics import lower_bound, psnr
 from stepfold.loop.noise import SampleSet, noise
 from stepfold.loop.pipeline_call import PipelineCall
 from stepfold.loop.plan import fold
 from stepfold.loop.spec import LoopSpec
 from stepfold.passes.base import silent
+from stepfold.report.bundle_report import write_bundle_report
 from stepfold.runtime import decoding as module
+from stepfold.runtime.comparison import Pictures
 from stepfold.runtime.compiler import Job, optimize
 from stepfold.runtime.decoding import Decoding
 from stepfold.runtime.ends import Ends
@@ -160,11 +162,22 @@ def test_the_first_images_and_the_worst_are_drawn(plant: Plant, tiny_checkpoint:
     plant(3.0)
     seen: list[Any] = []
     recipe = {"passes": ["hoist", {"schedule": {**QUICK, "evaluations": 3}}]}
-    optimize(Job(tiny_checkpoint, tmp_path / "bundle", recipe=recipe), silent, lambda *words: seen.append(words[3]))
+
+    def finish(folder: Path, manifest: Manifest, summary: Any, pictures: Pictures, model: Any) -> None:
+        seen.append(pictures)
+        write_bundle_report(folder, manifest, summary, pictures, model)
+
+    optimize(Job(tiny_checkpoint, tmp_path / "bundle", recipe=recipe), silent, finish)
     (pictures,) = seen
-    assert {name: value.shape for name, value in pictures.items()} == dict.fromkeys(
+    page = (tmp_path / "bundle" / "report.html").read_text()
+    first, pair = pictures.first, pictures.worst["compiled"]
+    assert {name: value.shape for name, value in first.items()} == dict.fromkeys(
         ("reference", "compiled"), (10, 3, 8, 8)
     )
+    with stepfold.load(tmp_path / "bundle") as engine:
+        assert engine.manifest.quality is not None
+        assert psnr(pair[1:], pair[:1])[0] == pytest.approx(engine.manifest.quality.psnr_db.min, abs=1e-3)
+    assert "worst of compiled" in page and "images are" in page and "with a latent PSNR of" in page
 
 
 # -- budgets
