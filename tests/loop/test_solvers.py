@@ -11,8 +11,8 @@ from diffusers.hooks import TaylorSeerCacheConfig
 from diffusers.models.cache_utils import CacheMixin
 
 from stepfold.loop.errors import UsageError
-from stepfold.loop.recurrence import Recurrence
 from stepfold.loop.plan import fold
+from stepfold.loop.recurrence import Recurrence
 from stepfold.loop.solvers import adams_bashforth2, taylorseer_lite
 
 
