@@ -116,20 +116,20 @@ def test_reports_of_the_old_schedule_go(stepfold, bundle: Path, tiny_checkpoint:
 
 @pytest.mark.usefixtures("captured_once")
 def test_what_surrounds_the_loop_stays(stepfold, bundle: Path, bundle_folder: Path, tiny_checkpoint: Path) -> None:
-    """A decoder and a tokenizer beside the loop, as a pipeline has them."""
-    shutil.copytree(bundle_folder, bundle / "decoder")
+    """A text encoder and a tokenizer beside the loop, as a pipeline has them, which nothing has to open."""
+    shutil.copytree(bundle_folder, bundle / "text")
     (bundle / "tokenizers").mkdir()
     (bundle / "tokenizers" / "input_ids.json").write_text("{}")
     tokenizer = TokenizerEntry(input="input_ids", file="tokenizers/input_ids.json")
-    pipeline = PipelineEntry(class_name="TinyPipeline", tokenizers=(tokenizer,), decoder="decoder")
+    pipeline = PipelineEntry(class_name="TinyPipeline", tokenizers=(tokenizer,), text="text")
     write_manifest(bundle, read_manifest(bundle).model_copy(update={"pipeline": pipeline}))
-    around = {name: value for name, value in contents(bundle).items() if name.startswith(("decoder/", "tokenizers/"))}
+    around = {name: value for name, value in contents(bundle).items() if name.startswith(("text/", "tokenizers/"))}
     assert stepfold("refit", bundle, "--reference", tiny_checkpoint).code == 0
     after = contents(bundle)
     assert len(around) > 5 and {name: after.get(name) for name in around} == around
     found = read(bundle)
     assert found.manifest.pipeline == pipeline
-    assert found.within("decoder").manifest == read(bundle_folder).manifest
+    assert found.within("text").manifest == read(bundle_folder).manifest
     assert stepfold("verify", bundle).code == 0
 
 

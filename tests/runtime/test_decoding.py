@@ -14,7 +14,7 @@ import pipelines
 import pytest
 import torch
 from checkpoints import QUICK
-from folders import empty
+from folders import empty, hashes
 
 import stepfold
 from stepfold.bundle.manifest import Manifest
@@ -242,7 +242,9 @@ def test_a_budget_without_a_schedule_is_one_of_images(plant: Plant, tiny_checkpo
 def test_refit_judges_images_too(plant: Plant, tiny_checkpoint: Path, tmp_path: Path) -> None:
     plant(8.0)
     build(tiny_checkpoint, tmp_path / "bundle", QualityBudget(mean=30))
+    decoder = hashes(tmp_path / "bundle", "decoder/")
     document = refit(tmp_path / "bundle", tiny_checkpoint, None, silent)
+    assert decoder and hashes(tmp_path / "bundle", "decoder/") == decoder
     assert not document["searched"] and document["quality"]["of"] == "images"
     before, after = (state["quality"] for state in (document["before"], document))
     assert after["psnr_db"]["mean"] == pytest.approx(before["psnr_db"]["mean"], abs=0.5)
