@@ -8,18 +8,17 @@ draw, which favours the middle, would hardly ever visit that first point, on whi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from averaged import Pace, Training, begin, descend
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from mnist import CLASSES, Digits
 from torch.func import functional_call
 from torch.nn import functional as F
-
-from stepfold.loop.errors import StepfoldError
 
 UNCONDITIONAL = CLASSES  # the row of the class embedding that stands for "no class"
 TIMESTEPS = 1000.0
@@ -27,38 +26,24 @@ EVALUATED_BATCHES, EVALUATED_BATCH = 8, 128
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Pace):
     """What decides the weights besides data and steps; a run resumes only with the same.
 
     Attributes:
         config: of the model.
         seed: of initialization and of every batch.
         batch: images a step.
-        learning_rate: after the warm-up; constant, so that a run can be prolonged, while the average settles.
-        warmup: steps of linear rise.
-        ema: decay of the averaged weights, which are what is saved.
         class_dropout: share of images shown without their class, for classifier-free guidance.
-        clip: largest norm of the gradient.
     """
 
     config: Mapping[str, Any]
     seed: int
     batch: int
+    _: KW_ONLY
     learning_rate: float = 5e-4
     warmup: int = 1000
     ema: float = 0.9995
     class_dropout: float = 0.1
-    clip: float = 1.0
-
-
-@dataclass
-class Training:
-    """The state of a run: model, optimizer, averaged weights by name, and the number of finished steps."""
-
-    model: DiTTransformer2DModel
-    optimizer: torch.optim.AdamW
-    average: dict[str, torch.Tensor]
-    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,37 +94,20 @@ def build(config: Mapping[str, Any], seed: int) -> DiTTransformer2DModel:
     return model.train()
 
 
-def start(settings: Settings, device: str) -> Training:
+def start(settings: Settings, device: str) -> Training[DiTTransformer2DModel]:
     """A run at step 0."""
     model = build(settings.config, settings.seed)
-    model.to(device)  # type: ignore[arg-type]  # diffusers wraps `to` and loses its signature
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0)
-    average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    return Training(model, optimizer, average)
+    return begin(model.to(device), settings)  # type: ignore[arg-type]  # diffusers' `to` loses its signature
 
 
-def advance(training: Training, settings: Settings, data: Digits) -> float:
+def advance(training: Training[DiTTransformer2DModel], settings: Settings, data: Digits) -> float:
     """Take one step; its loss.
 
     Raises:
         StepfoldError: the loss is not finite.
     """
-    for group in training.optimizer.param_groups:
-        group["lr"] = settings.learning_rate * min(1.0, (training.step + 1) / settings.warmup)
     batch = make_batch(data, settings.seed, training.step, settings.batch, settings.class_dropout)
-    loss = loss_of(training.model, batch)
-    if not torch.isfinite(loss):
-        raise StepfoldError(f"step {training.step + 1}: expected a finite loss; received {loss.item()}. Raise --batch.")
-    training.optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(training.model.parameters(), settings.clip)
-    training.optimizer.step()
-    training.step += 1
-    decay = min(settings.ema, (1 + training.step) / (10 + training.step))  # short at first: forget the random start
-    with torch.no_grad():
-        for name, parameter in training.model.named_parameters():
-            training.average[name].lerp_(parameter, 1 - decay)
-    return loss.item()
+    return descend(training, settings, loss_of(training.model, batch))
 
 
 @torch.no_grad()

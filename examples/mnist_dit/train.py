@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
-from types import FrameType
 from typing import Any
 
-import numpy as np
 from diffusers import DiTTransformer2DModel
-from flow_matching import Settings, Training, advance, held_out_loss
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "shared"))
+
+from averaged import Training
+from flow_matching import Settings, advance, held_out_loss
 from mnist import Digits, generated, read_mnist
+from running import INTERRUPTED, parser_of, positive, walk
 from saving import resume, save
 
 from stepfold.loop.errors import StepfoldError, UsageError
@@ -32,54 +31,17 @@ HERE = Path(__file__).resolve().parent
 STEPS, BATCH = 60_000, 256
 SMOKE_STEPS, SMOKE_BATCH, SMOKE_IMAGES = 20, 16, 256
 SMOKE_MODEL = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
-INTERRUPTED = 130  # the shell's exit code for Ctrl-C
-
-
-@contextmanager
-def interruption() -> Iterator[Event]:
-    """Inside, Ctrl-C (or a termination) sets the event: the step at hand is finished, so that the state is whole."""
-    event = Event()
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        event.set()
-
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options; argparse leaves with exit code 2 on wrong ones."""
-    parser = argparse.ArgumentParser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", type=Path, metavar="FOLDER", help="MNIST's four original .gz files")
-    source.add_argument("--smoke", action="store_true", help="a tiny model on generated data, for a few steps")
+    parser = parser_of(__doc__)
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--out", type=Path, metavar="FOLDER", help="the checkpoint to write, or to go on with")
     target.add_argument("--evaluate", type=Path, metavar="CHECKPOINT", help="print its held-out loss, train nothing")
-    parser.add_argument("--seed", type=_natural, default=0, help="of initialization and batches (default 0)")
-    parser.add_argument("--steps", type=_positive, help=f"in all (default {STEPS}; --smoke: {SMOKE_STEPS})")
-    parser.add_argument("--batch", type=_positive, help=f"images a step (default {BATCH}; --smoke: {SMOKE_BATCH})")
-    parser.add_argument("--every", type=_positive, help="steps between two saves (default: a twentieth of --steps)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--steps", type=positive, help=f"in all (default {STEPS}; --smoke: {SMOKE_STEPS})")
+    parser.add_argument("--batch", type=positive, help=f"images a step (default {BATCH}; --smoke: {SMOKE_BATCH})")
     return parser.parse_args(arguments)
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number of 0 or more; received {text!r}")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if (number := _natural(text)) == 0:
-        raise argparse.ArgumentTypeError("expected a whole number of 1 or more; received 0")
-    return number
 
 
 def data_of(options: argparse.Namespace) -> tuple[Digits, Digits]:
@@ -98,27 +60,20 @@ def settings_of(options: argparse.Namespace) -> Settings:
     return Settings(config, options.seed, options.batch or BATCH)
 
 
-def train(training: Training, settings: Settings, options: argparse.Namespace) -> bool:
+def train(training: Training[DiTTransformer2DModel], settings: Settings, options: argparse.Namespace) -> bool:
     """Train up to `--steps`, saving on the way; whether it got there."""
     images, held_out = data_of(options)
     steps = options.steps or (SMOKE_STEPS if options.smoke else STEPS)
-    every = options.every or max(1, steps // 20)
     if training.step >= steps:
         print(f"{options.out}: at step {training.step} already; raise --steps to go on")
-    losses = []
-    with interruption() as interrupted:
-        while training.step < steps and not interrupted.is_set():
-            losses.append(advance(training, settings, images))
-            if training.step % every == 0 or training.step == steps:
-                save(training, settings, options.out)
-                average = held_out_loss(training.model, held_out, training.average)
-                print(f"step {training.step} loss {np.mean(losses):.4f} held-out {average:.4f}", flush=True)
-                losses.clear()
-        if 0 < training.step < steps:
-            save(training, settings, options.out)
-    if training.step < steps:
-        print(f"interrupted after step {training.step} of {steps}; the same command goes on from there", flush=True)
-    return training.step >= steps
+    return walk(
+        training,
+        steps,
+        options.every or max(1, steps // 20),
+        advance=lambda: advance(training, settings, images),
+        save=lambda: save(training, settings, options.out),
+        report=lambda: f"held-out {held_out_loss(training.model, held_out, training.average):.4f}",
+    )
 
 
 def evaluate(options: argparse.Namespace) -> None:

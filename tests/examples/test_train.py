@@ -137,7 +137,7 @@ def test_failed_write_keeps_the_old_checkpoint(
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(sys.modules["saving"], "save_file", full)
+    monkeypatch.setattr(sys.modules["states"], "save_file", full)
     assert script.main(command(out, "--steps", "2")[2:]) == 1
     assert (out / STATE).read_bytes() == before
     assert not list(out.rglob(".*"))
