@@ -39,7 +39,8 @@ from stepfold.loop.errors import StepfoldError, UsageError
 VAE_STATE = STATE.with_name("autoencoder.safetensors")
 LATENTS = STATE.with_name("latents.safetensors")
 UNSEEN_FILE = "unseen.txt"
-VAE_STEPS, STEPS, BATCH = 1000, 10_000, 32
+VAE_STEPS, STEPS, BATCH = 1000, 8000, 32
+EVALUATED_IMAGES = 1000
 SMOKE_STEPS, SMOKE_BATCH, SMOKE_IMAGES = 4, 4, 40
 SMOKE_VAE: Mapping[str, Any] = {"block_out_channels": (8, 8, 8), "norm_num_groups": 4}
 SMOKE_UNET: Mapping[str, Any] = {"block_out_channels": (16, 16), "cross_attention_dim": 16, "norm_num_groups": 8}
@@ -61,6 +62,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--out", type=Path, metavar="FOLDER", help="the pipeline to write, or to go on with")
     target.add_argument("--evaluate", type=Path, metavar="PIPELINE", help="print its held-out losses, train nothing")
+    parser.add_argument("--images", type=positive, help="of MNIST to draw on canvases (default: all)")
     parser.add_argument("--vae-steps", type=positive, help=f"(default {VAE_STEPS}; --smoke: {SMOKE_STEPS})")
     parser.add_argument("--steps", type=positive, help=f"after those (default {STEPS}; --smoke: {SMOKE_STEPS})")
     parser.add_argument("--batch", type=positive, help=f"canvases a step (default {BATCH}; --smoke: {SMOKE_BATCH})")
@@ -72,7 +74,8 @@ def data_of(options: argparse.Namespace) -> Data:
     if options.smoke:
         digits, held_out = generated(SMOKE_IMAGES, seed=0), generated(SMOKE_IMAGES, seed=1)
     else:
-        digits, held_out = read_mnist(options.data, "train"), read_mnist(options.data, "t10k")
+        digits = read_mnist(options.data, "train").first(options.images)
+        held_out = read_mnist(options.data, "t10k").first(EVALUATED_IMAGES)
     return Data(canvases_of(digits, SEEN, 0), canvases_of(held_out, SEEN, 1), canvases_of(held_out, UNSEEN, 2))
 
 
@@ -113,7 +116,7 @@ def train_autoencoder(
 def latents_of(model: AutoencoderKL, data: Data, out: Path) -> dict[str, Latents]:
     """Latents by the names of `Data`, of deviation 1; the model's scaling factor says by what they were scaled."""
     path = out / LATENTS
-    if not path.exists():
+    if not path.exists() or len(load_file(path)["training"]) != len(data.training.captions):
         encoded = {name: autoencoder.encode(model, canvases) for name, canvases in vars(data).items()}
         write(path, lambda temporary: save_file(encoded, temporary))
     encoded = load_file(path)

@@ -25,6 +25,10 @@ class Digits:
     images: np.ndarray
     labels: np.ndarray
 
+    def first(self, count: int | None) -> Digits:
+        """The first so many of them, or all."""
+        return Digits(self.images[:count], self.labels[:count])
+
     def latents(self, index: np.ndarray) -> np.ndarray:
         """Images float32 [B, 1, 32, 32] in [-1, 1], padded with black, at `index` int64 [B]."""
         padded = np.pad(self.images[index], ((0, 0), (PADDING, PADDING), (PADDING, PADDING)))
