@@ -39,7 +39,7 @@ from stepfold.loop.errors import StepfoldError, UsageError
 VAE_STATE = STATE.with_name("autoencoder.safetensors")
 LATENTS = STATE.with_name("latents.safetensors")
 UNSEEN_FILE = "unseen.txt"
-VAE_STEPS, STEPS, BATCH = 1000, 8000, 32
+VAE_STEPS, STEPS, BATCH = 3000, 6000, 32
 EVALUATED_IMAGES = 1000
 SMOKE_STEPS, SMOKE_BATCH, SMOKE_IMAGES = 4, 4, 40
 SMOKE_VAE: Mapping[str, Any] = {"block_out_channels": (8, 8, 8), "norm_num_groups": 4}
