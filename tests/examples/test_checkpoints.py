@@ -1,4 +1,6 @@
-"""The trained pipelines of the examples load and draw; what their scripts train on is what they say."""
+"""The trained pipeline of an example loads and draws; what the scripts train on is what they say."""
+
+from __future__ import annotations
 
 import importlib
 import subprocess
@@ -9,12 +11,13 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMPipeline, DDIMScheduler
 from safetensors.numpy import load_file
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 UNET, CAPTIONED = EXAMPLES / "mnist_unet", EXAMPLES / "captioned_digits"
-LIMITS = {UNET: 5e6, CAPTIONED: 10e6}
+LIMITS = {UNET: 5e6}
+"""Bytes of the folders whose weights are in the repository."""
 
 
 def module(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -57,13 +60,6 @@ def test_folder_is_small_and_holds_no_run(folder: Path) -> None:
     assert not (folder / "training").exists()
 
 
-@pytest.fixture(scope="module")
-def captioned() -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_pretrained(CAPTIONED, use_safetensors=True)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def test_unconditional_pipeline_draws() -> None:
     pipeline = DDIMPipeline.from_pretrained(UNET, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
@@ -74,28 +70,6 @@ def test_unconditional_pipeline_draws() -> None:
     }
     drawn = pipeline(2, torch.Generator().manual_seed(0), num_inference_steps=2, output_type="np").images
     assert drawn.shape == (2, 28, 28, 1) and np.isfinite(drawn).all() and drawn.std() > 0.05
-
-
-def test_captioned_pipeline_draws_at_its_default_size(captioned: StableDiffusionPipeline) -> None:
-    generator = torch.Generator().manual_seed(0)
-    prompts = ["a small red seven on white", "a large blue two on black"]
-    drawn = captioned(prompts, num_inference_steps=2, guidance_scale=4, generator=generator, output_type="np").images
-    assert drawn.shape == (2, 32, 32, 3) and np.isfinite(drawn).all()
-    assert drawn[0].mean() > drawn[1].mean() + 0.2  # two steps are enough for the ground
-
-
-def test_shipped_tokenizer_is_that_of_the_script(captioned: StableDiffusionPipeline, words: ModuleType) -> None:
-    prompts = ["a small red seven on white", ""]
-    padded = captioned.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    assert torch.equal(padded, words.tokens_of(prompts))
-    assert captioned.text_encoder.config.eos_token_id == captioned.tokenizer.eos_token_id == padded.max()
-
-
-def test_latents_have_deviation_1(captioned: StableDiffusionPipeline, canvases: ModuleType, mnist: ModuleType) -> None:
-    drawn = canvases.canvases_of(mnist.generated(200, seed=0), canvases.SEEN, seed=0)
-    with torch.no_grad():
-        latents = captioned.vae.encode(torch.from_numpy(drawn.pixels(slice(None)))).latent_dist.mean
-    assert (latents.std() * captioned.vae.config.scaling_factor).item() == pytest.approx(1.0, abs=0.2)
 
 
 def test_unseen_captions_are_listed_and_not_trained_on(canvases: ModuleType, mnist: ModuleType) -> None:
@@ -177,7 +151,7 @@ def test_batch_has_the_noise_that_is_asked_for(denoising: ModuleType, mnist: Mod
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("folder", LIMITS, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", [UNET, CAPTIONED], ids=lambda folder: folder.name)
 def test_smoke_run_writes_a_pipeline_and_goes_on(folder: Path, tmp_path: Path) -> None:
     def run(*options: str) -> str:
         command = [sys.executable, str(folder / "train.py"), "--smoke", *options]
@@ -196,6 +170,6 @@ def test_smoke_run_writes_a_pipeline_and_goes_on(folder: Path, tmp_path: Path) -
         assert first.keys() == second.keys()
         assert all(np.array_equal(first[name], second[name]) for name in first), file
     assert not list(tmp_path.rglob(".*")), "no temporary file stays behind"
-    shipped = {path.relative_to(folder) for path in folder.rglob("*.json")}
-    assert {path.relative_to(unbroken) for path in Path(unbroken).rglob("*.json")} == shipped
+    made = {path.relative_to(unbroken) for path in Path(unbroken).rglob("*.json")}
+    assert folder not in LIMITS or made == {path.relative_to(folder) for path in folder.rglob("*.json")}
     assert "held-out loss" in run("--evaluate", unbroken)
