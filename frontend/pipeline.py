@@ -91,7 +91,7 @@ def load_pipeline(
     given = read_tensors(inputs or path / INPUTS_FILE) if inputs or (path / INPUTS_FILE).is_file() else {}
     arguments = _arguments(path, pipeline, given, call or PipelineCall())
     others = {name: part for name, part in parts.items() if type(part) is type(denoiser) and part is not denoiser}
-    run = PipelineRun(pipeline, denoiser, others, arguments, BATCH)
+    run = PipelineRun(pipeline, denoiser, arguments, BATCH, others)
     inferred = _with_nothing(denoiser, record(path, run))
     experts = None if inferred.networks is None else Experts((denoiser, *others.values()), inferred.networks)
     return Checkpoint(

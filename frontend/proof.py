@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,16 +40,16 @@ class PipelineRun:
     Attributes:
         pipeline: pipeline as diffusers loads it.
         denoiser: its network.
-        experts: others of its class by name, which may take its place at some steps.
         arguments: arguments of the call.
         batch: how many samples they ask for.
+        experts: other networks of the denoiser's class by name, which may take its place at some steps.
     """
 
     pipeline: Any
     denoiser: torch.nn.Module
-    experts: Mapping[str, torch.nn.Module]
     arguments: Mapping[str, Any]
     batch: int
+    experts: Mapping[str, torch.nn.Module] = field(default_factory=dict)
 
     def watched(self, on_step: OnRecordedStep, *, answer: bool, images: bool) -> Any:
         """Call the pipeline as it was recorded, from the same noise.

@@ -103,7 +103,7 @@ def test_static_scales_of_two_parts_have_tables_of_their_own(hoisted: Program, m
 
 
 def test_hoist_comes_first(late: PassResult) -> None:
-    with pytest.raises(UsageError, match="Put hoist before cut and quantize"):
+    with pytest.raises(UsageError, match="Put hoist before quantize"):
         Hoist(HoistOptions()).requires(late.program)
 
 
