@@ -140,7 +140,7 @@ class _Basis:
     asked: Mapping[int, Array]
 
 
-class _Noted:
+class _BoundsByCall:
     """Bounds that a scheduler puts on latents, by call: let through, or answered by the rows of a basis."""
 
     def __init__(self, name: str, answers: Array | None = None):
@@ -181,7 +181,7 @@ def _basis_run(run: Run, survey: _Survey) -> _Basis:
     bounded = calls if survey.bounds else 0
     basis = np.eye(1 + calls + survey.draws + bounded)
     outputs, draws, answers = np.split(basis[1:], [calls, calls + survey.draws])
-    noted = _Noted("", answers) if bounded else None
+    noted = _BoundsByCall("", answers) if bounded else None
     with KeepDouble():
         latents, scales = run(basis[0], outputs, giving(draws), noted)
     return _Basis(latents, scales, noted.asked if noted is not None else {})
@@ -216,7 +216,7 @@ def _run(
     start: Array,
     outputs: Array,
     draws: Drawing,
-    bounds: _Noted | None = None,
+    bounds: _BoundsByCall | None = None,
     seed: int = 0,
 ) -> tuple[Array, Array]:
     """Run a copy of a scheduler with given denoiser outputs and draws of noise.
@@ -429,10 +429,10 @@ def _survey(name: str, run: Run, timesteps: int) -> _Survey:
     start = generator.standard_normal(REPLAY_WIDTH)
     outputs = generator.standard_normal((timesteps, REPLAY_WIDTH))
     try:
-        drawn, bounds = _noted(name, run, start, outputs)
+        drawn, bounds = _drawn_and_bounded(name, run, start, outputs)
     except _EndOfGrid:
         outputs = outputs[:-1]
-        drawn, bounds = _noted(name, run, start, outputs)
+        drawn, bounds = _drawn_and_bounded(name, run, start, outputs)
     if any(one.numel() != REPLAY_WIDTH for one in drawn):
         raise UsageError(f"{name}: {STOCHASTIC}")
     given = generator.standard_normal((len(drawn), REPLAY_WIDTH))
@@ -442,8 +442,8 @@ def _survey(name: str, run: Run, timesteps: int) -> _Survey:
     return _Survey(len(outputs), len(drawn), bounds)
 
 
-def _noted(name: str, run: Run, start: Array, outputs: Array) -> tuple[list[Any], Mapping[int, Bound]]:
+def _drawn_and_bounded(name: str, run: Run, start: Array, outputs: Array) -> tuple[list[Any], Mapping[int, Bound]]:
     """What a scheduler draws, and what it bounds, in one run."""
-    drawn, bounds = list[Any](), _Noted(name)
+    drawn, bounds = list[Any](), _BoundsByCall(name)
     run(start, outputs, noting(drawn), bounds, 1)
     return drawn, bounds.bounds

@@ -30,11 +30,11 @@ from averaged import Training
 from canvases import SEEN, UNSEEN, Canvases, canvases_of
 from drawing import Drawer, Latents
 from mnist import generated, read_mnist
-from running import INTERRUPTED, parser_of, positive, walk
+from running import exit_code, parser_of, positive, walk
 from states import STATE, read_state, require_run, write, write_pipeline, write_state
 from words import make_tokenizer
 
-from stepfold.loop.errors import StepfoldError, UsageError
+from stepfold.loop.errors import UsageError
 
 VAE_STATE = STATE.with_name("autoencoder.safetensors")
 LATENTS = STATE.with_name("latents.safetensors")
@@ -210,17 +210,14 @@ def main(arguments: list[str]) -> int:
     """Run the script; its exit code."""
     options = parse(arguments)
     logging.disable_progress_bar()
-    try:
-        if options.evaluate is not None:
-            evaluate(options)
-            return 0
-        return 0 if train(options) else INTERRUPTED
-    except StepfoldError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:  # disk full, no right to write: the files of the last save stand
-        print(f"error: {options.out}: {error}", file=sys.stderr)
-        return StepfoldError.exit_code
+
+    def work() -> bool:
+        if options.evaluate is None:
+            return train(options)
+        evaluate(options)
+        return True
+
+    return exit_code(work, options.out)
 
 
 if __name__ == "__main__":

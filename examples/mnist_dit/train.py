@@ -22,10 +22,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "shared"))
 from averaged import Training
 from flow_matching import Settings, advance, held_out_loss
 from mnist import Digits, generated, read_mnist
-from running import INTERRUPTED, parser_of, positive, walk
+from running import exit_code, parser_of, positive, walk
 from saving import resume, save
 
-from stepfold.loop.errors import StepfoldError, UsageError
+from stepfold.loop.errors import UsageError
 
 HERE = Path(__file__).resolve().parent
 STEPS, BATCH = 60_000, 256
@@ -91,18 +91,15 @@ def evaluate(options: argparse.Namespace) -> None:
 def main(arguments: list[str]) -> int:
     """Run the script; its exit code."""
     options = parse(arguments)
-    try:
-        if options.evaluate is not None:
-            evaluate(options)
-            return 0
-        settings = settings_of(options)
-        return 0 if train(resume(settings, options.out, options.device), settings, options) else INTERRUPTED
-    except StepfoldError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:  # disk full, no right to write: the files of the last save stand
-        print(f"error: {options.out}: {error}", file=sys.stderr)
-        return StepfoldError.exit_code
+
+    def work() -> bool:
+        if options.evaluate is None:
+            settings = settings_of(options)
+            return train(resume(settings, options.out, options.device), settings, options)
+        evaluate(options)
+        return True
+
+    return exit_code(work, options.out)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "shared"))
 from averaged import Training
 from denoising import CONFIG, Settings, advance, held_out_loss, start
 from mnist import Digits, generated, read_mnist
-from running import INTERRUPTED, parser_of, positive, walk
+from running import exit_code, parser_of, positive, walk
 from states import STATE, read_state, require_run, write_pipeline, write_state
 
-from stepfold.loop.errors import StepfoldError, UsageError
+from stepfold.loop.errors import UsageError
 
 STEPS, BATCH = 6000, 32
 SMOKE_STEPS, SMOKE_BATCH, SMOKE_IMAGES = 10, 8, 64
@@ -100,17 +100,14 @@ def evaluate(options: argparse.Namespace) -> None:
 def main(arguments: list[str]) -> int:
     """Run the script; its exit code."""
     options = parse(arguments)
-    try:
-        if options.evaluate is not None:
-            evaluate(options)
-            return 0
-        return 0 if train(options) else INTERRUPTED
-    except StepfoldError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:  # disk full, no right to write: the files of the last save stand
-        print(f"error: {options.out}: {error}", file=sys.stderr)
-        return StepfoldError.exit_code
+
+    def work() -> bool:
+        if options.evaluate is None:
+            return train(options)
+        evaluate(options)
+        return True
+
+    return exit_code(work, options.out)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from types import FrameType
 
 import numpy as np
 from averaged import Model, Training
+
+from stepfold.loop.errors import StepfoldError
 
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
@@ -44,6 +47,23 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--every", type=positive, help="steps between two saves (default: a twentieth of all)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     return parser
+
+
+def exit_code(work: Callable[[], bool], out: Path | None) -> int:
+    """Run a script; its exit code, an error said in one line.
+
+    Args:
+        work: what the script does; False where it was interrupted.
+        out: folder that it writes, for messages.
+    """
+    try:
+        return 0 if work() else INTERRUPTED
+    except StepfoldError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:  # disk full, no right to write: the files of the last save stand
+        print(f"error: {out}: {error}", file=sys.stderr)
+        return StepfoldError.exit_code
 
 
 def natural(text: str) -> int:
